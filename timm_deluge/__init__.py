@@ -1,0 +1,4 @@
+"""DelugeNets for timm: importing this package registers every model."""
+from .delugenet import DelugeNet
+
+__all__ = ['DelugeNet']

@@ -1,0 +1,581 @@
+"""DelugeNet: deep networks with cross-layer information inflows, as a timm model.
+
+A DelugeNet is a pre-activation bottleneck ResNet whose shortcuts learn. A ResNet hands every layer the plain sum of
+all earlier outputs of its block; a DelugeNet hands it a *cross-layer depthwise convolution* over them, with one
+weight per source layer and channel. Layers far apart stay connected, each channel picks its sources, and the price is
+a few per mille of the network's arithmetic.
+
+With h_0 a block's input and h_1 … h_L the outputs of its composite layers::
+
+    x_1     = h_0
+    h_l     = Conv1x1(ReLU(BN(Conv3x3(ReLU(BN(Conv1x1(ReLU(BN(x_l)))))))))            the composite layer
+    x_{l+1} = sum_i  weight_l[i] * norm(h_i) + bias_l[i],    i = 0 … l                 the cross-layer convolution
+
+``norm`` is batch normalisation without affine parameters: the released code applies it to every input of every
+cross-layer convolution, and only that reproduces the paper's parameter counts. It depends on the source layer alone,
+so it is computed once, where the layer is produced. x_{L+1} is what the block hands on: to the next block's
+transition (BN, strided 3x3 convolution), or after the last block to BN, ReLU, pooling and the classifier.
+
+Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows`
+    - https://arxiv.org/abs/1611.05552 (Kuen, Kong, Wang and Tan, ICCV workshops 2017)
+"""
+from collections import OrderedDict
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import BatchNormAct2d, ClassifierHead, DropPath, calculate_drop_path_rates, get_device_dtype
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint
+
+from .ops import cross_layer_depthwise_conv
+
+__all__ = ['DelugeNet']
+
+CIFAR100_MEAN = (0.5071, 0.4866, 0.4409)
+CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+
+
+class CrossLayerDepthwiseConv2d(nn.Module):
+    """Cross-layer depthwise convolution over the normalised outputs of ``num_layers`` layers (paper, Eq. 1)."""
+
+    def __init__(self, num_layers: int, channels: int, device=None, dtype=None):
+        """
+        Args:
+            num_layers: Number of source layers l.
+            channels: Number of channels C of each.
+        """
+        super().__init__()
+        self.num_layers = num_layers
+        self.channels = channels
+        self.weight = nn.Parameter(torch.empty(channels, 1, num_layers, 1, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(channels, 1, num_layers, 1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from the mean of the source layers."""
+        nn.init.constant_(self.weight, 1 / self.num_layers)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, layers: List[torch.Tensor]) -> torch.Tensor:
+        """Combine the layers.
+
+        Args:
+            layers: l tensors ``[N, C, H, W]``.
+
+        Returns:
+            One tensor ``[N, C, H, W]``.
+        """
+        return cross_layer_depthwise_conv(layers, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f'num_layers={self.num_layers}, channels={self.channels}'
+
+
+class CompositeLayer(nn.Module):
+    """Composite layer: a pre-activation bottleneck without a shortcut of its own (paper, Sec. 3.1)."""
+
+    def __init__(self, in_chs: int, width: int, stride: int = 1, dilation: int = 1, device=None, dtype=None):
+        """
+        Args:
+            in_chs: Number of input channels.
+            width: Bottleneck width n; the output has 2n channels.
+            stride: Stride of the 3x3 convolution.
+            dilation: Dilation of the 3x3 convolution.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm1 = BatchNormAct2d(in_chs, **dd)
+        self.conv1 = nn.Conv2d(in_chs, width, 1, bias=False, **dd)
+        self.norm2 = BatchNormAct2d(width, **dd)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=dilation, dilation=dilation, bias=False, **dd)
+        self.norm3 = BatchNormAct2d(width, **dd)
+        self.conv3 = nn.Conv2d(width, 2 * width, 1, bias=False, **dd)
+
+    def bottleneck(self, x: torch.Tensor) -> torch.Tensor:
+        """Everything after the first BN and ReLU."""
+        x = self.conv1(x)
+        x = self.conv2(self.norm2(x))
+        return self.conv3(self.norm3(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bottleneck(self.norm1(x))
+
+
+class ProjectionLayer(CompositeLayer):
+    """Composite layer plus a 1x1 projection shortcut: how a standard pre-activation ResNet starts a stage."""
+
+    def __init__(self, in_chs: int, width: int, stride: int = 1, dilation: int = 1, device=None, dtype=None):
+        super().__init__(in_chs, width, stride, dilation, device, dtype)
+        self.shortcut = nn.Conv2d(in_chs, 2 * width, 1, stride, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(x)
+        return self.shortcut(x) + self.bottleneck(x)
+
+
+class BlockTransition(nn.Module):
+    """Block transition: BN and a strided 3x3 convolution, without ReLU (paper, Sec. 3.3).
+
+    Its cross-layer convolution is the last one of the block before.
+    """
+
+    def __init__(self, in_chs: int, width: int, stride: int = 2, dilation: int = 1, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_chs, **dd)
+        self.conv = nn.Conv2d(in_chs, 2 * width, 3, stride, padding=dilation, dilation=dilation, bias=False, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.norm(x))
+
+
+class ResidualBlock(nn.Module):
+    """Block whose layers see the running sum of all earlier outputs: the paper's ResNet-like baseline (Table 2)."""
+
+    def __init__(
+            self,
+            transition: nn.Module,
+            depth: int,
+            width: int,
+            dilation: int = 1,
+            drop_path_rates: Sequence[float] = (),
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            transition: Maps the stem's or the previous block's output to this block's h_0.
+            depth: Number L of composite layers.
+            width: Bottleneck width n; the layers exchange 2n channels.
+            dilation: Dilation of the 3x3 convolutions.
+            drop_path_rates: Stochastic depth rate of each composite layer.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.transition = transition
+        self.layers = nn.ModuleList([CompositeLayer(2 * width, width, dilation=dilation, **dd) for _ in range(depth)])
+        self.drop_paths = nn.ModuleList([DropPath(rate) if rate > 0. else nn.Identity() for rate in drop_path_rates])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.transition(x)
+        for layer, drop_path in zip(self.layers, self.drop_paths):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                h = checkpoint(layer, x)
+            else:
+                h = layer(x)
+            x = x + drop_path(h)
+        return x
+
+
+class DelugeBlock(ResidualBlock):
+    """Block whose layers see a cross-layer depthwise convolution of all earlier outputs (paper, Sec. 3.2)."""
+
+    def __init__(
+            self,
+            transition: nn.Module,
+            depth: int,
+            width: int,
+            dilation: int = 1,
+            drop_path_rates: Sequence[float] = (),
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(transition, depth, width, dilation, drop_path_rates, **dd)
+        self.norm = nn.BatchNorm2d(2 * width, affine=False, **dd)  # of h_0
+        self.norms = nn.ModuleList([nn.BatchNorm2d(2 * width, affine=False, **dd) for _ in range(depth)])
+        self.cross_layers = nn.ModuleList([CrossLayerDepthwiseConv2d(i + 2, 2 * width, **dd) for i in range(depth)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.transition(x)
+        outputs = [self.norm(x)]
+        for layer, norm, drop_path, cross_layer in zip(self.layers, self.norms, self.drop_paths, self.cross_layers):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                h = checkpoint(layer, x)
+            else:
+                h = layer(x)
+            outputs.append(drop_path(norm(h)))
+            x = cross_layer(outputs)
+        return x
+
+
+class DelugeNet(nn.Module):
+    """DelugeNet, and with ``aggregation='residual'`` the ResNet-like networks the paper compares it with."""
+
+    def __init__(
+            self,
+            depths: Sequence[int],
+            widths: Sequence[int],
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            output_stride: int = 32,
+            stem_type: str = 'imagenet',
+            aggregation: str = 'cross_layer',
+            transition_type: str = '3x3',
+            drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            depths: Number of composite layers of each block.
+            widths: Bottleneck width n of each block; its layers exchange 2n channels.
+            num_classes: Number of classification classes, 0 for none.
+            in_chans: Number of input channels.
+            global_pool: Global pooling type, see `timm.layers.SelectAdaptivePool2d`.
+            output_stride: Stride of the features to the input, 8, 16 or 32; dilation replaces what is left out.
+            stem_type: 'imagenet' (7x7 convolution and max pooling, stride 4) or 'cifar' (3x3 convolution; the first
+                composite layer of `depths` gives h_0).
+            aggregation: 'cross_layer' convolutions, or the 'residual' sum of the unnormalised layer outputs.
+            transition_type: '3x3' block transitions, or '1x1' for the projection shortcuts of a standard ResNet, where
+                the first composite layer of every block gives h_0 (paper, Table 2).
+            drop_rate: Dropout rate before the classifier.
+            drop_path_rate: Stochastic depth rate of the last composite layer; grows linearly from 0.
+
+        Raises:
+            ValueError: If `depths` and `widths` differ in length or an option has none of the values above.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if len(depths) != len(widths):
+            raise ValueError(f'depths {tuple(depths)} and widths {tuple(widths)} must name the same number of blocks')
+        _check_option('output_stride', output_stride, (8, 16, 32))
+        _check_option('stem_type', stem_type, ('imagenet', 'cifar'))
+        _check_option('aggregation', aggregation, ('cross_layer', 'residual'))
+        _check_option('transition_type', transition_type, ('3x3', '1x1'))
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+
+        prev_chs = widths[0]
+        if stem_type == 'imagenet':
+            self.stem = nn.Sequential(OrderedDict(
+                conv=nn.Conv2d(in_chans, prev_chs, 7, stride=2, padding=3, bias=False, **dd),
+                norm=BatchNormAct2d(prev_chs, **dd),
+                pool=nn.MaxPool2d(3, stride=2, padding=1),
+            ))
+            self.feature_info = [dict(num_chs=prev_chs, reduction=2, module='stem.norm')]
+            curr_stride = 4
+        else:
+            self.stem = nn.Sequential(OrderedDict(
+                conv=nn.Conv2d(in_chans, prev_chs, 3, padding=1, bias=False, **dd),
+            ))
+            self.feature_info = [dict(num_chs=prev_chs, reduction=1, module='stem.conv')]
+            curr_stride = 1
+
+        # a composite layer that gives h_0 counts among its block's
+        depths = [d - int(transition_type == '1x1' or (i == 0 and stem_type == 'cifar')) for i, d in enumerate(depths)]
+        block_dprs = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        block_fn = DelugeBlock if aggregation == 'cross_layer' else ResidualBlock
+        dilation = 1
+        self.stages = nn.Sequential()
+        for i, (depth, width, dpr) in enumerate(zip(depths, widths, block_dprs)):
+            stride, first_dilation = 1 if i == 0 else 2, dilation
+            if stride > 1 and curr_stride >= output_stride:
+                stride, dilation = 1, dilation * stride
+            if transition_type == '1x1':
+                transition = ProjectionLayer(prev_chs, width, stride, first_dilation, **dd)
+            elif i > 0:
+                transition = BlockTransition(prev_chs, width, stride, first_dilation, **dd)
+            elif stem_type == 'cifar':
+                transition = CompositeLayer(prev_chs, width, **dd)
+            else:
+                transition = nn.Conv2d(prev_chs, 2 * width, 1, bias=False, **dd)
+            self.stages.append(block_fn(transition, depth, width, dilation, dpr, **dd))
+            prev_chs = 2 * width
+            curr_stride *= stride
+            self.feature_info.append(dict(num_chs=prev_chs, reduction=curr_stride, module=f'stages.{i}'))
+
+        self.stem_feat_idx = min(1, len(self.stem) - 1)  # the last stem layer before pooling
+
+        self.num_features = prev_chs
+        self.norm = BatchNormAct2d(prev_chs, **dd)
+        self.head = ClassifierHead(prev_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialise as the released code does: He's normal distribution over each convolution's fan-out."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Group parameters for layer-wise learning rate decay: a block (coarse) or a composite layer a group."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.transition', None),
+                (r'^stages\.(\d+)\.(?:layers|cross_layers)\.(\d+)', None),
+                (r'^norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute composite layers in the backward pass instead of keeping their activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Get the classifier."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Reset the classifier.
+
+        Args:
+            num_classes: Number of classes of the new classifier, 0 for none.
+            global_pool: Global pooling type, unchanged if None.
+        """
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward features that returns intermediates.
+
+        Args:
+            x: Images ``[N, in_chans, H, W]``.
+            indices: Take the last n features if int, all if None, those listed if a sequence; 0 is the stem's.
+            norm: Apply the final BN and ReLU to the last block's intermediate.
+            stop_early: Stop after the last block that is wanted.
+            output_fmt: Shape of intermediate feature outputs, 'NCHW'.
+            intermediates_only: Return the intermediates alone.
+
+        Returns:
+            The final features and the list of intermediates, or just that list.
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+
+        x_stem = x
+        for i, layer in enumerate(self.stem):
+            x = layer(x)
+            if i == self.stem_feat_idx:
+                x_stem = x
+        if 0 in take_indices:
+            intermediates.append(x_stem)
+
+        feat_idx = 0
+        last_idx = len(self.stages)
+        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index]
+        for feat_idx, stage in enumerate(stages, start=1):
+            x = stage(x)
+            if feat_idx in take_indices:
+                intermediates.append(self.norm(x) if norm and feat_idx == last_idx else x)
+
+        if intermediates_only:
+            return intermediates
+
+        if feat_idx == last_idx:
+            x = self.norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove what the wanted intermediates do not need.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: Remove the final BN and ReLU.
+            prune_head: Remove pooling and classifier.
+
+        Returns:
+            The indices taken.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        prune_end = max_index < len(self.stages)
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        self.stages = self.stages[:max_index]
+        if max_index == 0:
+            self.stem = self.stem[:self.stem_feat_idx + 1]
+        if prune_end:
+            self.num_features = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[N, in_chans, H, W]`` to features ``[N, num_features, H / stride, W / stride]``."""
+        x = self.stem(x)
+        x = self.stages(x)
+        return self.norm(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Features to logits ``[N, num_classes]``, or to the classifier's input with `pre_logits`."""
+        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images ``[N, in_chans, H, W]`` to logits ``[N, num_classes]``."""
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def _check_option(name: str, value: Union[int, str], choices: Tuple[Union[int, str], ...]) -> None:
+    if value not in choices:
+        raise ValueError(f'{name}={value!r}: must be one of {", ".join(map(repr, choices))}')
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
+        'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv', 'classifier': 'head.fc', 'license': 'apache-2.0',
+        'paper_ids': 'arXiv:1611.05552', 'paper_name': 'DelugeNets: Deep Networks with Efficient and Flexible '
+                                                       'Cross-layer Information Inflows',
+        **kwargs,
+    }
+
+
+def _cfg_cifar(**kwargs) -> Dict[str, Any]:
+    return _cfg(**{
+        'num_classes': 100, 'input_size': (3, 32, 32), 'pool_size': (8, 8), 'crop_pct': 1.0,
+        'mean': CIFAR100_MEAN, 'std': CIFAR100_STD, **kwargs,
+    })
+
+
+default_cfgs = generate_default_cfgs({
+    'delugenet92': _cfg(),
+    'delugenet104': _cfg(),
+    'delugenet122': _cfg(),
+    'delugenet146': _cfg_cifar(),
+    'delugenet218': _cfg_cifar(),
+    'wide_delugenet146': _cfg_cifar(),
+    'resnetlike146_3x3': _cfg_cifar(),
+    'resnetlike146_1x1': _cfg_cifar(),
+    'resnetlike218_3x3': _cfg_cifar(),
+    'resnetlike218_1x1': _cfg_cifar(),
+    'wide_resnetlike146_3x3': _cfg_cifar(),
+    'wide_resnetlike146_1x1': _cfg_cifar(),
+})
+
+
+def _create_delugenet(variant: str, pretrained: bool = False, **kwargs) -> DelugeNet:
+    return build_model_with_cfg(
+        DelugeNet,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=tuple(range(len(kwargs['depths']) + 1)), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+_IMAGENET = dict(widths=(64, 128, 256, 512))
+_CIFAR146 = dict(depths=(8, 16, 24), widths=(32, 64, 128), stem_type='cifar')
+_CIFAR218 = dict(depths=(12, 24, 36), widths=(32, 64, 128), stem_type='cifar')
+_WIDE_CIFAR146 = dict(depths=(8, 16, 24), widths=(56, 112, 224), stem_type='cifar')
+_RESIDUAL_1X1 = dict(aggregation='residual', transition_type='1x1')
+
+
+@register_model
+def delugenet92(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """DelugeNet-92 for 224x224 images."""
+    model_args = dict(depths=(7, 7, 8, 8), **_IMAGENET)
+    return _create_delugenet('delugenet92', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def delugenet104(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """DelugeNet-104 for 224x224 images."""
+    model_args = dict(depths=(7, 8, 9, 10), **_IMAGENET)
+    return _create_delugenet('delugenet104', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def delugenet122(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """DelugeNet-122 for 224x224 images."""
+    model_args = dict(depths=(7, 9, 11, 13), **_IMAGENET)
+    return _create_delugenet('delugenet122', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def delugenet146(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """DelugeNet-146 for 32x32 images."""
+    model_args = dict(**_CIFAR146)
+    return _create_delugenet('delugenet146', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def delugenet218(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """DelugeNet-218 for 32x32 images."""
+    model_args = dict(**_CIFAR218)
+    return _create_delugenet('delugenet218', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_delugenet146(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """Wide-DelugeNet-146 for 32x32 images."""
+    model_args = dict(**_WIDE_CIFAR146)
+    return _create_delugenet('wide_delugenet146', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnetlike146_3x3(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """ResNet-like 146 baseline with 3x3 block transitions."""
+    model_args = dict(aggregation='residual', **_CIFAR146)
+    return _create_delugenet('resnetlike146_3x3', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnetlike146_1x1(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """ResNet-like 146 baseline with 1x1 projection shortcuts."""
+    model_args = dict(**_RESIDUAL_1X1, **_CIFAR146)
+    return _create_delugenet('resnetlike146_1x1', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnetlike218_3x3(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """ResNet-like 218 baseline with 3x3 block transitions."""
+    model_args = dict(aggregation='residual', **_CIFAR218)
+    return _create_delugenet('resnetlike218_3x3', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnetlike218_1x1(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """ResNet-like 218 baseline with 1x1 projection shortcuts."""
+    model_args = dict(**_RESIDUAL_1X1, **_CIFAR218)
+    return _create_delugenet('resnetlike218_1x1', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_resnetlike146_3x3(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """Wide ResNet-like 146 baseline with 3x3 block transitions."""
+    model_args = dict(aggregation='residual', **_WIDE_CIFAR146)
+    return _create_delugenet('wide_resnetlike146_3x3', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_resnetlike146_1x1(pretrained: bool = False, **kwargs) -> DelugeNet:
+    """Wide ResNet-like 146 baseline with 1x1 projection shortcuts."""
+    model_args = dict(**_RESIDUAL_1X1, **_WIDE_CIFAR146)
+    return _create_delugenet('wide_resnetlike146_1x1', pretrained=pretrained, **dict(model_args, **kwargs))

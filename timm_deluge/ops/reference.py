@@ -1,0 +1,29 @@
+"""The definition of the cross-layer depthwise convolution (paper, Sec. 3.2, Eq. 1)."""
+from typing import List
+
+import torch
+
+
+def cross_layer_depthwise_conv(
+        layers: List[torch.Tensor],
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+) -> torch.Tensor:
+    """Convolve across layers: one weight per source layer and channel, no mixing of channels or positions.
+
+    ``x[n, c] = sum_i weight[c, i] * layers[i][n, c] + bias[c, i]``: the paper's Eq. 1 with its bias spread over the
+    source layers, as in the released code. Every layer in ``layers`` is taken as already normalised.
+
+    Args:
+        layers: The l preceding layers' outputs, each ``[N, C, H, W]``, the block's first one first.
+        weight: Scale of each source layer's channels, ``[C, 1, l, 1]``: the kernel of a depthwise convolution.
+        bias: Shift of each source layer's channels, ``[C, 1, l, 1]``.
+
+    Returns:
+        The next layer's input, ``[N, C, H, W]``, in the layers' dtype; the sum runs in that dtype, too.
+    """
+    weight = weight.movedim(2, 0).contiguous().to(layers[0].dtype)
+    x = bias.sum(2).to(layers[0].dtype)
+    for i, layer in enumerate(layers):
+        x = torch.addcmul(x, layer, weight[i])
+    return x
