@@ -31,6 +31,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 
 from .ops import cross_layer_depthwise_conv
+from .weights import CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
 
 __all__ = ['DelugeNet']
 
@@ -464,27 +465,58 @@ def _cfg_cifar(**kwargs) -> Dict[str, Any]:
     })
 
 
+_IMAGENET_NAMES = ('delugenet92', 'delugenet104', 'delugenet122')
+_CIFAR_NAMES = (
+    'delugenet146', 'delugenet218', 'wide_delugenet146',
+    'resnetlike146_3x3', 'resnetlike218_3x3', 'wide_resnetlike146_3x3',
+    'resnetlike146_1x1', 'resnetlike218_1x1', 'wide_resnetlike146_1x1',
+)
+
+_CHECKPOINTS = list_checkpoints()
+_UNTRAINED = set(_IMAGENET_NAMES + _CIFAR_NAMES) - {c.model for c in _CHECKPOINTS}
+
 default_cfgs = generate_default_cfgs({
-    'delugenet92': _cfg(),
-    'delugenet104': _cfg(),
-    'delugenet122': _cfg(),
-    'delugenet146': _cfg_cifar(),
-    'delugenet218': _cfg_cifar(),
-    'wide_delugenet146': _cfg_cifar(),
-    'resnetlike146_3x3': _cfg_cifar(),
-    'resnetlike146_1x1': _cfg_cifar(),
-    'resnetlike218_3x3': _cfg_cifar(),
-    'resnetlike218_1x1': _cfg_cifar(),
-    'wide_resnetlike146_3x3': _cfg_cifar(),
-    'wide_resnetlike146_1x1': _cfg_cifar(),
+    name: (_cfg if name.split('.')[0] in _IMAGENET_NAMES else _cfg_cifar)(**cfg)
+    for name, cfg in [(c.name, c.pretrained_cfg()) for c in _CHECKPOINTS] + [(name, {}) for name in sorted(_UNTRAINED)]
 })
 
 
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Hold a checkpoint's tensors against the model before any is copied.
+
+    Args:
+        state_dict: The checkpoint.
+        model: The model it is meant for; its number of classes and of input channels may differ.
+
+    Returns:
+        The checkpoint as it is.
+
+    Raises:
+        CheckpointError: If a tensor is missing, superfluous or of another shape.
+    """
+    adapted = ('stem.conv.', 'head.fc.')  # timm fits these to in_chans and num_classes
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.startswith(adapted)}
+    found = {k: tuple(v.shape) for k, v in state_dict.items() if not k.startswith(adapted)}
+    differing = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+    if differing:
+        key = differing[0]
+        raise CheckpointError(
+            f'The checkpoint does not fit this model: {len(differing)} tensors differ, the first one is {key} '
+            f'(model: {expected.get(key, "absent")}, checkpoint: {found.get(key, "absent")}). '
+            f'Create the model with the arguments it was trained with.')
+    return state_dict
+
+
 def _create_delugenet(variant: str, pretrained: bool = False, **kwargs) -> DelugeNet:
+    tag = kwargs.get('pretrained_cfg') or ''
+    own_source = {'file', 'url', 'hf_hub_id', 'state_dict'} & set(kwargs.get('pretrained_cfg_overlay') or ())
+    if pretrained and isinstance(tag, str) and not own_source:
+        verify_checkpoint(find_checkpoint(variant, tag))
     return build_model_with_cfg(
         DelugeNet,
         variant,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=tuple(range(len(kwargs['depths']) + 1)), flatten_sequential=True),
         **kwargs,
     )

@@ -1,0 +1,161 @@
+"""The command line: `timm-deluge predict | report | weights | recipe`."""
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import timm
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .images import find_images
+from .predict import Prediction, predict
+from .recipes import list_recipes, recipe_path
+from .report import create_report, format_reports
+from .weights import Checkpoint, CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help='DelugeNets for timm.')
+weights_app = typer.Typer(no_args_is_help=True, help='The pretrained checkpoints.')
+app.add_typer(weights_app, name='weights')
+console = Console()
+err_console = Console(stderr=True)
+
+EXAMPLE_IMAGE = Path(__file__).parent / 'assets' / 'example.jpg'
+
+
+class Format(str, Enum):
+    """How a report is written."""
+    table = 'table'
+    json = 'json'
+    markdown = 'markdown'
+    csv = 'csv'
+
+
+def _fail(message: object) -> NoReturn:
+    err_console.print(f'[bold red]error:[/] {message}', highlight=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def _show_progress(predictions: Iterator[Prediction], total: int) -> list[Prediction]:
+    columns = SpinnerColumn(), TextColumn('classifying'), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err_console, transient=True, disable=total < 2) as progress:
+        return list(progress.track(predictions, total=total))
+
+
+@app.command('predict')
+def predict_command(
+        images: Annotated[list[str] | None, typer.Argument(
+            help="Files, folders or glob patterns, '-' for paths on standard input; none: a photograph that comes "
+                 'with the package.', show_default=False)] = None,
+        model: Annotated[str, typer.Option(help='Model, or model.tag.')] = 'delugenet146',
+        top: Annotated[int, typer.Option(min=1, help='Number of classes to show.')] = 5,
+        as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+        batch_size: Annotated[int, typer.Option(min=1, help='Images classified at once.')] = 32,
+        device: Annotated[str, typer.Option(help="Where to run, such as 'cuda'.")] = 'cpu',
+) -> None:
+    """Classify images. Exits with 1 if any could not be read."""
+    paths = list(find_images(images or [str(EXAMPLE_IMAGE)]))
+    if not paths:
+        _fail(f'no images in {", ".join(images or [])}')
+    try:
+        predictions = _show_progress(predict(paths, model, top, batch_size, device), len(paths))
+    except CheckpointError as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps([_as_dict(p) for p in predictions], indent=2))
+    else:
+        _print_predictions([p for p in predictions if p.error is None])
+        for prediction in predictions:
+            if prediction.error is not None:
+                err_console.print(f'[bold red]skipped[/] {prediction.path}: {prediction.error}', highlight=False,
+                                  soft_wrap=True)
+    raise typer.Exit(int(any(p.error is not None for p in predictions)))
+
+
+def _as_dict(prediction: Prediction) -> dict[str, object]:
+    if prediction.error is not None:
+        return {'path': prediction.path, 'error': prediction.error}
+    return {'path': prediction.path, 'classes': [{'name': n, 'probability': p} for n, p in prediction.classes]}
+
+
+def _print_predictions(predictions: list[Prediction]) -> None:
+    table = Table('image', 'class', header_style='bold')
+    table.add_column('probability', justify='right')
+    for prediction in predictions:
+        for i, (name, probability) in enumerate(prediction.classes):
+            table.add_row(prediction.path if i == 0 else '', name.replace('_', ' '), f'{probability:.1%}')
+        table.add_section()
+    if predictions:
+        console.print(table)
+
+
+@app.command()
+def report(
+        models: Annotated[list[str], typer.Argument(help='Any model names of timm, these included.')],
+        fmt: Annotated[Format, typer.Option('--format', help='How to write it.')] = Format.table,
+) -> None:
+    """Parameters, multiply-adds and FLOPs, by fvcore's and by the paper's convention."""
+    for name in models:
+        if not timm.is_model(name):
+            close = timm.list_models(f'*{name[:6]}*')[:5]
+            _fail(f'timm has no model {name!r}' + (f'; similar names: {", ".join(close)}' if close else ''))
+    print(format_reports([create_report(name) for name in models], fmt.value))
+
+
+@weights_app.command('list')
+def weights_list() -> None:
+    """List the checkpoints."""
+    table = Table('checkpoint', 'data', header_style='bold')
+    for column in ('classes', 'top-1 %', 'top-5 %', 'epochs', 'MB'):
+        table.add_column(column, justify='right')
+    for c in list_checkpoints():
+        top1, top5 = (f'{c.metrics[key]:.2f}' for key in ('top1', 'top5'))
+        table.add_row(c.name, c.dataset['name'], f'{len(c.class_names)}', top1, top5, f'{c.epochs}', f'{c.bytes / 1e6:.1f}')
+    console.print(table)
+
+
+@weights_app.command('verify')
+def weights_verify() -> None:
+    """Hold every checkpoint's file against its SHA-256. Exits with 1 if any differs."""
+    failed = False
+    for checkpoint in list_checkpoints():
+        try:
+            verify_checkpoint(checkpoint)
+            console.print(f'[green]ok[/]  {checkpoint.name}  {checkpoint.sha256}', highlight=False, soft_wrap=True)
+        except CheckpointError as error:
+            failed = True
+            err_console.print(f'[bold red]bad[/] {checkpoint.name}: {error}', highlight=False, soft_wrap=True)
+    raise typer.Exit(int(failed))
+
+
+@weights_app.command('show')
+def weights_show(name: Annotated[str, typer.Argument(help='Model, or model.tag.')]) -> None:
+    """Print what the manifest says of one checkpoint, as JSON."""
+    print(json.dumps(asdict(_find(name)), indent=2))
+
+
+def _find(name: str) -> Checkpoint:
+    try:
+        return find_checkpoint(*name.split('.', 1))
+    except CheckpointError as error:
+        _fail(error)
+
+
+@app.command()
+def recipe(
+        name: Annotated[str | None, typer.Argument(help='Name of a recipe; none lists them.', show_default=False)] = None,
+) -> None:
+    """Print the path of an option file for timm's train.py."""
+    try:
+        print(recipe_path(name) if name else '\n'.join(list_recipes()))
+    except LookupError as error:
+        _fail(error)
+
+
+if __name__ == '__main__':
+    sys.exit(app())

@@ -1,0 +1,86 @@
+"""Find images and read them, whatever mode they were saved in."""
+import glob
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ['ImageError', 'find_images', 'read_image']
+
+
+class ImageError(ValueError):
+    """A path is no image that can be read."""
+
+
+def find_images(paths: Iterable[str]) -> Iterator[Path]:
+    """Expand what a user names into files.
+
+    Args:
+        paths: Files, folders (searched for files with an image's extension), glob patterns, or '-' for paths on
+            standard input, one a line.
+
+    Yields:
+        Paths of files, a folder's sorted by name. What does not exist is yielded as it is, for `read_image` to refuse.
+    """
+    extensions = Image.registered_extensions()
+    for path in paths:
+        if path == '-':
+            yield from find_images(line for line in sys.stdin.read().splitlines() if line and line != '-')
+        elif Path(path).is_dir():
+            yield from sorted(p for p in Path(path).rglob('*') if p.suffix.lower() in extensions and p.is_file())
+        elif Path(path).exists():
+            yield Path(path)
+        else:
+            yield from map(Path, sorted(glob.glob(path, recursive=True)) or [path])
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image as 8-bit RGB, upright.
+
+    Args:
+        path: File in any format and mode that Pillow reads. Transparency is laid over white, 16-bit and float images
+            are scaled to 8 bits, the EXIF orientation is applied.
+
+    Returns:
+        An image of mode 'RGB'.
+
+    Raises:
+        ImageError: If the file is missing, empty, corrupt, no image, or so large that decoding it could exhaust memory.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise ImageError('the file is empty')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of a merely large image; too large a one is an error
+            with Image.open(path) as image:
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise ImageError('no such file') from None
+    except IsADirectoryError:
+        raise ImageError('a folder without images') from None
+    except UnidentifiedImageError:
+        raise ImageError('not an image that Pillow can read') from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ImageError(f'more than {limit:,} pixels, which could exhaust memory; scale it down first') from None
+    except (OSError, SyntaxError, ValueError, MemoryError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f'corrupt or unreadable ({error})') from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(('I', 'F')):
+        values = np.asarray(image, dtype=np.float64)
+        if image.mode != 'F':
+            values = values * (255 / 65535)
+        elif values.max() <= 1:
+            values = values * 255
+        image = Image.fromarray(np.clip(values, 0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')

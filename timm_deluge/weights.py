@@ -1,0 +1,180 @@
+"""The checkpoints: what the manifest says of each, and the proof that a file is what it says.
+
+`weights/manifest.json` is the one source of truth. timm's pretrained configurations, the model card and the README's
+accuracies are derived from it, and every file is held against its SHA-256 before a tensor is read.
+"""
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ['Checkpoint', 'CheckpointError', 'find_checkpoint', 'list_checkpoints', 'verify_checkpoint', 'weights_dir']
+
+MANIFEST = 'manifest.json'
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint does not exist, or its file is not what the manifest says."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One trained checkpoint, as the manifest describes it.
+
+    Attributes:
+        model: Name in timm's registry.
+        tag: What timm calls the pretrained tag, `<recipe>_<dataset>`.
+        file: File name in the weights folder, safetensors.
+        bytes: Size of the file.
+        sha256: SHA-256 of the file.
+        num_params: Number of parameters, buffers excluded.
+        class_names: Name of each class, in the order of the logits.
+        input_size: Channels, height and width the metrics were measured at.
+        mean: Channel means the input is normalised with, of values in [0, 1].
+        std: Channel standard deviations, likewise.
+        interpolation: Interpolation the images are resized with.
+        crop_pct: Side of the centre crop over that of the resized image.
+        dataset: `name`, `train_images`, `test_images` and `provenance` of the data.
+        recipe: Name of the recipe, see `timm-deluge recipe`.
+        epochs: Passes over the training images.
+        seed: Random seed.
+        hardware: What it was trained on.
+        hours: Wall-clock hours of training.
+        metrics: `top1` and `top5` accuracy in percent and `num_images` they were measured on.
+        command: The command that reproduces the metrics.
+    """
+    model: str
+    tag: str
+    file: str
+    bytes: int
+    sha256: str
+    num_params: int
+    class_names: Sequence[str]
+    input_size: Sequence[int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    interpolation: str
+    crop_pct: float
+    dataset: dict[str, Any]
+    recipe: str
+    epochs: int
+    seed: int
+    hardware: str
+    hours: float
+    metrics: dict[str, Any]
+    command: str
+
+    @property
+    def name(self) -> str:
+        """Name as `timm.create_model` takes it, `<model>.<tag>`."""
+        return f'{self.model}.{self.tag}'
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies on this machine."""
+        return weights_dir() / self.file
+
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The part of timm's pretrained configuration that the checkpoint decides."""
+        return dict(
+            file=str(self.path),
+            num_classes=len(self.class_names),
+            label_names=tuple(self.class_names),
+            input_size=tuple(self.input_size),
+            mean=tuple(self.mean),
+            std=tuple(self.std),
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+        )
+
+
+def weights_dir() -> Path:
+    """Folder of the manifest and the checkpoints: `checkpoints/` in an installed package, `weights/` in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / 'checkpoints'
+    return installed if installed.is_dir() else package.parent / 'weights'
+
+
+def list_checkpoints(folder: Path | None = None) -> list[Checkpoint]:
+    """Read the manifest.
+
+    Args:
+        folder: Weights folder, by default the package's own.
+
+    Returns:
+        The checkpoints in the manifest's order; a model's first one is its default.
+
+    Raises:
+        CheckpointError: If the manifest is missing or malformed.
+    """
+    path = (folder or weights_dir()) / MANIFEST
+    try:
+        entries = json.loads(path.read_text(encoding='utf-8'))['checkpoints']
+        return [Checkpoint(**entry) for entry in entries]
+    except FileNotFoundError:
+        raise CheckpointError(f'{path}: the manifest of checkpoints is missing; reinstall timm-deluge.') from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f'{path}: not a manifest of checkpoints ({error}); reinstall timm-deluge.') from error
+
+
+def find_checkpoint(model: str, tag: str = '') -> Checkpoint:
+    """Look up a checkpoint.
+
+    Args:
+        model: Name in timm's registry.
+        tag: Pretrained tag, by default the model's first.
+
+    Returns:
+        The manifest's entry.
+
+    Raises:
+        CheckpointError: If there is none; says which there are and how to train this one.
+    """
+    checkpoints = list_checkpoints()
+    for checkpoint in checkpoints:
+        if checkpoint.model == model and tag in ('', checkpoint.tag):
+            return checkpoint
+    available = ', '.join(c.name for c in checkpoints) or 'none'
+    if any(c.model == model for c in checkpoints):
+        raise CheckpointError(f"{model} has no checkpoint with the tag '{tag}'. Available: {available}.")
+    raise CheckpointError(
+        f'{model} has no pretrained checkpoint yet. Available: {available}. '
+        f'Use pretrained=False for random weights, or train one with timm: '
+        f'python train.py --device-modules timm_deluge --model {model} --data-dir DIR '
+        f'(`timm-deluge recipe` lists ready-made option files).')
+
+
+def verify_checkpoint(checkpoint: Checkpoint) -> None:
+    """Hold a checkpoint's file against the manifest.
+
+    Args:
+        checkpoint: The manifest's entry.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated or altered.
+    """
+    path = checkpoint.path
+    remedy = 'Restore it with `git checkout` or reinstall timm-deluge.'
+    if not path.is_file():
+        raise CheckpointError(f'{path}: the file of {checkpoint.name} is missing. {remedy}')
+    size = path.stat().st_size
+    if size != checkpoint.bytes:
+        raise CheckpointError(f'{path}: {size} bytes, but the manifest says {checkpoint.bytes}. {remedy}')
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 != checkpoint.sha256:
+        raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {checkpoint.sha256}. {remedy}')
+
+
+def write_manifest(checkpoints: Sequence[Checkpoint], folder: Path | None = None) -> None:
+    """Write the manifest, whole or not at all.
+
+    Args:
+        checkpoints: All entries, a model's default first.
+        folder: Weights folder, by default the package's own.
+    """
+    path = (folder or weights_dir()) / MANIFEST
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps({'checkpoints': [asdict(c) for c in checkpoints]}, indent=2) + '\n', encoding='utf-8')
+    partial.replace(path)
