@@ -369,7 +369,7 @@ class DelugeNet(nn.Module):
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        take_indices, max_index = feature_take_indices(1 + len(self.stages), indices)
 
         x_stem = x
         for i, layer in enumerate(self.stem):
@@ -413,7 +413,7 @@ class DelugeNet(nn.Module):
         Returns:
             The indices taken.
         """
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        take_indices, max_index = feature_take_indices(1 + len(self.stages), indices)
         prune_end = max_index < len(self.stages)
         if prune_norm or prune_end:
             self.norm = nn.Identity()

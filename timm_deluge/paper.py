@@ -9,7 +9,7 @@ class Published:
     """Printed figures of one network.
 
     Attributes:
-        params: Millions of parameters; the CIFAR networks' with the CIFAR-100 classifier.
+        params: Millions of parameters; the CIFAR networks' with 100 classes, but delugenet146's with 10.
         gflops: FLOPs in billions, in the paper's convention (see `timm_deluge.report`).
         top1_error: Top-1 test error in percent by data set, single crop.
     """

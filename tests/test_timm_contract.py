@@ -1,0 +1,173 @@
+"""What timm's users and tools may expect of a model."""
+import pytest
+import timm
+import torch
+from timm.models._features import FeatureGetterNet
+from timm.optim import create_optimizer_v2
+
+from timm_deluge.delugenet import DelugeNet
+
+NAMES = [
+    'delugenet92', 'delugenet104', 'delugenet122', 'delugenet146', 'delugenet218', 'wide_delugenet146',
+    'resnetlike146_3x3', 'resnetlike146_1x1', 'resnetlike218_3x3', 'resnetlike218_1x1',
+    'wide_resnetlike146_3x3', 'wide_resnetlike146_1x1',
+]
+
+
+def tiny(stem_type='cifar', **kwargs) -> DelugeNet:
+    torch.manual_seed(0)
+    depths = kwargs.pop('depths', (3, 3) if stem_type == 'cifar' else (2, 2, 2, 2))
+    return DelugeNet(depths, [4 * 2 ** i for i in range(len(depths))], num_classes=5, stem_type=stem_type, **kwargs)
+
+
+def test_exactly_these_names_are_registered():
+    assert sorted(timm.list_models(module='delugenet')) == sorted(NAMES)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_model_takes_every_common_argument(name):
+    model = timm.create_model(name, num_classes=37, in_chans=1, drop_rate=0.2, drop_path_rate=0.1, output_stride=16,
+                              global_pool='avgmax', device='meta', dtype=torch.bfloat16)
+    assert model(torch.empty(2, 1, 64, 64, device='meta', dtype=torch.bfloat16)).shape == (2, 37)
+
+
+def test_unknown_options_say_what_is_allowed():
+    with pytest.raises(ValueError, match="aggregation='sum': must be one of 'cross_layer', 'residual'"):
+        timm.create_model('delugenet146', aggregation='sum')
+    with pytest.raises(ValueError, match='output_stride=4: must be one of 8, 16, 32'):
+        timm.create_model('delugenet122', output_stride=4)
+    with pytest.raises(ValueError, match='same number of blocks'):
+        DelugeNet((1, 2), (4,))
+
+
+def test_aggregation_is_reached_through_create_model():
+    residual = timm.create_model('delugenet146', aggregation='residual', device='meta')
+    baseline = timm.create_model('resnetlike146_3x3', device='meta')
+    assert residual.state_dict().keys() == baseline.state_dict().keys()
+    cross_layer = timm.create_model('delugenet146', device='meta')
+    assert [n for n, _ in residual.named_parameters()] == [
+        n for n, _ in cross_layer.named_parameters() if 'cross_layers' not in n]
+
+
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+def test_output_stride_dilates_and_keeps_the_weights(output_stride):
+    model = tiny('imagenet', output_stride=output_stride).eval()
+    model.load_state_dict(tiny('imagenet').state_dict())
+    assert model.forward_features(torch.randn(1, 3, 64, 96)).shape[-2:] == (64 // output_stride, 96 // output_stride)
+    assert max(f['reduction'] for f in model.feature_info) == output_stride
+
+
+@pytest.mark.parametrize('name', ['delugenet92', 'delugenet146', 'resnetlike146_1x1'])
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'fx', 'getter'])
+def test_features_only(name, feature_cls):
+    torch.manual_seed(0)
+    model = timm.create_model(name, features_only=True, feature_cls=feature_cls, out_indices=(1, 2)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    features = model(x)
+    features = list(features.values()) if isinstance(features, dict) else features
+    assert [f.shape[1] for f in features] == model.feature_info.channels()
+    assert [64 // f.shape[-1] for f in features] == model.feature_info.reduction()
+
+
+def test_forward_intermediates_options():
+    model = tiny('imagenet').eval()
+    x = torch.randn(2, 3, 64, 64)
+    features = model.forward_features(x)
+    final, every = model.forward_intermediates(x)
+    torch.testing.assert_close(final, features)
+    assert [64 // f.shape[-1] for f in every] == [2, 4, 8, 16, 32] == [f['reduction'] for f in model.feature_info]
+    torch.testing.assert_close(model.norm(every[-1]), features)
+    last = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(last[0], features)
+    early = model.forward_intermediates(x, indices=[0, 2], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(early, [every[0], every[2]])
+    with pytest.raises(AssertionError, match='NCHW'):
+        model.forward_intermediates(x, output_fmt='NLC')
+
+
+@pytest.mark.parametrize('stem_type, indices', [('imagenet', [0]), ('imagenet', [1, 3]), ('cifar', [0]), ('cifar', 1)])
+def test_prune_intermediate_layers_leaves_nothing_unused(stem_type, indices):
+    model = tiny(stem_type).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+    taken = model.prune_intermediate_layers(indices, prune_norm=True)
+    features = model.forward_intermediates(x, indices=taken, intermediates_only=True)
+    torch.testing.assert_close(features, expected)
+    model.train()
+    sum(f.sum() for f in model.forward_intermediates(x, indices=taken, intermediates_only=True)).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+    assert model(x).shape[1] == model.num_features == expected[-1].shape[1]
+
+
+@pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
+@pytest.mark.parametrize('drop_path_rate', [0., 0.3])
+def test_torchscript(aggregation, drop_path_rate):
+    model = tiny(aggregation=aggregation, drop_path_rate=drop_path_rate).eval()
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+    getter = FeatureGetterNet(model, out_indices=(0, 1, 2)).eval()
+    torch.testing.assert_close(torch.jit.script(getter)(x), getter(x))
+
+
+def test_export():
+    model = tiny().eval()
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
+def test_grad_checkpointing_gives_the_same_gradients(aggregation):
+    model = tiny(aggregation=aggregation).train()
+    x = torch.randn(4, 3, 16, 16)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
+def test_channels_last_gives_the_same_and_stays_channels_last(aggregation):
+    model = tiny(aggregation=aggregation).eval()
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    last = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), expected)
+    features = last.forward_features(x.to(memory_format=torch.channels_last))
+    assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_reset_classifier_keeps_or_replaces_pooling():
+    model = tiny(global_pool='max')
+    x = torch.randn(2, 3, 16, 16)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3) and model.head.global_pool.pool_type == 'max'
+    model.reset_classifier(0, 'catavgmax')
+    assert model(x).shape == (2, 2 * model.num_features) == (2, model.head_hidden_size)
+    model.reset_classifier(0, '')
+    assert model(x).shape == (2, model.num_features, 8, 8)
+    assert model.get_classifier() is model.head.fc
+
+
+def test_layer_decay_orders_stem_to_head():
+    model = timm.create_model('delugenet146')
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, layer_decay=0.9)
+    scale = {p: g['lr_scale'] for g in optimizer.param_groups for p in g['params']}
+    by_name = {n: scale[p] for n, p in model.named_parameters()}
+    order = ['stem.conv.weight', 'stages.0.transition.conv1.weight', 'stages.0.layers.0.conv1.weight',
+             'stages.0.layers.1.conv1.weight', 'stages.1.transition.conv.weight', 'stages.2.layers.23.conv3.weight',
+             'head.fc.weight']
+    scales = [by_name[n] for n in order]
+    assert scales == sorted(scales) and len(set(scales)) == len(scales) and scales[-1] == 1
+    assert by_name['stages.1.layers.3.conv1.weight'] == by_name['stages.1.cross_layers.3.weight']
+
+
+def test_muon_leaves_cross_layer_convolutions_to_its_fallback():
+    from timm.optim.muon import _is_suitable_for_muon
+
+    model = timm.create_model('delugenet146', device='meta')
+    for name, parameter in model.named_parameters():
+        if 'cross_layers' in name:
+            assert not _is_suitable_for_muon(parameter)
