@@ -1,0 +1,39 @@
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import timm_deluge  # noqa: F401 registers the models
+from timm_deluge import weights
+
+
+@pytest.fixture
+def scratch_weights(tmp_path, monkeypatch) -> Path:
+    """A weights folder with one untrained fp16 checkpoint, delugenet146.test_random, as the package's own."""
+    torch.manual_seed(0)
+    model = timm.create_model('delugenet146')
+    path = tmp_path / 'weights' / 'delugenet146.test_random.safetensors'
+    path.parent.mkdir()
+    state_dict = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    safetensors.torch.save_file(state_dict, path)
+    write_entry(path)
+    monkeypatch.setattr(weights, 'weights_dir', lambda: path.parent)
+    return path
+
+
+def write_entry(path: Path) -> None:
+    """Make the manifest beside a checkpoint describe the file as it is now."""
+    import hashlib
+
+    data = path.read_bytes()
+    entry = dict(
+        model='delugenet146', tag='test_random', file=path.name, bytes=len(data), num_params=6_709_380,
+        sha256=hashlib.sha256(data).hexdigest(), class_names=[f'class_{i}' for i in range(100)],
+        input_size=[3, 32, 32], mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], interpolation='bilinear', crop_pct=1.0,
+        dataset=dict(name='none', train_images=0, test_images=0, provenance='none'), recipe='none', epochs=0, seed=0,
+        hardware='none', hours=0.0, metrics=dict(top1=1.0, top5=5.0, num_images=0), command='none',
+    )
+    (path.parent / 'manifest.json').write_text(json.dumps({'checkpoints': [entry]}))

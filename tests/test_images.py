@@ -1,0 +1,114 @@
+"""Every image that Pillow reads becomes upright 8-bit RGB; what cannot be read is refused by name."""
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_deluge.images import ImageError, find_images, read_image
+
+GRADIENT = np.linspace(0, 255, 64 * 48).reshape(48, 64).round().astype(np.uint8)
+RGB = np.stack([GRADIENT, GRADIENT[::-1], np.full_like(GRADIENT, 90)], -1)
+
+
+def reread(tmp_path, image, name, **options):
+    image.save(tmp_path / name, **options)
+    result = read_image(tmp_path / name)
+    assert result.mode == 'RGB'
+    return np.asarray(result).astype(int)
+
+
+def assert_similar(image, expected, tolerance):
+    assert image.shape == expected.shape
+    assert np.abs(image - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.bmp', 'a.tiff', 'a.webp', 'a.gif', 'a.ppm'])
+def test_grey(tmp_path, name):
+    image = reread(tmp_path, Image.fromarray(GRADIENT), name, **({'lossless': True} if name.endswith('webp') else {}))
+    assert_similar(image, np.stack([GRADIENT] * 3, -1), 0)
+
+
+def test_sixteen_bits(tmp_path):
+    for name in ('a.png', 'a.tiff'):
+        image = reread(tmp_path, Image.fromarray(GRADIENT.astype(np.uint16) * 257), name)
+        assert_similar(image, np.stack([GRADIENT] * 3, -1), 0)
+
+
+def test_float(tmp_path):
+    for values in (GRADIENT.astype(np.float32), GRADIENT.astype(np.float32) / 255):
+        assert_similar(reread(tmp_path, Image.fromarray(values), 'a.tiff'), np.stack([GRADIENT] * 3, -1), 0)
+
+
+def test_bilevel_palette_cmyk(tmp_path):
+    bilevel = Image.fromarray(np.where(GRADIENT > 99, 255, 0).astype(np.uint8)).convert('1')
+    assert set(np.unique(reread(tmp_path, bilevel, 'a.png'))) == {0, 255}
+    palette = Image.fromarray(RGB).quantize(256)
+    assert_similar(reread(tmp_path, palette, 'b.png'), np.asarray(palette.convert('RGB')).astype(int), 0)
+    assert_similar(reread(tmp_path, Image.fromarray(RGB).convert('CMYK'), 'c.tiff'), RGB.astype(int), 2)
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    rgba = np.dstack([RGB, np.where(np.arange(64) < 32, 255, 0)[None].repeat(48, 0).astype(np.uint8)])
+    image = reread(tmp_path, Image.fromarray(rgba), 'a.png')
+    assert_similar(image[:, :32], RGB[:, :32].astype(int), 0)
+    assert (image[:, 32:] == 255).all()
+    palette = Image.new('P', (8, 8), 0)
+    palette.putpalette([0, 0, 0] * 256)
+    assert (reread(tmp_path, palette, 'b.png', transparency=0) == 255).all()
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = reread(tmp_path, Image.fromarray(RGB), 'a.png', exif=exif)
+    assert image.shape == ((48, 64, 3) if orientation < 5 else (64, 48, 3))
+
+
+def test_unreadable_files_say_why(tmp_path, monkeypatch):
+    good = io.BytesIO()
+    Image.fromarray(RGB).save(good, 'jpeg')
+    contents = {
+        'empty.jpg': (b'', 'the file is empty'),
+        'text.jpg': (b'this is no image', 'not an image that Pillow can read'),
+        'cut.jpg': (good.getvalue()[:len(good.getvalue()) // 2], 'corrupt or unreadable'),
+    }
+    for name, (data, message) in contents.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ImageError, match=message):
+            read_image(tmp_path / name)
+    with pytest.raises(ImageError, match='no such file'):
+        read_image(tmp_path / 'absent.jpg')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    (tmp_path / 'bomb.jpg').write_bytes(good.getvalue())
+    with pytest.raises(ImageError, match='more than 2,000 pixels'):
+        read_image(tmp_path / 'bomb.jpg')
+
+
+@pytest.mark.parametrize('fmt', ['png', 'jpeg', 'gif', 'webp', 'tiff', 'bmp', 'jpeg2000', 'ico', 'tga'])
+def test_damaged_files_are_read_or_refused(tmp_path, fmt):
+    out = io.BytesIO()
+    Image.fromarray(RGB).save(out, fmt)
+    rng = np.random.default_rng(0)
+    path = tmp_path / 'a'
+    for _ in range(40):
+        data = np.frombuffer(out.getvalue(), np.uint8).copy()
+        data[rng.integers(0, len(data), 8)] = rng.integers(0, 256, 8)
+        path.write_bytes(data.tobytes()[:rng.integers(1, len(data) + 1)])
+        try:
+            assert read_image(path).mode == 'RGB'
+        except ImageError:
+            pass
+
+
+def test_find_images(tmp_path, monkeypatch):
+    for name in ('b.png', 'a.JPG', 'notes.txt', 'sub/c.webp'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.name for p in find_images([str(tmp_path)])] == ['a.JPG', 'b.png', 'c.webp']
+    assert [p.name for p in find_images([str(tmp_path / '*.png')])] == ['b.png']
+    assert [p.name for p in find_images([str(tmp_path / '**' / '*.webp')])] == ['c.webp']
+    assert [p.name for p in find_images([str(tmp_path / 'notes.txt'), 'absent.png'])] == ['notes.txt', 'absent.png']
+    monkeypatch.setattr('sys.stdin', io.StringIO(f'{tmp_path / "b.png"}\n\n{tmp_path / "sub"}\n'))
+    assert [p.name for p in find_images(['-'])] == ['b.png', 'c.webp']
