@@ -48,7 +48,7 @@ def test_parameters_with_ten_classes(name, params):
 @pytest.mark.parametrize('name', sorted(COUNTS.keys() - {'resnetlike218_1x1'}))
 def test_parameters_as_printed(name):
     printed = PUBLISHED[name].params
-    num_classes = 10 if name == 'delugenet146' else None  # printed with CIFAR-10's classifier, the others with CIFAR-100's
+    num_classes = 10 if name == 'delugenet146' else None  # the others' figures are those with 100
     model = timm.create_model(name, num_classes=num_classes, device='meta')
     assert round(num_params(model) / 1e6, 1 if printed > 40 else 2) == printed
 

@@ -227,9 +227,9 @@ def test_topology_by_gradient():
     for cross_layer in block.cross_layers:
         cross_layer.register_forward_hook(lambda module, args, out: seen.append(out))
     block(torch.randn(1, 6, 4, 4).double().requires_grad_())
-    for l, x in enumerate(seen, start=1):
+    for layer, x in enumerate(seen, start=1):
         gradients = torch.autograd.grad(x.sum(), outputs, retain_graph=True, allow_unused=True)
-        assert [g is not None and bool(g.abs().sum() > 0) for g in gradients] == [i <= l for i in range(5)]
+        assert [g is not None and bool(g.abs().sum() > 0) for g in gradients] == [i <= layer for i in range(5)]
 
 
 def test_first_composite_layer_takes_the_raw_input():

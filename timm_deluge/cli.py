@@ -1,11 +1,11 @@
-"""The command line: `timm-deluge predict | report | weights | recipe`."""
+"""The command line: `timm-deluge predict | report | validate | weights | recipe`."""
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import timm
 import typer
@@ -15,8 +15,10 @@ from rich.table import Table
 
 from .images import find_images
 from .predict import Prediction, predict
+from .publish import add_checkpoint
 from .recipes import list_recipes, recipe_path
 from .report import create_report, format_reports
+from .validate import create_validation_loader, validate
 from .weights import Checkpoint, CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help='DelugeNets for timm.')
@@ -25,6 +27,7 @@ app.add_typer(weights_app, name='weights')
 console = Console()
 err_console = Console(stderr=True)
 
+T = TypeVar('T')
 EXAMPLE_IMAGE = Path(__file__).parent / 'assets' / 'example.jpg'
 
 
@@ -41,10 +44,10 @@ def _fail(message: object) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _show_progress(predictions: Iterator[Prediction], total: int) -> list[Prediction]:
-    columns = SpinnerColumn(), TextColumn('classifying'), MofNCompleteColumn(), TimeRemainingColumn()
+def _show_progress(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
+    columns = SpinnerColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
     with Progress(*columns, console=err_console, transient=True, disable=total < 2) as progress:
-        return list(progress.track(predictions, total=total))
+        yield from progress.track(items, total=total)
 
 
 @app.command('predict')
@@ -63,7 +66,7 @@ def predict_command(
     if not paths:
         _fail(f'no images in {", ".join(images or [])}')
     try:
-        predictions = _show_progress(predict(paths, model, top, batch_size, device), len(paths))
+        predictions = list(_show_progress(predict(paths, model, top, batch_size, device), len(paths), 'images'))
     except CheckpointError as error:
         _fail(error)
     if as_json:
@@ -107,6 +110,46 @@ def report(
     print(format_reports([create_report(name) for name in models], fmt.value))
 
 
+@app.command('validate')
+def validate_command(
+        name: Annotated[str, typer.Argument(help='Model, or model.tag.')],
+        data_dir: Annotated[Path, typer.Option(help='Folder with one folder of test images per class.')],
+        batch_size: Annotated[int, typer.Option(min=1, help='Images in a batch.')] = 250,
+        workers: Annotated[int, typer.Option(min=0, help='Loader processes.')] = 1,
+        device: Annotated[str, typer.Option(help="Where to run, such as 'cuda'.")] = 'cpu',
+) -> None:
+    """Measure a checkpoint's accuracy. Prints JSON; exits with 1 if it is not what the manifest says."""
+    checkpoint = _find(name)
+    try:
+        model = timm.create_model(checkpoint.name, pretrained=True).eval().to(device)
+        loader = create_validation_loader(model, data_dir, batch_size, workers, device)
+    except (CheckpointError, ValueError) as error:
+        _fail(error)
+    accuracy = validate(model, _show_progress(loader, len(loader), 'batches'), device)
+    figures = {'checkpoint': checkpoint.name, 'measured': asdict(accuracy), 'manifest': checkpoint.metrics}
+    print(json.dumps(figures, indent=2))
+    differing = any(abs(getattr(accuracy, key) - checkpoint.metrics[key]) > 0.1 for key in ('top1', 'top5'))
+    raise typer.Exit(int(differing))
+
+
+@weights_app.command('add')
+def weights_add(
+        run_dir: Annotated[Path, typer.Argument(help="Output folder of timm's train.py.")],
+        tag: Annotated[str, typer.Option(help='Pretrained tag, <recipe>_<dataset>.')],
+        data_dir: Annotated[Path, typer.Option(help='The data set, as train.py read it.')],
+        recipe_name: Annotated[str, typer.Option('--recipe', help='Recipe it was trained with.')],
+        dataset_name: Annotated[str, typer.Option('--dataset', help='Name of the data set.')],
+        provenance: Annotated[str, typer.Option(help='Where exactly the images come from.')],
+        hardware: Annotated[str, typer.Option(help='What it was trained on.')],
+) -> None:
+    """Publish a training run: write the fp16 file, measure its accuracy, add it to the manifest."""
+    try:
+        checkpoint = add_checkpoint(run_dir, tag, data_dir, recipe_name, dataset_name, provenance, hardware)
+    except (FileNotFoundError, ValueError) as error:
+        _fail(error)
+    console.print(f'{checkpoint.path}: {checkpoint.metrics}', soft_wrap=True)
+
+
 @weights_app.command('list')
 def weights_list() -> None:
     """List the checkpoints."""
@@ -115,7 +158,8 @@ def weights_list() -> None:
         table.add_column(column, justify='right')
     for c in list_checkpoints():
         top1, top5 = (f'{c.metrics[key]:.2f}' for key in ('top1', 'top5'))
-        table.add_row(c.name, c.dataset['name'], f'{len(c.class_names)}', top1, top5, f'{c.epochs}', f'{c.bytes / 1e6:.1f}')
+        size = f'{c.bytes / 1e6:.1f}'
+        table.add_row(c.name, c.dataset['name'], str(len(c.class_names)), top1, top5, str(c.epochs), size)
     console.print(table)
 
 
@@ -148,7 +192,8 @@ def _find(name: str) -> Checkpoint:
 
 @app.command()
 def recipe(
-        name: Annotated[str | None, typer.Argument(help='Name of a recipe; none lists them.', show_default=False)] = None,
+        name: Annotated[str | None, typer.Argument(
+            help='Name of a recipe; none lists them.', show_default=False)] = None,
 ) -> None:
     """Print the path of an option file for timm's train.py."""
     try:

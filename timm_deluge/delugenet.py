@@ -20,7 +20,8 @@ Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Inform
     - https://arxiv.org/abs/1611.05552 (Kuen, Kong, Wang and Tan, ICCV workshops 2017)
 """
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -60,7 +61,7 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         nn.init.constant_(self.weight, 1 / self.num_layers)
         nn.init.zeros_(self.bias)
 
-    def forward(self, layers: List[torch.Tensor]) -> torch.Tensor:
+    def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
         """Combine the layers.
 
         Args:
@@ -261,18 +262,19 @@ class DelugeNet(nn.Module):
                 norm=BatchNormAct2d(prev_chs, **dd),
                 pool=nn.MaxPool2d(3, stride=2, padding=1),
             ))
-            self.feature_info = [dict(num_chs=prev_chs, reduction=2, module='stem.norm')]
+            feature_info: list[dict[str, Any]] = [dict(num_chs=prev_chs, reduction=2, module='stem.norm')]
             curr_stride = 4
         else:
             self.stem = nn.Sequential(OrderedDict(
                 conv=nn.Conv2d(in_chans, prev_chs, 3, padding=1, bias=False, **dd),
             ))
-            self.feature_info = [dict(num_chs=prev_chs, reduction=1, module='stem.conv')]
+            feature_info = [dict(num_chs=prev_chs, reduction=1, module='stem.conv')]
             curr_stride = 1
+        self.stem_feat_idx = min(1, len(self.stem) - 1)  # the last stem layer before pooling
 
         # a composite layer that gives h_0 counts among its block's
         depths = [d - int(transition_type == '1x1' or (i == 0 and stem_type == 'cifar')) for i, d in enumerate(depths)]
-        block_dprs = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        block_dprs: Any = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         block_fn = DelugeBlock if aggregation == 'cross_layer' else ResidualBlock
         dilation = 1
         self.stages = nn.Sequential()
@@ -280,6 +282,7 @@ class DelugeNet(nn.Module):
             stride, first_dilation = 1 if i == 0 else 2, dilation
             if stride > 1 and curr_stride >= output_stride:
                 stride, dilation = 1, dilation * stride
+            transition: nn.Module
             if transition_type == '1x1':
                 transition = ProjectionLayer(prev_chs, width, stride, first_dilation, **dd)
             elif i > 0:
@@ -291,12 +294,12 @@ class DelugeNet(nn.Module):
             self.stages.append(block_fn(transition, depth, width, dilation, dpr, **dd))
             prev_chs = 2 * width
             curr_stride *= stride
-            self.feature_info.append(dict(num_chs=prev_chs, reduction=curr_stride, module=f'stages.{i}'))
+            feature_info.append(dict(num_chs=prev_chs, reduction=curr_stride, module=f'stages.{i}'))
 
-        self.stem_feat_idx = min(1, len(self.stem) - 1)  # the last stem layer before pooling
-
+        self.feature_info = feature_info
         self.num_features = prev_chs
-        self.norm = BatchNormAct2d(prev_chs, **dd)
+        norm: nn.Module = BatchNormAct2d(prev_chs, **dd)
+        self.norm = norm
         self.head = ClassifierHead(prev_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
 
@@ -312,7 +315,7 @@ class DelugeNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group parameters for layer-wise learning rate decay: a block (coarse) or a composite layer a group."""
         return dict(
             stem=r'^stem',
@@ -326,15 +329,16 @@ class DelugeNet(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute composite layers in the backward pass instead of keeping their activations."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                module.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """Get the classifier."""
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Reset the classifier.
 
         Args:
@@ -348,12 +352,12 @@ class DelugeNet(nn.Module):
     def forward_intermediates(
             self,
             x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
+            indices: int | list[int] | None = None,
             norm: bool = False,
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Forward features that returns intermediates.
 
         Args:
@@ -399,10 +403,10 @@ class DelugeNet(nn.Module):
 
     def prune_intermediate_layers(
             self,
-            indices: Union[int, List[int]] = 1,
+            indices: int | list[int] = 1,
             prune_norm: bool = False,
             prune_head: bool = True,
-    ) -> List[int]:
+    ) -> list[int]:
         """Remove what the wanted intermediates do not need.
 
         Args:
@@ -442,12 +446,12 @@ class DelugeNet(nn.Module):
         return self.forward_head(x)
 
 
-def _check_option(name: str, value: Union[int, str], choices: Tuple[Union[int, str], ...]) -> None:
+def _check_option(name: str, value: int | str, choices: tuple[int | str, ...]) -> None:
     if value not in choices:
         raise ValueError(f'{name}={value!r}: must be one of {", ".join(map(repr, choices))}')
 
 
-def _cfg(**kwargs) -> Dict[str, Any]:
+def _cfg(**kwargs) -> dict[str, Any]:
     return {
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
         'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
@@ -458,7 +462,7 @@ def _cfg(**kwargs) -> Dict[str, Any]:
     }
 
 
-def _cfg_cifar(**kwargs) -> Dict[str, Any]:
+def _cfg_cifar(**kwargs) -> dict[str, Any]:
     return _cfg(**{
         'num_classes': 100, 'input_size': (3, 32, 32), 'pool_size': (8, 8), 'crop_pct': 1.0,
         'mean': CIFAR100_MEAN, 'std': CIFAR100_STD, **kwargs,
@@ -481,7 +485,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Hold a checkpoint's tensors against the model before any is copied.
 
     Args:

@@ -108,7 +108,7 @@ def create_report(model_name: str, input_size: Sequence[int] | None = None, **mo
         RuntimeError: If timm has no such model.
     """
     model = timm.create_model(model_name, **model_args).eval()
-    input_size = tuple(input_size or model.pretrained_cfg['input_size'])
+    input_size = tuple(input_size or timm.data.resolve_model_data_config(model)['input_size'])
     with torch.no_grad():
         analysis = FlopCountAnalysis(model, torch.zeros(1, *input_size)).set_op_handle(**{
             'aten::batch_norm': _batch_norm,

@@ -1,11 +1,10 @@
 """The definition of the cross-layer depthwise convolution (paper, Sec. 3.2, Eq. 1)."""
-from typing import List
 
 import torch
 
 
 def cross_layer_depthwise_conv(
-        layers: List[torch.Tensor],
+        layers: list[torch.Tensor],
         weight: torch.Tensor,
         bias: torch.Tensor,
 ) -> torch.Tensor:

@@ -1,0 +1,159 @@
+"""The command line, as a person and as a script use it."""
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from timm_deluge import cli
+from timm_deluge.recipes import list_recipes, recipe_path
+from timm_deluge.weights import list_checkpoints
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+needs_checkpoint = pytest.mark.skipif(not list_checkpoints(), reason='no checkpoint is published yet')
+
+
+def invoke(*args, **kwargs):
+    return CliRunner().invoke(cli.app, [str(a) for a in args], env={'COLUMNS': '200'}, **kwargs)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ('one.png', 'two.jpg', 'three.webp'):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / name)
+    return tmp_path
+
+
+@needs_checkpoint
+def test_predict_without_an_image_shows_the_packaged_photograph():
+    result = invoke('predict')
+    assert result.exit_code == 0
+    assert 'example.jpg' in result.stdout and result.stdout.count('%') == 5
+
+
+@needs_checkpoint
+def test_predict_json_of_a_folder(photos):
+    result = invoke('predict', photos, '--json', '--top', 3, '--batch-size', 2)
+    assert result.exit_code == 0
+    predictions = json.loads(result.stdout)
+    assert [Path(p['path']).name for p in predictions] == ['one.png', 'three.webp', 'two.jpg']
+    for prediction in predictions:
+        probabilities = [c['probability'] for c in prediction['classes']]
+        assert len(probabilities) == 3 and probabilities == sorted(probabilities, reverse=True)
+
+
+@needs_checkpoint
+def test_predict_agrees_with_timm(photos):
+    model = timm.create_model('delugenet146', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    probabilities = model(transform(Image.open(photos / 'one.png'))[None]).softmax(-1)[0]
+    best = json.loads(invoke('predict', photos / 'one.png', '--json', '--top', 1).stdout)[0]['classes'][0]
+    assert best['name'] == model.pretrained_cfg['label_names'][probabilities.argmax()]
+    assert best['probability'] == pytest.approx(probabilities.max().item(), abs=1e-5)
+
+
+@needs_checkpoint
+def test_predict_skips_what_it_cannot_read_and_says_so(photos):
+    (photos / 'empty.png').touch()
+    (photos / 'text.png').write_text('no image')
+    result = invoke('predict', photos, '--top', 1)
+    assert result.exit_code == 1
+    assert 'empty.png: the file is empty' in result.stderr
+    assert 'text.png: not an image that Pillow can read' in result.stderr
+    assert all(name in result.stdout for name in ('one.png', 'two.jpg', 'three.webp'))
+    as_json = invoke('predict', photos, '--json')
+    assert as_json.exit_code == 1
+    assert [e['path'] for e in json.loads(as_json.stdout) if 'error' in e] == [
+        str(photos / 'empty.png'), str(photos / 'text.png')]
+
+
+@needs_checkpoint
+def test_predict_reads_paths_from_standard_input(photos):
+    result = invoke('predict', '-', '--json', input=f'{photos / "one.png"}\n{photos / "two.jpg"}\n')
+    assert len(json.loads(result.stdout)) == 2
+
+
+@needs_checkpoint
+def test_predict_caps_top_at_the_number_of_classes(photos):
+    assert len(json.loads(invoke('predict', photos / 'one.png', '--json', '--top', 1000).stdout)[0]['classes']) == 100
+
+
+def test_predict_with_a_model_that_has_no_checkpoint(photos):
+    result = invoke('predict', photos, '--model', 'wide_resnetlike146_1x1')
+    assert result.exit_code == 2
+    assert 'wide_resnetlike146_1x1 has no pretrained checkpoint yet' in result.stderr
+
+
+def test_predict_of_an_empty_folder(tmp_path):
+    result = invoke('predict', tmp_path)
+    assert result.exit_code == 2 and 'no images in' in result.stderr
+
+
+def test_report_formats():
+    assert json.loads(invoke('report', 'delugenet146', '--format', 'json').stdout)[0]['params'] == 6_709_380
+    assert invoke('report', 'resnetlike146_1x1', '--format', 'markdown').stdout.startswith('| model')
+
+
+def test_report_of_an_unknown_model_suggests_similar_names():
+    result = invoke('report', 'delugenet1')
+    assert result.exit_code == 2 and "no model 'delugenet1'" in result.stderr and 'delugenet104' in result.stderr
+
+
+def test_weights_commands(scratch_weights):
+    assert 'delugenet146.test_random' in invoke('weights', 'list').stdout
+    assert json.loads(invoke('weights', 'show', 'delugenet146').stdout)['tag'] == 'test_random'
+    assert invoke('weights', 'show', 'delugenet92').exit_code == 2
+    assert invoke('weights', 'verify').exit_code == 0
+    scratch_weights.write_bytes(b'spoiled')
+    result = invoke('weights', 'verify')
+    assert result.exit_code == 1 and '7 bytes, but the manifest says' in result.stderr
+
+
+def test_recipe_prints_a_path_and_nothing_else():
+    assert invoke('recipe').stdout.split() == list_recipes()
+    for name in list_recipes():
+        assert Path(invoke('recipe', name).stdout.strip()) == recipe_path(name)
+    result = invoke('recipe', 'nonsense')
+    assert result.exit_code == 2 and "no recipe 'nonsense'" in result.stderr
+
+
+@pytest.mark.parametrize('name', list_recipes())
+def test_recipe_trains_a_model_of_ours(name):
+    options = yaml.safe_load(recipe_path(name).read_text())
+    assert options['device_modules'] == ['timm_deluge']
+    assert timm.is_model(options['model']) and options['model'] in timm.list_models(module='delugenet')
+
+
+@pytest.mark.parametrize('name', ['delugenet122', 'resnetlike146_1x1'])
+def test_torch_hub_from_the_checkout(name):
+    model = torch.hub.load(str(REPOSITORY), name, source='local', num_classes=3)
+    assert model.num_classes == 3
+
+
+def test_torch_hub_knows_every_model():
+    entrypoints = runpy.run_path(str(REPOSITORY / 'hubconf.py'))
+    assert sorted(n for n, f in entrypoints.items() if callable(f)) == sorted(timm.list_models(module='delugenet'))
+
+
+def test_run_executes_a_script_with_the_models_registered(tmp_path):
+    (tmp_path / 'sibling.py').write_text('NAME = "delugenet92"')
+    script = tmp_path / 'script.py'
+    script.write_text('import sys, timm, sibling\nprint(timm.is_model(sibling.NAME), sys.argv[1:], __name__)')
+    out = subprocess.run([sys.executable, '-m', 'timm_deluge.run', str(script), '--flag', 'x'], text=True,
+                         capture_output=True, check=True)
+    assert out.stdout.strip() == "True ['--flag', 'x'] __main__"
+
+
+def test_run_names_a_missing_script(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['run', 'absent.py'])
+    with pytest.raises(SystemExit, match='absent.py: no such script'):
+        runpy.run_module('timm_deluge.run', run_name='__main__')

@@ -1,0 +1,132 @@
+"""Text made from the manifest and the reports: the README's table of models and the Hugging Face model card."""
+from collections.abc import Sequence
+
+from huggingface_hub import EvalResult, ModelCardData
+from tabulate import tabulate
+
+from .paper import PUBLISHED
+from .report import ModelReport
+from .weights import Checkpoint
+
+__all__ = ['model_card', 'model_table']
+
+CITATION = '''```bibtex
+@inproceedings{kuen2017delugenets,
+  title     = {DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows},
+  author    = {Kuen, Jason and Kong, Xiangfei and Wang, Gang and Tan, Yap-Peng},
+  booktitle = {IEEE International Conference on Computer Vision Workshops},
+  year      = {2017},
+}
+```'''
+
+
+def _error(checkpoint: Checkpoint) -> str:
+    return f'{100 - checkpoint.metrics["top1"]:.2f}'
+
+
+def _data_set(checkpoint: Checkpoint) -> str:
+    return checkpoint.tag.rsplit('_', 1)[-1]
+
+
+def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint]) -> str:
+    """The models beside what the paper printed of them, in Markdown.
+
+    Args:
+        reports: A report of each model.
+        checkpoints: The manifest.
+
+    Returns:
+        The table.
+    """
+    rows = []
+    for report in reports:
+        published = PUBLISHED[report.name]
+        ours = {_data_set(c): _error(c) for c in checkpoints if c.model == report.name}
+        rows.append({
+            'model': f'`{report.name}`',
+            'input': f'{report.input_size[1]}²',
+            'parameters': f'{report.params:,}',
+            'paper: M': f'{published.params:g}',
+            'GFLOPs, fvcore': f'{report.flops / 1e9:.2f}',
+            'GFLOPs, paper’s way': f'{report.paper_flops / 1e9:.2f}',
+            'paper: GFLOPs': f'{published.gflops:g}' if published.gflops else '',
+            'error %: ours': ', '.join(f'{e} ({d})' for d, e in ours.items()) or 'not trained yet',
+            'paper: error %': ', '.join(f'{e:.2f} ({d})' for d, e in published.top1_error.items()),
+        })
+    return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
+
+
+def model_card(checkpoints: Sequence[Checkpoint]) -> str:
+    """The model card of the whole zoo, in the Hugging Face form.
+
+    Args:
+        checkpoints: The manifest.
+
+    Returns:
+        YAML header with a model-index, and Markdown.
+    """
+    data = ModelCardData(
+        model_name='timm-deluge',
+        license='apache-2.0',
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['timm', 'image-classification', 'delugenet'],
+        datasets=sorted({_data_set(c) for c in checkpoints}),
+        eval_results=[
+            EvalResult(
+                task_type='image-classification', dataset_type=_data_set(c), dataset_name=c.dataset['name'],
+                dataset_split='test', metric_type=metric_type, metric_name=f'{metric_name}, {c.name}',
+                metric_value=c.metrics[key],
+            )
+            for c in checkpoints
+            for key, metric_type, metric_name in (('top1', 'accuracy', 'Top-1 accuracy'),
+                                                  ('top5', 'top-5-accuracy', 'Top-5 accuracy'))
+        ],
+    )
+    sections = [
+        f'---\n{data.to_yaml()}\n---',
+        '# DelugeNets',
+        'Convolutional networks whose layers see every earlier layer of their block through learned cross-layer '
+        'depthwise convolutions, trained by the timm-deluge project. The paper published no weights; these are ours.',
+        '## Checkpoints',
+        tabulate([{
+            'checkpoint': f'`{c.name}`', 'data': c.dataset['name'], 'classes': len(c.class_names),
+            'top-1 %': f'{c.metrics["top1"]:.2f}', 'top-5 %': f'{c.metrics["top5"]:.2f}',
+            'test images': c.metrics['num_images'], 'epochs': c.epochs, 'hours': c.hours, 'MB': f'{c.bytes / 1e6:.1f}',
+        } for c in checkpoints], headers='keys', tablefmt='github', disable_numparse=True),
+        *(_checkpoint_section(c) for c in checkpoints),
+        '## Use',
+        '```python\nimport timm, timm_deluge\n\n'
+        f"model = timm.create_model('{checkpoints[0].name}', pretrained=True).eval()\n```"
+        if checkpoints else 'No checkpoint is published yet.',
+        '## Intended use and limits',
+        'For research on how layers connect, for feature extraction and fine-tuning on small images, and as a '
+        'baseline. The checkpoints know only the classes they were trained on and answer with one of them for any '
+        'picture; their probabilities are not calibrated. They carry the biases of their training images and are not '
+        'meant for decisions about people.',
+        '## Citation',
+        CITATION,
+    ]
+    return '\n\n'.join(sections) + '\n'
+
+
+def _checkpoint_section(checkpoint: Checkpoint) -> str:
+    published = PUBLISHED[checkpoint.model].top1_error.get(_data_set(checkpoint))
+    paper = f' The paper reports an error of {published:.2f} %, after 300 epochs on GPUs.' if published else ''
+    rows = [
+        ('architecture', f'`{checkpoint.model}`, {checkpoint.num_params:,} parameters'),
+        ('data', f'{checkpoint.dataset["name"]}, {checkpoint.dataset["train_images"]:,} images; '
+                 f'{checkpoint.dataset["provenance"]}'),
+        ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epochs, seed {checkpoint.seed}, '
+                     f'{checkpoint.hours} hours on {checkpoint.hardware}'),
+        ('input', f'{"×".join(map(str, checkpoint.input_size))}, {checkpoint.interpolation} interpolation, '
+                  f'mean {tuple(checkpoint.mean)}, std {tuple(checkpoint.std)}'),
+        ('file', f'`{checkpoint.file}`, {checkpoint.bytes:,} bytes, SHA-256 `{checkpoint.sha256}`'),
+        ('reproduce', f'`{checkpoint.command}`'),
+    ]
+    return '\n\n'.join([
+        f'### {checkpoint.name}',
+        f'Error on {checkpoint.metrics["num_images"]:,} test images: {_error(checkpoint)} % (top-5: '
+        f'{100 - checkpoint.metrics["top5"]:.2f} %), measured from the published fp16 file.{paper}',
+        tabulate(rows, headers=('', checkpoint.tag), tablefmt='github', disable_numparse=True),
+    ])

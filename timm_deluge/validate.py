@@ -1,0 +1,82 @@
+"""Measure a checkpoint's accuracy on a labelled image folder."""
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from torch import nn
+
+__all__ = ['Accuracy', 'create_validation_loader', 'validate']
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy on a data set.
+
+    Attributes:
+        top1: Images whose most probable class is the right one, in percent.
+        top5: Images whose five most probable classes contain the right one, in percent.
+        num_images: Number of images.
+    """
+    top1: float
+    top5: float
+    num_images: int
+
+
+def create_validation_loader(model: nn.Module, folder: Path, batch_size: int, workers: int, device: str = 'cpu'):
+    """Batches of a folder that holds one folder of images per class.
+
+    Args:
+        model: A model of timm, whose pretrained configuration says how to prepare the images.
+        folder: The images.
+        batch_size: Number of images in a batch.
+        workers: Number of loader processes.
+        device: Where the batches go.
+
+    Returns:
+        timm's loader: ``(images, targets)``, every image once.
+
+    Raises:
+        ValueError: If the folder is missing or its classes are not as many as the model's.
+    """
+    if not folder.is_dir():
+        raise ValueError(f'{folder}: no such folder; it should hold one folder of images per class')
+    num_folders = sum(p.is_dir() for p in folder.iterdir())
+    if num_folders != model.num_classes:
+        raise ValueError(f'{folder}: {num_folders} class folders, but the model knows {model.num_classes} classes')
+    config = resolve_data_config(model=model)
+    return create_loader(
+        create_dataset('', root=str(folder)),
+        input_size=config['input_size'],
+        batch_size=batch_size,
+        interpolation=config['interpolation'],
+        mean=config['mean'],
+        std=config['std'],
+        crop_pct=config['crop_pct'],
+        num_workers=workers,
+        device=torch.device(device),
+        use_prefetcher=False,
+    )
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, batches: Iterable, device: str = 'cpu') -> Accuracy:
+    """Count right answers.
+
+    Args:
+        model: The model, in eval mode, on `device`.
+        batches: Pairs of images ``[N, C, H, W]`` and class indices ``[N]``.
+        device: Where to run, such as 'cpu' or 'cuda'.
+
+    Returns:
+        The accuracy.
+    """
+    num_images = top1 = top5 = 0
+    for images, targets in batches:
+        ranked = model(images.to(device)).topk(5).indices
+        hits = ranked.eq(targets.to(device)[:, None])
+        top1 += int(hits[:, 0].sum())
+        top5 += int(hits.any(1).sum())
+        num_images += len(targets)
+    return Accuracy(100 * top1 / num_images, 100 * top5 / num_images, num_images)
