@@ -1,5 +1,6 @@
 """The command line: `timm-deluge predict | report | validate | weights | recipe`."""
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -86,12 +87,16 @@ def _as_dict(prediction: Prediction) -> dict[str, object]:
     return {'path': prediction.path, 'classes': [{'name': n, 'probability': p} for n, p in prediction.classes]}
 
 
+def _shorten(path: str) -> str:
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
+
+
 def _print_predictions(predictions: list[Prediction]) -> None:
     table = Table('image', 'class', header_style='bold')
     table.add_column('probability', justify='right')
     for prediction in predictions:
         for i, (name, probability) in enumerate(prediction.classes):
-            table.add_row(prediction.path if i == 0 else '', name.replace('_', ' '), f'{probability:.1%}')
+            table.add_row(_shorten(prediction.path) if i == 0 else '', name.replace('_', ' '), f'{probability:.1%}')
         table.add_section()
     if predictions:
         console.print(table)

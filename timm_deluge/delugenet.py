@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import BatchNormAct2d, ClassifierHead, DropPath, calculate_drop_path_rates, get_device_dtype
+from timm.layers import BatchNormAct2d, ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
@@ -301,7 +301,7 @@ class DelugeNet(nn.Module):
         norm: nn.Module = BatchNormAct2d(prev_chs, **dd)
         self.norm = norm
         self.head = ClassifierHead(prev_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = prev_chs * self.head.global_pool.feat_mult()
 
         self.init_weights()
 
@@ -346,8 +346,16 @@ class DelugeNet(nn.Module):
             global_pool: Global pooling type, unchanged if None.
         """
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
-        self.head_hidden_size = self.head.num_features
+        parameter = next(self.parameters())
+        self.head = ClassifierHead(
+            self.num_features,
+            num_classes,
+            pool_type=self.head.global_pool.pool_type if global_pool is None else global_pool,
+            drop_rate=self.drop_rate,
+            device=parameter.device,
+            dtype=parameter.dtype,
+        ).train(self.training)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
             self,

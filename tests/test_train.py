@@ -1,0 +1,64 @@
+"""timm's unmodified scripts train, resume and measure these models."""
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_deluge.recipes import list_recipes, recipe_path
+from timm_deluge.weights import list_checkpoints
+
+SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', ''))
+pytestmark = pytest.mark.skipif(
+    not os.environ.get('TIMM_SCRIPTS'),
+    reason="TIMM_SCRIPTS does not name a checkout of timm's repository, which has train.py and validate.py")
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Twelve pictures of noise in two classes."""
+    rng = np.random.default_rng(0)
+    for split in ('train', 'validation'):
+        for i in range(12):
+            path = tmp_path / 'images' / split / f'class_{i % 2}' / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    return tmp_path / 'images'
+
+
+def run(*command) -> str:
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout + result.stderr
+
+
+def train(recipe, images, output, *options) -> list[dict[str, str]]:
+    """Train for a few steps of four images; return the epochs' summaries."""
+    run(SCRIPTS / 'train.py', '--config', recipe_path(recipe), '--data-dir', images, '--output', output,
+        '--experiment', 'run', '--device', 'cpu', '--batch-size', 4, '--workers', 1, *options)
+    return list(csv.DictReader((output / 'run' / 'summary.csv').open()))
+
+
+@pytest.mark.parametrize('recipe', list_recipes())
+def test_recipe_trains(recipe, images, tmp_path):
+    epochs = train(recipe, images, tmp_path / 'out', '--epochs', 1, '--warmup-epochs', 0)
+    assert len(epochs) == 1 and 0 < float(epochs[0]['train_loss']) < 20
+
+
+def test_training_resumes_after_its_last_epoch(images, tmp_path):
+    options = ('--epochs', 3, '--warmup-epochs', 0)
+    first = train('cifar100_delugenet146', images, tmp_path / 'out', *options)
+    checkpoint = tmp_path / 'out' / 'run' / 'checkpoint-1.pth.tar'
+    resumed = train('cifar100_delugenet146', images, tmp_path / 'resumed', *options, '--resume', checkpoint)
+    assert [e['epoch'] for e in first] == ['0', '1', '2'] and [e['epoch'] for e in resumed] == ['2']
+
+
+@pytest.mark.skipif(not list_checkpoints(), reason='no checkpoint is published yet')
+def test_validate_script_through_run(images):
+    out = run('-m', 'timm_deluge.run', SCRIPTS / 'validate.py', '--model', 'delugenet146', '--pretrained',
+              '--data-dir', images, '--split', 'validation', '--device', 'cpu', '--batch-size', 4, '--workers', 1)
+    assert '"param_count": 6.71' in out
