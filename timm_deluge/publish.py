@@ -6,7 +6,8 @@ from typing import Any
 import safetensors.torch
 import timm
 import yaml
-from timm.models import load_state_dict
+from timm.data import resolve_data_config
+from timm.models import load_state_dict, resolve_pretrained_cfg
 
 from .validate import create_validation_loader, validate
 from .weights import Checkpoint, list_checkpoints, weights_dir, write_manifest
@@ -46,14 +47,15 @@ def add_checkpoint(
     last = run_dir / 'last.pth.tar'
     state_dict = {k: v.half() if v.is_floating_point() else v for k, v in load_state_dict(str(last)).items()}
     class_names = sorted(p.name for p in (data_dir / args['train_split']).iterdir() if p.is_dir())
-    input_config = dict(
-        input_size=args['input_size'], mean=args['mean'], std=args['std'],
-        interpolation=args['interpolation'], crop_pct=args['crop_pct'],
-    )
     file = f'{args["model"]}.{tag}.safetensors'
     path = weights_dir() / file
     safetensors.torch.save_file({k: v.contiguous() for k, v in state_dict.items()}, path)
 
+    config = resolve_data_config(args, pretrained_cfg=resolve_pretrained_cfg(args['model']).to_dict())
+    input_config = dict(
+        input_size=list(config['input_size']), mean=list(config['mean']), std=list(config['std']),
+        interpolation=config['interpolation'], crop_pct=config['crop_pct'],
+    )
     model = timm.create_model(args['model'], num_classes=len(class_names), pretrained_cfg_overlay=input_config)
     model.load_state_dict(safetensors.torch.load_file(path))
     loader = create_validation_loader(model, data_dir / args['val_split'], batch_size=250, workers=1)

@@ -74,7 +74,8 @@ def validate(model: nn.Module, batches: Iterable, device: str = 'cpu') -> Accura
     """
     num_images = top1 = top5 = 0
     for images, targets in batches:
-        ranked = model(images.to(device)).topk(5).indices
+        logits = model(images.to(device))
+        ranked = logits.topk(min(5, logits.shape[-1])).indices
         hits = ranked.eq(targets.to(device)[:, None])
         top1 += int(hits[:, 0].sum())
         top5 += int(hits.any(1).sum())

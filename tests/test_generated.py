@@ -1,0 +1,42 @@
+"""What is generated is up to date: README, model card and reports say what the code and the manifest say."""
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from timm_deluge.weights import list_checkpoints
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='module')
+def texts():
+    return runpy.run_path(str(REPOSITORY / 'reports' / 'generate.py'))['generate']()
+
+
+def without_probabilities(text: str) -> str:
+    """Leave out what another processor may round differently."""
+    return re.sub(r'\d+\.\d%', '', text)
+
+
+def test_generated_files_are_up_to_date(texts):
+    for path, text in texts.items():
+        stale = f'{path.name} is out of date: run `python reports/generate.py`'
+        assert without_probabilities(path.read_text(encoding='utf-8')) == without_probabilities(text), stale
+
+
+def test_readme_shows_the_model_table(texts):
+    readme = texts[REPOSITORY / 'README.md']
+    assert '| `delugenet122`' in readme and '63,620,392' in readme
+    assert all(f'{100 - c.metrics["top1"]:.2f}' in readme for c in list_checkpoints())
+
+
+def test_model_card_is_in_hugging_face_form(texts):
+    card = ModelCard(texts[REPOSITORY / 'MODEL_CARD.md'])
+    assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'
+    measured = {(r.metric_name, r.metric_value) for r in card.data.eval_results or []}
+    for checkpoint in list_checkpoints():
+        assert (f'Top-1 accuracy, {checkpoint.name}', checkpoint.metrics['top1']) in measured
+        assert checkpoint.sha256 in card.text

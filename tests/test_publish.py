@@ -1,0 +1,121 @@
+"""A training run becomes a checkpoint with a measured accuracy, and the measurement can be repeated."""
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from timm_deluge import cli, weights
+from timm_deluge.publish import add_checkpoint
+from timm_deluge.validate import create_validation_loader, validate
+
+PROVENANCE = dict(recipe='cifar100_delugenet146', dataset_name='Noise', provenance='numpy', hardware='none')
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 2), ('validation', 7)):
+        for c in range(3):
+            for i in range(count):
+                path = tmp_path / 'data' / split / f'class_{c}' / f'{i}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    return tmp_path / 'data'
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """What timm's train.py leaves behind."""
+    torch.manual_seed(0)
+    model = timm.create_model('resnetlike146_1x1', num_classes=3)
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    args = dict(model='resnetlike146_1x1', train_split='train', val_split='validation', epochs=8, seed=42,
+                input_size=None, mean=[0.4, 0.4, 0.4], std=[0.2, 0.2, 0.2], interpolation='bilinear', crop_pct=1.0)
+    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    torch.save({'state_dict': model.state_dict()}, folder / 'last.pth.tar')
+    return folder
+
+
+@pytest.fixture
+def weights_dir(tmp_path, monkeypatch):
+    folder = tmp_path / 'weights'
+    folder.mkdir()
+    (folder / 'manifest.json').write_text('{"checkpoints": []}')
+    monkeypatch.setattr(weights, 'weights_dir', lambda: folder)
+    monkeypatch.setattr('timm_deluge.publish.weights_dir', lambda: folder)
+    return folder
+
+
+def test_accuracy_counts_right_answers():
+    logits = torch.eye(10)[[0, 1, 2, 3]] + torch.tensor([0.] * 5 + [-1.] * 5)
+    accuracy = validate(torch.nn.Identity(), [(logits[:2], torch.tensor([0, 2])), (logits[2:], torch.tensor([9, 3]))])
+    assert (accuracy.top1, accuracy.top5, accuracy.num_images) == (50, 75, 4)
+
+
+def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
+    checkpoint = add_checkpoint(run_dir, 'test_noise', data_dir, **PROVENANCE)
+    assert weights.list_checkpoints() == [checkpoint] == [weights.find_checkpoint('resnetlike146_1x1', 'test_noise')]
+    weights.verify_checkpoint(checkpoint)
+    assert checkpoint.class_names == ['class_0', 'class_1', 'class_2']
+    assert (checkpoint.epochs, checkpoint.seed, checkpoint.mean) == (8, 42, [0.4, 0.4, 0.4])
+    assert (checkpoint.dataset['train_images'], checkpoint.dataset['test_images']) == (6, 21)
+    trained = torch.load(run_dir / 'last.pth.tar')['state_dict']
+    published = safetensors.torch.load_file(checkpoint.path)
+    assert all(torch.equal(v, trained[k].half() if trained[k].is_floating_point() else trained[k])
+               for k, v in published.items())
+
+    model = timm.create_model('resnetlike146_1x1', num_classes=3).eval()
+    model.load_state_dict(published)
+    mean, std = 0.4, 0.2
+    hits = 0
+    for c in range(3):
+        for path in sorted((data_dir / 'validation' / f'class_{c}').iterdir()):
+            x = (torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 255 - mean) / std
+            hits += int(model(x).argmax() == c)
+    assert checkpoint.metrics == dict(top1=round(100 * hits / 21, 2), top5=100.0, num_images=21)
+
+    again = add_checkpoint(run_dir, 'test_noise', data_dir, **PROVENANCE)
+    assert weights.list_checkpoints() == [again]
+
+
+def test_validate_command_compares_with_the_manifest(run_dir, data_dir, weights_dir, monkeypatch):
+    checkpoint = add_checkpoint(run_dir, 'test_noise', data_dir, **PROVENANCE)
+    create_model = timm.create_model
+
+    def create_unregistered(name, pretrained, **kwargs):  # timm's registry was filled before this checkpoint existed
+        overlay = {**checkpoint.pretrained_cfg(), **kwargs.get('pretrained_cfg_overlay', {})}
+        return create_model(name.split('.')[0], pretrained=pretrained, pretrained_cfg_overlay=overlay)
+
+    monkeypatch.setattr(cli.timm, 'create_model', create_unregistered)
+    args = ['validate', 'resnetlike146_1x1', '--data-dir', str(data_dir / 'validation'), '--workers', '0']
+    result = CliRunner().invoke(cli.app, args)
+    assert result.exit_code == 0
+    figures = json.loads(result.stdout)
+    assert figures['measured']['top1'] == pytest.approx(figures['manifest']['top1'], abs=0.01)
+
+    manifest = json.loads((weights_dir / 'manifest.json').read_text())
+    manifest['checkpoints'][0]['metrics']['top1'] += 0.2
+    (weights_dir / 'manifest.json').write_text(json.dumps(manifest))
+    assert CliRunner().invoke(cli.app, args).exit_code == 1
+
+
+def test_wrong_folders_are_named(data_dir):
+    model = timm.create_model('resnetlike146_1x1')
+    with pytest.raises(ValueError, match='absent: no such folder'):
+        create_validation_loader(model, data_dir / 'absent', 4, 0)
+    with pytest.raises(ValueError, match='3 class folders, but the model knows 100 classes'):
+        create_validation_loader(model, data_dir / 'validation', 4, 0)
+
+
+def test_incomplete_run(tmp_path, data_dir):
+    result = CliRunner().invoke(cli.app, [
+        'weights', 'add', str(tmp_path), '--tag', 't', '--data-dir', str(data_dir), '--recipe', 'r', '--dataset', 'd',
+        '--provenance', 'p', '--hardware', 'h'])
+    assert result.exit_code == 2 and 'args.yaml' in result.stderr
