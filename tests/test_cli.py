@@ -36,14 +36,14 @@ def photos(tmp_path):
 @needs_checkpoint
 def test_predict_without_an_image_shows_the_packaged_photograph():
     result = invoke('predict')
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     assert 'example.jpg' in result.stdout and result.stdout.count('%') == 5
 
 
 @needs_checkpoint
 def test_predict_json_of_a_folder(photos):
     result = invoke('predict', photos, '--json', '--top', 3, '--batch-size', 2)
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     predictions = json.loads(result.stdout)
     assert [Path(p['path']).name for p in predictions] == ['one.png', 'three.webp', 'two.jpg']
     for prediction in predictions:
@@ -91,6 +91,11 @@ def test_predict_with_a_model_that_has_no_checkpoint(photos):
     result = invoke('predict', photos, '--model', 'wide_resnetlike146_1x1')
     assert result.exit_code == 2
     assert 'wide_resnetlike146_1x1 has no pretrained checkpoint yet' in result.stderr
+
+
+def test_predict_on_a_device_that_is_not_there(photos):
+    result = invoke('predict', photos, '--device', 'xpu:77')
+    assert result.exit_code == 2 and "cannot run on 'xpu:77'" in result.stderr
 
 
 def test_predict_of_an_empty_folder(tmp_path):

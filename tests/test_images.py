@@ -80,6 +80,9 @@ def test_unreadable_files_say_why(tmp_path, monkeypatch):
             read_image(tmp_path / name)
     with pytest.raises(ImageError, match='no such file'):
         read_image(tmp_path / 'absent.jpg')
+    for path in find_images(['long' * 2000 + '.jpg', 'zero\0byte.jpg']):
+        with pytest.raises(ImageError, match='unreadable'):
+            read_image(path)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
     (tmp_path / 'bomb.jpg').write_bytes(good.getvalue())
     with pytest.raises(ImageError, match='more than 2,000 pixels'):
@@ -103,7 +106,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, fmt):
 
 
 def test_find_images(tmp_path, monkeypatch):
-    for name in ('b.png', 'a.JPG', 'notes.txt', 'sub/c.webp'):
+    for name in ('b.png', 'a.JPG', 'notes.txt', 'notes.pdf', 'sub/c.webp'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [p.name for p in find_images([str(tmp_path)])] == ['a.JPG', 'b.png', 'c.webp']

@@ -96,7 +96,7 @@ def test_validate_command_compares_with_the_manifest(run_dir, data_dir, weights_
     monkeypatch.setattr(cli.timm, 'create_model', create_unregistered)
     args = ['validate', 'resnetlike146_1x1', '--data-dir', str(data_dir / 'validation'), '--workers', '0']
     result = CliRunner().invoke(cli.app, args)
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     assert figures['measured']['top1'] == pytest.approx(figures['manifest']['top1'], abs=0.01)
 

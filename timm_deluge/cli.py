@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 import timm
+import torch
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -45,6 +46,17 @@ def _fail(message: object) -> NoReturn:
     raise typer.Exit(2)
 
 
+def _check_device(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f'cannot run on {device!r}: {str(error).splitlines()[0]}') from error
+    return device
+
+
+Device = Annotated[str, typer.Option(callback=_check_device, help="Where to run, such as 'cuda'.")]
+
+
 def _show_progress(items: Iterable[T], total: int, unit: str) -> Iterator[T]:
     columns = SpinnerColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
     with Progress(*columns, console=err_console, transient=True, disable=total < 2) as progress:
@@ -60,7 +72,7 @@ def predict_command(
         top: Annotated[int, typer.Option(min=1, help='Number of classes to show.')] = 5,
         as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
         batch_size: Annotated[int, typer.Option(min=1, help='Images classified at once.')] = 32,
-        device: Annotated[str, typer.Option(help="Where to run, such as 'cuda'.")] = 'cpu',
+        device: Device = 'cpu',
 ) -> None:
     """Classify images. Exits with 1 if any could not be read."""
     paths = list(find_images(images or [str(EXAMPLE_IMAGE)]))
@@ -121,7 +133,7 @@ def validate_command(
         data_dir: Annotated[Path, typer.Option(help='Folder with one folder of test images per class.')],
         batch_size: Annotated[int, typer.Option(min=1, help='Images in a batch.')] = 250,
         workers: Annotated[int, typer.Option(min=0, help='Loader processes.')] = 1,
-        device: Annotated[str, typer.Option(help="Where to run, such as 'cuda'.")] = 'cpu',
+        device: Device = 'cpu',
 ) -> None:
     """Measure a checkpoint's accuracy. Prints JSON; exits with 1 if it is not what the manifest says."""
     checkpoint = _find(name)

@@ -1,5 +1,6 @@
 """Find images and read them, whatever mode they were saved in."""
 import glob
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -25,13 +26,13 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
     Yields:
         Paths of files, a folder's sorted by name. What does not exist is yielded as it is, for `read_image` to refuse.
     """
-    extensions = Image.registered_extensions()
+    extensions = {suffix for suffix, fmt in Image.registered_extensions().items() if fmt in Image.OPEN}
     for path in paths:
         if path == '-':
             yield from find_images(line for line in sys.stdin.read().splitlines() if line and line != '-')
-        elif Path(path).is_dir():
+        elif os.path.isdir(path):
             yield from sorted(p for p in Path(path).rglob('*') if p.suffix.lower() in extensions and p.is_file())
-        elif Path(path).exists():
+        elif os.path.exists(path):
             yield Path(path)
         else:
             yield from map(Path, sorted(glob.glob(path, recursive=True)) or [path])

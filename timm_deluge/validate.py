@@ -57,6 +57,7 @@ def create_validation_loader(model: nn.Module, folder: Path, batch_size: int, wo
         num_workers=workers,
         device=torch.device(device),
         use_prefetcher=False,
+        persistent_workers=False,
     )
 
 
