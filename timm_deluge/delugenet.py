@@ -77,7 +77,7 @@ class CrossLayerDepthwiseConv2d(nn.Module):
 
 
 class CompositeLayer(nn.Module):
-    """Composite layer: a pre-activation bottleneck without a shortcut of its own (paper, Sec. 3.1)."""
+    """Composite layer: a pre-activation bottleneck without a shortcut of its own."""
 
     def __init__(self, in_chs: int, width: int, stride: int = 1, dilation: int = 1, device=None, dtype=None):
         """
@@ -119,7 +119,7 @@ class ProjectionLayer(CompositeLayer):
 
 
 class BlockTransition(nn.Module):
-    """Block transition: BN and a strided 3x3 convolution, without ReLU (paper, Sec. 3.3).
+    """Block transition: BN and a strided 3x3 convolution, without ReLU.
 
     Its cross-layer convolution is the last one of the block before.
     """
@@ -174,7 +174,7 @@ class ResidualBlock(nn.Module):
 
 
 class DelugeBlock(ResidualBlock):
-    """Block whose layers see a cross-layer depthwise convolution of all earlier outputs (paper, Sec. 3.2)."""
+    """Block whose layers see a cross-layer depthwise convolution of all earlier outputs (paper, Eq. 1)."""
 
     def __init__(
             self,
@@ -477,19 +477,19 @@ def _cfg_cifar(**kwargs) -> dict[str, Any]:
     })
 
 
-_IMAGENET_NAMES = ('delugenet92', 'delugenet104', 'delugenet122')
-_CIFAR_NAMES = (
-    'delugenet146', 'delugenet218', 'wide_delugenet146',
-    'resnetlike146_3x3', 'resnetlike218_3x3', 'wide_resnetlike146_3x3',
-    'resnetlike146_1x1', 'resnetlike218_1x1', 'wide_resnetlike146_1x1',
-)
-
+_CFG_FNS = {
+    **dict.fromkeys(('delugenet92', 'delugenet104', 'delugenet122'), _cfg),
+    **dict.fromkeys((
+        'delugenet146', 'delugenet218', 'wide_delugenet146',
+        'resnetlike146_3x3', 'resnetlike218_3x3', 'wide_resnetlike146_3x3',
+        'resnetlike146_1x1', 'resnetlike218_1x1', 'wide_resnetlike146_1x1',
+    ), _cfg_cifar),
+}
 _CHECKPOINTS = list_checkpoints()
-_UNTRAINED = set(_IMAGENET_NAMES + _CIFAR_NAMES) - {c.model for c in _CHECKPOINTS}
 
 default_cfgs = generate_default_cfgs({
-    name: (_cfg if name.split('.')[0] in _IMAGENET_NAMES else _cfg_cifar)(**cfg)
-    for name, cfg in [(c.name, c.pretrained_cfg()) for c in _CHECKPOINTS] + [(name, {}) for name in sorted(_UNTRAINED)]
+    **{c.name: _CFG_FNS[c.model](**c.pretrained_cfg()) for c in _CHECKPOINTS},
+    **{name: cfg() for name, cfg in _CFG_FNS.items() if name not in {c.model for c in _CHECKPOINTS}},
 })
 
 

@@ -1,4 +1,4 @@
-"""The definition of the cross-layer depthwise convolution (paper, Sec. 3.2, Eq. 1)."""
+"""The definition of the cross-layer depthwise convolution (paper, Eq. 1)."""
 
 import torch
 
