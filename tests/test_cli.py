@@ -98,9 +98,25 @@ def test_predict_on_a_device_that_is_not_there(photos):
     assert result.exit_code == 2 and "cannot run on 'xpu:77'" in result.stderr
 
 
+@needs_checkpoint
 def test_predict_of_an_empty_folder(tmp_path):
     result = invoke('predict', tmp_path)
-    assert result.exit_code == 2 and 'no images in' in result.stderr
+    assert result.exit_code == 1 and 'a folder without images' in result.stderr
+
+
+def test_predict_of_nothing_on_standard_input():
+    result = invoke('predict', '-', input='\n')
+    assert result.exit_code == 2 and 'standard input named no images' in result.stderr
+
+
+@needs_checkpoint
+def test_predict_shows_paths_as_they_are(photos):
+    for name in ('a [edited].jpg', 'b :smile:.jpg', 'c [/x].jpg'):
+        (photos / 'two.jpg').rename(photos / name.replace('/', ''))
+        result = invoke('predict', photos / name.replace('/', ''))
+        assert name.replace('/', '') in result.stdout
+        (photos / name.replace('/', '')).rename(photos / 'two.jpg')
+    assert 'd[/x].jpg: no such file' in invoke('predict', 'd[/x].jpg').stderr
 
 
 def test_report_formats():
@@ -111,6 +127,11 @@ def test_report_formats():
 def test_report_of_an_unknown_model_suggests_similar_names():
     result = invoke('report', 'delugenet1')
     assert result.exit_code == 2 and "no model 'delugenet1'" in result.stderr and 'delugenet104' in result.stderr
+
+
+def test_report_of_an_unknown_tag():
+    result = invoke('report', 'resnet18.nonsense')
+    assert result.exit_code == 2 and 'nonsense' in result.stderr
 
 
 def test_weights_commands(scratch_weights):

@@ -83,10 +83,23 @@ def test_unreadable_files_say_why(tmp_path, monkeypatch):
     for path in find_images(['long' * 2000 + '.jpg', 'zero\0byte.jpg']):
         with pytest.raises(ImageError, match='unreadable'):
             read_image(path)
+    Image.new('RGB', (2000, 1)).save(tmp_path / 'line.png')
+    with pytest.raises(ImageError, match='2000×1 pixels are no sensible picture'):
+        read_image(tmp_path / 'line.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
     (tmp_path / 'bomb.jpg').write_bytes(good.getvalue())
     with pytest.raises(ImageError, match='more than 2,000 pixels'):
         read_image(tmp_path / 'bomb.jpg')
+
+
+@pytest.mark.parametrize('exif', [b'II+\0', b'Exif\0\0MM', b'\0' * 9])
+def test_damaged_exif_is_read_or_refused(tmp_path, exif):
+    for name in ('a.png', 'a.webp', 'a.jpg'):
+        Image.fromarray(RGB).save(tmp_path / name, exif=exif)
+        try:
+            assert read_image(tmp_path / name).mode == 'RGB'
+        except ImageError:
+            pass
 
 
 @pytest.mark.parametrize('fmt', ['png', 'jpeg', 'gif', 'webp', 'tiff', 'bmp', 'jpeg2000', 'ico', 'tga'])
@@ -112,6 +125,11 @@ def test_find_images(tmp_path, monkeypatch):
     assert [p.name for p in find_images([str(tmp_path)])] == ['a.JPG', 'b.png', 'c.webp']
     assert [p.name for p in find_images([str(tmp_path / '*.png')])] == ['b.png']
     assert [p.name for p in find_images([str(tmp_path / '**' / '*.webp')])] == ['c.webp']
+    assert [p.name for p in find_images([str(tmp_path / 's*')])] == ['c.webp']
+    (tmp_path / 'empty').mkdir()
+    assert [p.name for p in find_images([str(tmp_path / 'empty')])] == ['empty']
+    with pytest.raises(ImageError, match='a folder without images'):
+        read_image(tmp_path / 'empty')
     assert [p.name for p in find_images([str(tmp_path / 'notes.txt'), 'absent.png'])] == ['notes.txt', 'absent.png']
     monkeypatch.setattr('sys.stdin', io.StringIO(f'{tmp_path / "b.png"}\n\n{tmp_path / "sub"}\n'))
     assert [p.name for p in find_images(['-'])] == ['b.png', 'c.webp']

@@ -23,7 +23,7 @@ def data_dir(tmp_path):
     for split, count in (('train', 2), ('validation', 7)):
         for c in range(3):
             for i in range(count):
-                path = tmp_path / 'data' / split / f'class_{c}' / f'{i}.png'
+                path = tmp_path / 'data' / split / f'class_{5 * c}' / f'{i}.png'
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
     return tmp_path / 'data'
@@ -39,6 +39,7 @@ def run_dir(tmp_path):
     args = dict(model='resnetlike146_1x1', train_split='train', val_split='validation', epochs=8, seed=42,
                 input_size=None, mean=[0.4, 0.4, 0.4], std=[0.2, 0.2, 0.2], interpolation='bilinear', crop_pct=1.0)
     (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    (folder / 'summary.csv').write_text('epoch,train_loss\n6,1.5\n7,1.4\n')
     torch.save({'state_dict': model.state_dict()}, folder / 'last.pth.tar')
     return folder
 
@@ -63,7 +64,7 @@ def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
     checkpoint = add_checkpoint(run_dir, 'test_noise', data_dir, **PROVENANCE)
     assert weights.list_checkpoints() == [checkpoint] == [weights.find_checkpoint('resnetlike146_1x1', 'test_noise')]
     weights.verify_checkpoint(checkpoint)
-    assert checkpoint.class_names == ['class_0', 'class_1', 'class_2']
+    assert checkpoint.class_names == ['class_0', 'class_5', 'class_10']  # timm's natural order
     assert (checkpoint.epochs, checkpoint.seed, checkpoint.mean) == (8, 42, [0.4, 0.4, 0.4])
     assert (checkpoint.dataset['train_images'], checkpoint.dataset['test_images']) == (6, 21)
     trained = torch.load(run_dir / 'last.pth.tar')['state_dict']
@@ -76,7 +77,7 @@ def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
     mean, std = 0.4, 0.2
     hits = 0
     for c in range(3):
-        for path in sorted((data_dir / 'validation' / f'class_{c}').iterdir()):
+        for path in sorted((data_dir / 'validation' / f'class_{5 * c}').iterdir()):
             x = (torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 255 - mean) / std
             hits += int(model(x).argmax() == c)
     assert checkpoint.metrics == dict(top1=round(100 * hits / 21, 2), top5=100.0, num_images=21)
@@ -110,12 +111,34 @@ def test_wrong_folders_are_named(data_dir):
     model = timm.create_model('resnetlike146_1x1')
     with pytest.raises(ValueError, match='absent: no such folder'):
         create_validation_loader(model, data_dir / 'absent', 4, 0)
-    with pytest.raises(ValueError, match='3 class folders, but the model knows 100 classes'):
+    model.pretrained_cfg['label_names'] = ['class_0', 'class_5', 'zebra']
+    with pytest.raises(ValueError, match='its 3 class folders are not the 3 classes .* such as class_10'):
         create_validation_loader(model, data_dir / 'validation', 4, 0)
+
+
+def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_dir, data_dir, weights_dir):
+    published = add_checkpoint(run_dir, 'test_noise', data_dir, **PROVENANCE)
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+
+    def refuse(error, match, data=data_dir, **changes):
+        (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}))
+        with pytest.raises(error, match=match):
+            add_checkpoint(run_dir, 'test_noise', data, **PROVENANCE)
+        assert weights.list_checkpoints() == [published]
+        weights.verify_checkpoint(published)
+        assert len(list(weights_dir.iterdir())) == 2
+
+    refuse(ValueError, 'run of resnet18', model='resnet18')
+    refuse(ValueError, "model_kwargs {'aggregation': 'residual'}", model_kwargs={'aggregation': 'residual'})
+    refuse(ValueError, '8 of 9 epochs are done; resume', epochs=9)
+    refuse(RuntimeError, 'Error.s. in loading state_dict', model='delugenet146')
+    refuse(ValueError, 'absent: no such folder', val_split='absent')
+    with pytest.raises(LookupError, match="no recipe 'nonsense'"):
+        add_checkpoint(run_dir, 'test_noise', data_dir, **{**PROVENANCE, 'recipe': 'nonsense'})
 
 
 def test_incomplete_run(tmp_path, data_dir):
     result = CliRunner().invoke(cli.app, [
-        'weights', 'add', str(tmp_path), '--tag', 't', '--data-dir', str(data_dir), '--recipe', 'r', '--dataset', 'd',
-        '--provenance', 'p', '--hardware', 'h'])
+        'weights', 'add', str(tmp_path), '--tag', 't', '--data-dir', str(data_dir),
+        '--recipe', 'cifar100_delugenet146', '--dataset', 'd', '--provenance', 'p', '--hardware', 'h'])
     assert result.exit_code == 2 and 'args.yaml' in result.stderr

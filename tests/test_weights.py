@@ -14,12 +14,14 @@ from timm_deluge.weights import CheckpointError, find_checkpoint, list_checkpoin
 CHECKPOINTS = list_checkpoints()
 
 
-def load(path, **kwargs):
-    """Create the model from the scratch checkpoint, which timm's registry cannot know."""
-    checkpoint = find_checkpoint('delugenet146', 'test_random')
-    verify_checkpoint(checkpoint)
-    return timm.create_model('delugenet146', pretrained=True, pretrained_cfg_overlay=checkpoint.pretrained_cfg(),
-                             **kwargs)
+def create_from_scratch_checkpoint(**kwargs):
+    """timm's registry was filled before the scratch checkpoint existed, so name its configuration."""
+    cfg = {**timm.get_pretrained_cfg('delugenet146').to_dict(), **find_checkpoint('delugenet146').pretrained_cfg()}
+    return timm.create_model('delugenet146', pretrained=True, pretrained_cfg=cfg, **kwargs)
+
+
+def create_by_name(**kwargs):
+    return timm.create_model('delugenet146', pretrained=True, **kwargs)
 
 
 @pytest.mark.parametrize('checkpoint', CHECKPOINTS, ids=lambda c: c.name)
@@ -55,9 +57,14 @@ def test_pretrained_weights_adapt_to_other_classes_and_channels(checkpoint):
 
 
 def test_sound_checkpoint_loads(scratch_weights):
-    model = load(scratch_weights)
+    model = create_from_scratch_checkpoint()
     state_dict = safetensors.torch.load_file(scratch_weights)
     assert all(torch.equal(v, state_dict[k].to(v.dtype)) for k, v in model.state_dict().items())
+
+
+def test_scratch_checkpoint_adapts_to_other_classes_and_channels(scratch_weights):
+    model = create_from_scratch_checkpoint(num_classes=7, in_chans=1, global_pool='catavgmax')
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 7)
 
 
 def test_model_without_checkpoint_says_what_there_is_and_how_to_train():
@@ -73,31 +80,36 @@ def test_unknown_tag_says_which_there_are(scratch_weights):
         timm.create_model('delugenet146.nonsense', pretrained=True)
 
 
-def test_missing_file(scratch_weights):
+@pytest.mark.parametrize('create', [create_by_name, create_from_scratch_checkpoint])
+def test_missing_file(scratch_weights, create):
     scratch_weights.unlink()
     with pytest.raises(CheckpointError, match='test_random.safetensors: the file of .* is missing'):
-        load(scratch_weights)
+        create()
 
 
-def test_truncated_file(scratch_weights):
+@pytest.mark.parametrize('create', [create_by_name, create_from_scratch_checkpoint])
+def test_truncated_file(scratch_weights, create):
     data = scratch_weights.read_bytes()
     scratch_weights.write_bytes(data[:-1000])
     with pytest.raises(CheckpointError, match=f'{len(data) - 1000} bytes, but the manifest says {len(data)}'):
-        load(scratch_weights)
+        create()
 
 
-def test_altered_file(scratch_weights):
+@pytest.mark.parametrize('create', [create_by_name, create_from_scratch_checkpoint])
+def test_altered_file(scratch_weights, create):
     data = bytearray(scratch_weights.read_bytes())
     data[-1] ^= 1
     scratch_weights.write_bytes(data)
     with pytest.raises(CheckpointError, match=hashlib.sha256(data).hexdigest()):
-        load(scratch_weights)
+        create()
 
 
 @pytest.mark.parametrize('change, message', [
     (lambda s: s.update({'norm.weight': torch.ones(3)}), r'norm\.weight \(model: \(256,\), checkpoint: \(3,\)\)'),
     (lambda s: s.pop('norm.bias'), r'norm\.bias \(model: \(256,\), checkpoint: absent\)'),
     (lambda s: s.update({'extra': torch.ones(1)}), r'extra \(model: absent, checkpoint: \(1,\)\)'),
+    (lambda s: s.update({'head.fc.weight': torch.ones(100, 9)}), r'head\.fc\.weight .* checkpoint: \(100, 9\)'),
+    (lambda s: s.update({'stem.conv.weight': torch.ones(9, 3, 3, 3)}), r"stem\.conv\.weight .*\(9, 'in_chans', 3, 3\)"),
 ])
 def test_wrong_tensors(scratch_weights, change, message):
     state_dict = safetensors.torch.load_file(scratch_weights)
@@ -105,7 +117,7 @@ def test_wrong_tensors(scratch_weights, change, message):
     safetensors.torch.save_file(state_dict, scratch_weights)
     write_entry(scratch_weights)
     with pytest.raises(CheckpointError, match=message):
-        load(scratch_weights)
+        create_from_scratch_checkpoint()
 
 
 def test_malformed_manifest(scratch_weights):

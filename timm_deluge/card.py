@@ -112,7 +112,7 @@ def model_card(checkpoints: Sequence[Checkpoint]) -> str:
 
 def _checkpoint_section(checkpoint: Checkpoint) -> str:
     published = PUBLISHED[checkpoint.model].top1_error.get(_data_set(checkpoint))
-    paper = f' The paper reports an error of {published:.2f} %, after 300 epochs on GPUs.' if published else ''
+    paper = f' The paper reports an error of {published:.2f} %.' if published else ''
     rows = [
         ('architecture', f'`{checkpoint.model}`, {checkpoint.num_params:,} parameters'),
         ('data', f'{checkpoint.dataset["name"]}, {checkpoint.dataset["train_images"]:,} images; '

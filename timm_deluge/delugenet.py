@@ -3,7 +3,7 @@
 A DelugeNet is a pre-activation bottleneck ResNet whose shortcuts learn. A ResNet hands every layer the plain sum of
 all earlier outputs of its block; a DelugeNet hands it a *cross-layer depthwise convolution* over them, with one
 weight per source layer and channel. Layers far apart stay connected, each channel picks its sources, and the price is
-a few per mille of the network's arithmetic.
+0.5 to 2.6 % of the network's multiply-adds.
 
 With h_0 a block's input and h_1 … h_L the outputs of its composite layers::
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import BatchNormAct2d, ClassifierHead, DropPath, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 
@@ -142,8 +142,8 @@ class ResidualBlock(nn.Module):
             transition: nn.Module,
             depth: int,
             width: int,
+            drop_path_rates: Sequence[float],
             dilation: int = 1,
-            drop_path_rates: Sequence[float] = (),
             device=None,
             dtype=None,
     ):
@@ -152,8 +152,8 @@ class ResidualBlock(nn.Module):
             transition: Maps the stem's or the previous block's output to this block's h_0.
             depth: Number L of composite layers.
             width: Bottleneck width n; the layers exchange 2n channels.
-            dilation: Dilation of the 3x3 convolutions.
             drop_path_rates: Stochastic depth rate of each composite layer.
+            dilation: Dilation of the 3x3 convolutions.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -181,13 +181,13 @@ class DelugeBlock(ResidualBlock):
             transition: nn.Module,
             depth: int,
             width: int,
+            drop_path_rates: Sequence[float],
             dilation: int = 1,
-            drop_path_rates: Sequence[float] = (),
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(transition, depth, width, dilation, drop_path_rates, **dd)
+        super().__init__(transition, depth, width, drop_path_rates, dilation, **dd)
         self.norm = nn.BatchNorm2d(2 * width, affine=False, **dd)  # of h_0
         self.norms = nn.ModuleList([nn.BatchNorm2d(2 * width, affine=False, **dd) for _ in range(depth)])
         self.cross_layers = nn.ModuleList([CrossLayerDepthwiseConv2d(i + 2, 2 * width, **dd) for i in range(depth)])
@@ -291,7 +291,7 @@ class DelugeNet(nn.Module):
                 transition = CompositeLayer(prev_chs, width, **dd)
             else:
                 transition = nn.Conv2d(prev_chs, 2 * width, 1, bias=False, **dd)
-            self.stages.append(block_fn(transition, depth, width, dilation, dpr, **dd))
+            self.stages.append(block_fn(transition, depth, width, dpr, dilation, **dd))
             prev_chs = 2 * width
             curr_stride *= stride
             feature_info.append(dict(num_chs=prev_chs, reduction=curr_stride, module=f'stages.{i}'))
@@ -506,9 +506,16 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     Raises:
         CheckpointError: If a tensor is missing, superfluous or of another shape.
     """
-    adapted = ('stem.conv.', 'head.fc.')  # timm fits these to in_chans and num_classes
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.startswith(adapted)}
-    found = {k: tuple(v.shape) for k, v in state_dict.items() if not k.startswith(adapted)}
+    other_head = model.num_classes != len(state_dict.get('head.fc.weight', ()))
+
+    def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int | str, ...]]:
+        found: dict[str, tuple[int | str, ...]] = {
+            k: tuple(v.shape) for k, v in tensors.items() if not (other_head and k.startswith('head.fc.'))}
+        if len(stem := found.get('stem.conv.weight', ())) == 4:
+            found['stem.conv.weight'] = (stem[0], 'in_chans', *stem[2:])
+        return found
+
+    expected, found = shapes(model.state_dict()), shapes(state_dict)
     differing = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
     if differing:
         key = differing[0]
@@ -520,10 +527,16 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
 
 
 def _create_delugenet(variant: str, pretrained: bool = False, **kwargs) -> DelugeNet:
-    tag = kwargs.get('pretrained_cfg') or ''
-    own_source = {'file', 'url', 'hf_hub_id', 'state_dict'} & set(kwargs.get('pretrained_cfg_overlay') or ())
-    if pretrained and isinstance(tag, str) and not own_source:
-        verify_checkpoint(find_checkpoint(variant, tag))
+    if pretrained:
+        cfg, overlay = kwargs.get('pretrained_cfg') or '', kwargs.get('pretrained_cfg_overlay') or {}
+        own_source = overlay.keys() & {'file', 'url', 'hf_hub_id', 'state_dict'}
+        if isinstance(cfg, str) and not own_source:
+            verify_checkpoint(find_checkpoint(variant, cfg))
+        else:
+            file = resolve_pretrained_cfg(variant, cfg, overlay).file
+            for checkpoint in list_checkpoints():
+                if file == str(checkpoint.path):
+                    verify_checkpoint(checkpoint)
     return build_model_with_cfg(
         DelugeNet,
         variant,

@@ -11,6 +11,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 __all__ = ['ImageError', 'find_images', 'read_image']
 
+MAX_ASPECT_RATIO = 1000  # beyond, resizing the short side to a network's input would make the long one huge
+
 
 class ImageError(ValueError):
     """A path is no image that can be read."""
@@ -24,18 +26,25 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
             standard input, one a line.
 
     Yields:
-        Paths of files, a folder's sorted by name. What does not exist is yielded as it is, for `read_image` to refuse.
+        Paths of files, a folder's sorted by name. What does not exist and folders without images are yielded as they
+        are, for `read_image` to refuse.
     """
-    extensions = {suffix for suffix, fmt in Image.registered_extensions().items() if fmt in Image.OPEN}
     for path in paths:
         if path == '-':
             yield from find_images(line for line in sys.stdin.read().splitlines() if line and line != '-')
-        elif os.path.isdir(path):
-            yield from sorted(p for p in Path(path).rglob('*') if p.suffix.lower() in extensions and p.is_file())
         elif os.path.exists(path):
-            yield Path(path)
+            yield from _expand_folder(Path(path))
         else:
-            yield from map(Path, sorted(glob.glob(path, recursive=True)) or [path])
+            for match in sorted(glob.glob(path, recursive=True)) or [path]:
+                yield from _expand_folder(Path(match))
+
+
+def _expand_folder(path: Path) -> Iterator[Path]:
+    if not os.path.isdir(path):
+        yield path
+        return
+    extensions = {suffix for suffix, fmt in Image.registered_extensions().items() if fmt in Image.OPEN}
+    yield from sorted(p for p in path.rglob('*') if p.suffix.lower() in extensions and p.is_file()) or [path]
 
 
 def read_image(path: Path) -> Image.Image:
@@ -57,7 +66,11 @@ def read_image(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of a merely large image; too large a one is an error
             with Image.open(path) as image:
+                if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                    raise ImageError(f'{image.width}×{image.height} pixels are no sensible picture')
                 return _to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError('no such file') from None
     except IsADirectoryError:
@@ -67,9 +80,7 @@ def read_image(path: Path) -> Image.Image:
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ImageError(f'more than {limit:,} pixels, which could exhaust memory; scale it down first') from None
-    except (OSError, SyntaxError, ValueError, MemoryError) as error:
-        if isinstance(error, ImageError):
-            raise
+    except Exception as error:  # Pillow's decoders raise whatever damaged data leads them to
         raise ImageError(f'corrupt or unreadable ({error})') from error
 
 

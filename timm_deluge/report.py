@@ -8,7 +8,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
@@ -25,6 +25,7 @@ from .delugenet import CrossLayerDepthwiseConv2d
 __all__ = ['BlockReport', 'ModelReport', 'create_report', 'format_reports']
 
 MULTIPLY_ADDS = ('conv', 'linear', 'matmul', 'addmm', 'mm', 'bmm', 'einsum', 'attention', 'addcmul')
+SILENTLY_IGNORED = ('relu', 'relu_', 'clamp', 'clamp_', 'max')  # arithmetic that fvcore takes for data movement
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class BlockReport:
         paper_flops: FLOPs as the paper counts them.
         cross_layer_params: The cross-layer convolutions' part of `params`.
         cross_layer_macs: The cross-layer convolutions' part of `macs`.
+        cross_layer_flops: The cross-layer convolutions' part of `flops`, with the normalisation of their inputs.
         cross_layer_paper_flops: The cross-layer convolutions' part of `paper_flops`.
     """
     name: str
@@ -48,6 +50,7 @@ class BlockReport:
     paper_flops: int
     cross_layer_params: int
     cross_layer_macs: int
+    cross_layer_flops: int
     cross_layer_paper_flops: int
 
 
@@ -57,8 +60,8 @@ class ModelReport(BlockReport):
 
     Attributes:
         input_size: Channels, height and width of the image.
-        blocks: The same counts for each part; they add up to the model's.
-        uncounted: How often each operator ran that no convention counts (additions, activations, pooling).
+        blocks: The same counts for each part; they add up to the model's but for parameters outside all parts.
+        uncounted: How often each operator ran that has arithmetic which no convention counts.
     """
     input_size: tuple[int, ...] = ()
     blocks: list[BlockReport] = field(default_factory=list)
@@ -89,17 +92,16 @@ def _count(name: str, module: nn.Module, prefix: str, flops: dict[str, Counter[s
         paper_flops=2 * (macs - cross_layer_macs) + 3 * cross_layer_macs + flops[prefix]['batch_norm'],
         cross_layer_params=sum(p.numel() for m in cross_layers.values() for p in m.parameters()),
         cross_layer_macs=cross_layer_macs,
+        cross_layer_flops=cross_layer_macs + flops[prefix]['layer_output_norm'],
         cross_layer_paper_flops=3 * cross_layer_macs,
     )
 
 
-def create_report(model_name: str, input_size: Sequence[int] | None = None, **model_args: Any) -> ModelReport:
-    """Count a model's parameters and the arithmetic of one image's inference.
+def create_report(model_name: str) -> ModelReport:
+    """Count a model's parameters and the arithmetic of one image's inference, at the model's own input size.
 
     Args:
         model_name: Any name of timm's registry.
-        input_size: Channels, height and width of the image, by default the model's own.
-        **model_args: Further arguments of `timm.create_model`.
 
     Returns:
         The counts of the model and of each of its blocks.
@@ -107,15 +109,23 @@ def create_report(model_name: str, input_size: Sequence[int] | None = None, **mo
     Raises:
         RuntimeError: If timm has no such model.
     """
-    model = timm.create_model(model_name, **model_args).eval()
-    input_size = tuple(input_size or timm.data.resolve_model_data_config(model)['input_size'])
+    model = timm.create_model(model_name).eval()
+    input_size = tuple(timm.data.resolve_model_data_config(model)['input_size'])
+    uncounted: Counter[str] = Counter()
+
+    def tally(op: str) -> Callable[[list[Any], list[Any]], Counter[str]]:
+        def handle(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+            uncounted[op] += 1
+            return Counter()
+        return handle
+
     with torch.no_grad():
         analysis = FlopCountAnalysis(model, torch.zeros(1, *input_size)).set_op_handle(**{
             'aten::batch_norm': _batch_norm,
             'aten::addcmul': elementwise_flop_counter(0, 1),
             'aten::scaled_dot_product_attention': _attention,
             'aten::movedim': None,
-            'aten::sum': None,
+            **{f'aten::{op}': tally(op) for op in SILENTLY_IGNORED},
         }).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         flops = analysis.by_module_and_operator()
     blocks = {}
@@ -128,22 +138,25 @@ def create_report(model_name: str, input_size: Sequence[int] | None = None, **mo
         **asdict(_count(model_name, model, '', flops)),
         input_size=input_size,
         blocks=[_count(name, block, name, flops) for name, block in blocks.items()],
-        uncounted={op.removeprefix('aten::'): n for op, n in analysis.unsupported_ops().items()},
+        uncounted=dict(uncounted + Counter({
+            op.removeprefix('aten::'): n for op, n in analysis.unsupported_ops().items()})),
     )
 
 
 def _row(report: BlockReport) -> dict[str, str]:
-    def share(part: int, whole: int) -> str:
-        return f'{100 * part / whole:.2f} %' if part else ''
-
+    shares = [100 * part / max(whole, 1) for part, whole in (
+        (report.cross_layer_params, report.params),
+        (report.cross_layer_macs, report.macs),
+        (report.cross_layer_flops, report.flops),
+        (report.cross_layer_paper_flops, report.paper_flops),
+    )]
     return {
         'model': report.name,
         'parameters': f'{report.params:,}',
         'GMACs': f'{report.macs / 1e9:.3f}',
         'GFLOPs (fvcore)': f'{report.flops / 1e9:.3f}',
         'GFLOPs (paper)': f'{report.paper_flops / 1e9:.2f}',
-        'cross-layer parameters': share(report.cross_layer_params, report.params),
-        'cross-layer MACs': share(report.cross_layer_macs, report.macs),
+        'cross-layer share of these four, %': ' / '.join(f'{s:.2f}' for s in shares) if any(shares) else '',
     }
 
 

@@ -2,12 +2,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import ImageDataset, create_dataset, create_loader, resolve_data_config
 from torch import nn
+from torch.utils.data import DataLoader
 
-__all__ = ['Accuracy', 'create_validation_loader', 'validate']
+__all__ = ['Accuracy', 'create_validation_loader', 'list_classes', 'validate']
 
 
 @dataclass(frozen=True)
@@ -24,30 +26,39 @@ class Accuracy:
     num_images: int
 
 
-def create_validation_loader(model: nn.Module, folder: Path, batch_size: int, workers: int, device: str = 'cpu'):
+def list_classes(dataset: ImageDataset) -> list[str]:
+    """Names of an image folder's classes, in the order in which timm numbers them."""
+    class_to_idx = dataset.reader.class_to_idx
+    return sorted(class_to_idx, key=class_to_idx.__getitem__)
+
+
+def create_validation_loader(model: nn.Module, folder: Path, batch_size: int, workers: int) -> DataLoader:
     """Batches of a folder that holds one folder of images per class.
 
     Args:
-        model: A model of timm, whose pretrained configuration says how to prepare the images.
+        model: A model of timm, whose pretrained configuration names the classes and says how to prepare the images.
         folder: The images.
         batch_size: Number of images in a batch.
         workers: Number of loader processes.
-        device: Where the batches go.
 
     Returns:
-        timm's loader: ``(images, targets)``, every image once.
+        timm's loader of ``(images, targets)`` on the CPU, every image once.
 
     Raises:
-        ValueError: If the folder is missing or its classes are not as many as the model's.
+        ValueError: If the folder is missing or its classes are not the model's.
     """
     if not folder.is_dir():
         raise ValueError(f'{folder}: no such folder; it should hold one folder of images per class')
-    num_folders = sum(p.is_dir() for p in folder.iterdir())
-    if num_folders != model.num_classes:
-        raise ValueError(f'{folder}: {num_folders} class folders, but the model knows {model.num_classes} classes')
     config = resolve_data_config(model=model)
+    dataset = create_dataset('', root=str(folder))
+    pretrained_cfg: Any = model.pretrained_cfg
+    found, expected = list_classes(dataset), list(pretrained_cfg['label_names'])
+    if found != expected:
+        differing = sorted(set(found) ^ set(expected))
+        raise ValueError(f'{folder}: its {len(found)} class folders are not the {len(expected)} classes that the model '
+                         f'knows; {len(differing)} are only on one side, such as {differing[0]}')
     return create_loader(
-        create_dataset('', root=str(folder)),
+        dataset,
         input_size=config['input_size'],
         batch_size=batch_size,
         interpolation=config['interpolation'],
@@ -55,7 +66,6 @@ def create_validation_loader(model: nn.Module, folder: Path, batch_size: int, wo
         std=config['std'],
         crop_pct=config['crop_pct'],
         num_workers=workers,
-        device=torch.device(device),
         use_prefetcher=False,
         persistent_workers=False,
     )

@@ -97,11 +97,8 @@ def weights_dir() -> Path:
     return installed if installed.is_dir() else package.parent / 'weights'
 
 
-def list_checkpoints(folder: Path | None = None) -> list[Checkpoint]:
+def list_checkpoints() -> list[Checkpoint]:
     """Read the manifest.
-
-    Args:
-        folder: Weights folder, by default the package's own.
 
     Returns:
         The checkpoints in the manifest's order; a model's first one is its default.
@@ -109,7 +106,7 @@ def list_checkpoints(folder: Path | None = None) -> list[Checkpoint]:
     Raises:
         CheckpointError: If the manifest is missing or malformed.
     """
-    path = (folder or weights_dir()) / MANIFEST
+    path = weights_dir() / MANIFEST
     try:
         entries = json.loads(path.read_text(encoding='utf-8'))['checkpoints']
         return [Checkpoint(**entry) for entry in entries]
@@ -167,14 +164,13 @@ def verify_checkpoint(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {checkpoint.sha256}. {remedy}')
 
 
-def write_manifest(checkpoints: Sequence[Checkpoint], folder: Path | None = None) -> None:
+def write_manifest(checkpoints: Sequence[Checkpoint]) -> None:
     """Write the manifest, whole or not at all.
 
     Args:
         checkpoints: All entries, a model's default first.
-        folder: Weights folder, by default the package's own.
     """
-    path = (folder or weights_dir()) / MANIFEST
+    path = weights_dir() / MANIFEST
     partial = path.with_suffix('.partial')
     partial.write_text(json.dumps({'checkpoints': [asdict(c) for c in checkpoints]}, indent=2) + '\n', encoding='utf-8')
     partial.replace(path)
