@@ -37,7 +37,8 @@ def photos(tmp_path):
 def test_predict_without_an_image_shows_the_packaged_photograph():
     result = invoke('predict')
     assert result.exit_code == 0, result.output
-    assert 'example.jpg' in result.stdout and result.stdout.count('%') == 5
+    assert 'rocket.jpg' in result.stdout and result.stdout.count('%') == 5
+    assert 'rocket' in result.stdout.replace('rocket.jpg', '')
 
 
 @needs_checkpoint

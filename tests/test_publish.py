@@ -1,5 +1,6 @@
 """A training run becomes a checkpoint with a measured accuracy, and the measurement can be repeated."""
 import json
+import os
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_accuracy_counts_right_answers():
 
 
 def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
-    checkpoint = add_checkpoint(run_dir, 'test_noise', data_dir, **PROVENANCE)
+    checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert weights.list_checkpoints() == [checkpoint] == [weights.find_checkpoint('resnetlike146_1x1', 'test_noise')]
     weights.verify_checkpoint(checkpoint)
     assert checkpoint.class_names == ['class_0', 'class_5', 'class_10']  # timm's natural order
@@ -82,12 +83,22 @@ def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
             hits += int(model(x).argmax() == c)
     assert checkpoint.metrics == dict(top1=round(100 * hits / 21, 2), top5=100.0, num_images=21)
 
-    again = add_checkpoint(run_dir, 'test_noise', data_dir, **PROVENANCE)
+    again = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert weights.list_checkpoints() == [again]
 
 
+def test_hours_of_a_resumed_run_add_up(run_dir, data_dir, weights_dir, tmp_path):
+    parts = [tmp_path / 'first', run_dir]
+    parts[0].mkdir()
+    for folder, started, ended in zip(parts, (0, 9000), (3600, 10800)):
+        for name, time in (('args.yaml', started), ('last.pth.tar', ended)):
+            (folder / name).touch()
+            os.utime(folder / name, (time, time))
+    assert add_checkpoint(parts, 'test_noise', data_dir, **PROVENANCE).hours == 1.5
+
+
 def test_validate_command_compares_with_the_manifest(run_dir, data_dir, weights_dir, monkeypatch):
-    checkpoint = add_checkpoint(run_dir, 'test_noise', data_dir, **PROVENANCE)
+    checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     create_model = timm.create_model
 
     def create_unregistered(name, pretrained, **kwargs):  # timm's registry was filled before this checkpoint existed
@@ -117,13 +128,13 @@ def test_wrong_folders_are_named(data_dir):
 
 
 def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_dir, data_dir, weights_dir):
-    published = add_checkpoint(run_dir, 'test_noise', data_dir, **PROVENANCE)
+    published = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
 
     def refuse(error, match, data=data_dir, **changes):
         (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}))
         with pytest.raises(error, match=match):
-            add_checkpoint(run_dir, 'test_noise', data, **PROVENANCE)
+            add_checkpoint([run_dir], 'test_noise', data, **PROVENANCE)
         assert weights.list_checkpoints() == [published]
         weights.verify_checkpoint(published)
         assert len(list(weights_dir.iterdir())) == 2
@@ -134,7 +145,7 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     refuse(RuntimeError, 'Error.s. in loading state_dict', model='delugenet146')
     refuse(ValueError, 'absent: no such folder', val_split='absent')
     with pytest.raises(LookupError, match="no recipe 'nonsense'"):
-        add_checkpoint(run_dir, 'test_noise', data_dir, **{**PROVENANCE, 'recipe': 'nonsense'})
+        add_checkpoint([run_dir], 'test_noise', data_dir, **{**PROVENANCE, 'recipe': 'nonsense'})
 
 
 def test_incomplete_run(tmp_path, data_dir):

@@ -31,7 +31,7 @@ console = Console(highlight=False, emoji=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 T = TypeVar('T')
-EXAMPLE_IMAGE = Path(__file__).parent / 'assets' / 'example.jpg'
+EXAMPLE_IMAGE = Path(__file__).parent / 'assets' / 'rocket.jpg'
 
 
 class Format(str, Enum):
@@ -156,7 +156,8 @@ def validate_command(
 
 @weights_app.command('add')
 def weights_add(
-        run_dir: Annotated[Path, typer.Argument(help="Output folder of timm's train.py.")],
+        run_dirs: Annotated[list[Path], typer.Argument(
+            help="Output folder of timm's train.py; several for a resumed run, in order.")],
         tag: Annotated[str, typer.Option(help='Pretrained tag, <recipe>_<dataset>.')],
         data_dir: Annotated[Path, typer.Option(help='The data set, as train.py read it.')],
         recipe_name: Annotated[str, typer.Option('--recipe', help='Recipe it was trained with.')],
@@ -166,7 +167,7 @@ def weights_add(
 ) -> None:
     """Publish a training run: write the fp16 file, measure its accuracy, add it to the manifest."""
     try:
-        checkpoint = add_checkpoint(run_dir, tag, data_dir, recipe_name, dataset_name, provenance, hardware)
+        checkpoint = add_checkpoint(run_dirs, tag, data_dir, recipe_name, dataset_name, provenance, hardware)
     except (FileNotFoundError, LookupError, RuntimeError, ValueError) as error:
         _fail(error)
     console.print(f'{checkpoint.path}: {checkpoint.metrics}', markup=False)

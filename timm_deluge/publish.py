@@ -1,6 +1,7 @@
 """Turn a run of timm's train.py into a checkpoint of the manifest."""
 import csv
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ __all__ = ['add_checkpoint']
 
 
 def add_checkpoint(
-        run_dir: Path,
+        run_dirs: Sequence[Path],
         tag: str,
         data_dir: Path,
         recipe: str,
@@ -28,11 +29,11 @@ def add_checkpoint(
 ) -> Checkpoint:
     """Publish the last checkpoint of a training run: fp16 file, measured accuracy, manifest entry.
 
-    The last epoch's weights are taken, not those with the best accuracy on the test images. The hours are those from
-    the first to the last file of the run.
+    The last epoch's weights are taken, not those with the best accuracy on the test images.
 
     Args:
-        run_dir: Output folder of train.py, with `args.yaml`, `summary.csv` and `last.pth.tar`.
+        run_dirs: Output folder of train.py, with `args.yaml`, `summary.csv` and `last.pth.tar`; several for a run that
+            was resumed, in order. The hours are those from each one's first file to its last checkpoint.
         tag: Pretrained tag, `<recipe>_<dataset>`.
         data_dir: The data set, with train and validation folders as train.py read them.
         recipe: Name of the recipe it was trained with.
@@ -49,6 +50,7 @@ def add_checkpoint(
         LookupError: If there is no such recipe.
     """
     recipe_path(recipe)
+    run_dir = run_dirs[-1]
     args: dict[str, Any] = yaml.safe_load((run_dir / 'args.yaml').read_text())
     if args['model'] not in timm.list_models(module='delugenet') or args.get('model_kwargs'):
         raise ValueError(f'{run_dir}: a run of {args["model"]} with model_kwargs {args.get("model_kwargs")}; only '
@@ -59,8 +61,7 @@ def add_checkpoint(
         raise ValueError(f'{run_dir}: {epochs_done} of {args["epochs"]} epochs are done; resume the run with '
                          f'train.py --resume {run_dir / "last.pth.tar"}')
 
-    last = run_dir / 'last.pth.tar'
-    state_dict = load_state_dict(str(last))
+    state_dict = load_state_dict(str(run_dir / 'last.pth.tar'))
     train_set = create_dataset('', root=str(data_dir / args['train_split']))
     class_names = list_classes(train_set)
     config = resolve_data_config(args, pretrained_cfg=resolve_pretrained_cfg(args['model']).to_dict())
@@ -101,7 +102,8 @@ def add_checkpoint(
         epochs=args['epochs'],
         seed=args['seed'],
         hardware=hardware,
-        hours=round((last.stat().st_mtime - (run_dir / 'args.yaml').stat().st_mtime) / 3600, 2),
+        hours=round(sum(
+            (d / 'last.pth.tar').stat().st_mtime - (d / 'args.yaml').stat().st_mtime for d in run_dirs) / 3600, 2),
         metrics=dict(top1=round(accuracy.top1, 2), top5=round(accuracy.top5, 2), num_images=accuracy.num_images),
         command=f'timm-deluge validate {args["model"]}.{tag} --data-dir DIR/{args["val_split"]}',
     )
