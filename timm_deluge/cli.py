@@ -104,7 +104,9 @@ def _shorten(path: str) -> str:
 
 
 def _print_predictions(predictions: list[Prediction]) -> None:
-    table = Table('image', 'class', header_style='bold')
+    table = Table(header_style='bold')
+    table.add_column('image', overflow='fold')
+    table.add_column('class')
     table.add_column('probability', justify='right')
     for prediction in predictions:
         image = escape(_shorten(prediction.path))
