@@ -1,10 +1,15 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # Triton wants to know before it is imported
+
 import safetensors.torch
 import timm
-import torch
 
 import timm_deluge  # noqa: F401 registers the models
 from timm_deluge import weights

@@ -5,65 +5,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from released import ReleasedDelugeNet
 from torch import nn
 
 from timm_deluge.delugenet import DelugeBlock, DelugeNet
-
-
-class ReleasedCrossLayer(nn.Module):
-    """The released form: every input is batch-normalised by itself, at every consumer, then scaled and shifted."""
-
-    def __init__(self, num_layers: int, channels: int):
-        super().__init__()
-        self.norms = nn.ModuleList([nn.BatchNorm2d(channels) for _ in range(num_layers)])
-        for norm in self.norms:
-            nn.init.constant_(norm.weight, 1 / num_layers)
-
-    def forward(self, outputs):
-        return sum(norm(h) for norm, h in zip(self.norms, outputs, strict=True))
-
-
-class ReleasedComposite(nn.Module):
-    def __init__(self, chs: int, width: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.BatchNorm2d(chs), nn.ReLU(), nn.Conv2d(chs, width, 1, bias=False),
-            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 2 * width, 1, bias=False),
-        )
-
-    def forward(self, x):
-        return self.body(x)
-
-
-class ReleasedDelugeNet(nn.Module):
-    """A CIFAR DelugeNet written from the description alone, with no code of the package."""
-
-    def __init__(self, depths, widths, num_classes):
-        super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-        self.first = ReleasedComposite(widths[0], widths[0])
-        self.blocks, self.cross_layers, self.transitions = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-            depth -= i == 0
-            self.blocks.append(nn.ModuleList([ReleasedComposite(2 * width, width) for _ in range(depth)]))
-            self.cross_layers.append(nn.ModuleList([ReleasedCrossLayer(n, 2 * width) for n in range(2, depth + 2)]))
-            if i + 1 < len(depths):
-                self.transitions.append(nn.Sequential(
-                    nn.BatchNorm2d(2 * width), nn.Conv2d(2 * width, 2 * widths[i + 1], 3, 2, 1, bias=False)))
-        self.norm = nn.BatchNorm2d(2 * widths[-1])
-        self.fc = nn.Linear(2 * widths[-1], num_classes)
-
-    def forward(self, x):
-        x = self.first(self.stem(x))
-        for i, (layers, cross_layers) in enumerate(zip(self.blocks, self.cross_layers, strict=True)):
-            outputs = [x]
-            for layer, cross_layer in zip(layers, cross_layers, strict=True):
-                outputs.append(layer(x))
-                x = cross_layer(outputs)
-            if i < len(self.transitions):
-                x = self.transitions[i](x)
-        return self.fc(F.relu(self.norm(x)).mean((2, 3)))
 
 
 def composite_pairs(ours, released):
@@ -98,9 +43,8 @@ def copy_weights(ours: DelugeNet, released: ReleasedDelugeNet) -> None:
         b.load_state_dict(a.state_dict())
     with torch.no_grad():
         for cross_layer, _, other in cross_layer_pairs(ours, released):
-            for i, norm in enumerate(other.norms):
-                norm.weight.copy_(cross_layer.weight[:, 0, i, 0])
-                norm.bias.copy_(cross_layer.bias[:, 0, i, 0])
+            for p, q in ((cross_layer.weight, other.weight), (cross_layer.bias, other.bias)):
+                q.copy_(p.movedim(2, 0))
 
 
 def assert_close(a, b):
@@ -114,9 +58,9 @@ def assert_same_state(ours: DelugeNet, released: ReleasedDelugeNet, gradients: b
         for (_, p), (_, q) in zip(a.named_buffers(), b.named_buffers(), strict=True):
             assert_close(p, q)
     for cross_layer, norms, other in cross_layer_pairs(ours, released):
+        for p, q in ((cross_layer.weight, other.weight), (cross_layer.bias, other.bias)):
+            assert_close((p.grad if gradients else p).movedim(2, 0), q.grad if gradients else q)
         for i, theirs in enumerate(other.norms):
-            for p, q in ((cross_layer.weight, theirs.weight), (cross_layer.bias, theirs.bias)):
-                assert_close((p.grad if gradients else p)[:, 0, i, 0], q.grad if gradients else q)
             assert_close(norms[i].running_mean, theirs.running_mean)
             assert_close(norms[i].running_var, theirs.running_var)
 

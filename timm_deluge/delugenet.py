@@ -19,6 +19,7 @@ transition (BN, strided 3x3 convolution), or after the last block to BN, ReLU, p
 Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows`
     - https://arxiv.org/abs/1611.05552 (Kuen, Kong, Wang and Tan, ICCV workshops 2017)
 """
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -31,13 +32,15 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 
-from .ops import cross_layer_depthwise_conv
+from .ops import LayerOutputs, cross_layer_depthwise_conv, is_lean, kernels, norm_act_conv
+from .reparameterize import ChannelAffine, affine_of, fold_into_conv
 from .weights import CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
 
 __all__ = ['DelugeNet']
 
 CIFAR100_MEAN = (0.5071, 0.4866, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+GROUP_BYTES = 32 * 2 ** 20  # of layer outputs: what a processor caches, and malloc reuses without asking the system
 
 
 class CrossLayerDepthwiseConv2d(nn.Module):
@@ -76,6 +79,24 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         return f'num_layers={self.num_layers}, channels={self.channels}'
 
 
+class FinalNorm(BatchNormAct2d):
+    """BN and ReLU before the classifier."""
+
+    def fuse(self) -> ChannelAffine:
+        """Get what it does in inference, for `timm.utils.reparameterize_model`."""
+        return ChannelAffine(self, self.act)
+
+
+class Stem(nn.Sequential):
+    """Convolution, and for large images BN, ReLU and pooling."""
+
+    def reparameterize(self) -> None:
+        """Fold the BN into the convolution, for `timm.utils.reparameterize_model`."""
+        layers: Any = self
+        if 'norm' in self._modules and not isinstance(layers.norm, nn.ReLU):
+            layers.conv, layers.norm = fold_into_conv(layers.conv, layers.norm), nn.ReLU(inplace=True)
+
+
 class CompositeLayer(nn.Module):
     """Composite layer: a pre-activation bottleneck without a shortcut of its own."""
 
@@ -89,11 +110,11 @@ class CompositeLayer(nn.Module):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.norm1 = BatchNormAct2d(in_chs, **dd)
+        self.norm1: nn.Module = BatchNormAct2d(in_chs, **dd)
         self.conv1 = nn.Conv2d(in_chs, width, 1, bias=False, **dd)
-        self.norm2 = BatchNormAct2d(width, **dd)
+        self.norm2: nn.Module = BatchNormAct2d(width, **dd)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=dilation, dilation=dilation, bias=False, **dd)
-        self.norm3 = BatchNormAct2d(width, **dd)
+        self.norm3: nn.Module = BatchNormAct2d(width, **dd)
         self.conv3 = nn.Conv2d(width, 2 * width, 1, bias=False, **dd)
 
     def bottleneck(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,6 +125,22 @@ class CompositeLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.bottleneck(self.norm1(x))
+
+    @torch.jit.ignore
+    def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
+        """The same, keeping only the convolutions' outputs for the backward pass."""
+        x = norm_act_conv(x, self.norm1, self.conv1)
+        x = norm_act_conv(x, self.norm2, self.conv2)
+        return norm_act_conv(x, self.norm3, self.conv3)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Fold the inner BNs into the convolutions before them, for `timm.utils.reparameterize_model`."""
+        if not isinstance(self.norm1, (nn.ReLU, ChannelAffine)):
+            self.norm1 = ChannelAffine(self.norm1, nn.ReLU(inplace=True))
+        if not isinstance(self.norm2, nn.ReLU):
+            self.conv1, self.norm2 = fold_into_conv(self.conv1, self.norm2), nn.ReLU(inplace=True)
+            self.conv2, self.norm3 = fold_into_conv(self.conv2, self.norm3), nn.ReLU(inplace=True)
 
 
 class ProjectionLayer(CompositeLayer):
@@ -127,11 +164,20 @@ class BlockTransition(nn.Module):
     def __init__(self, in_chs: int, width: int, stride: int = 2, dilation: int = 1, device=None, dtype=None):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.norm = nn.BatchNorm2d(in_chs, **dd)
+        self.norm: nn.Module = nn.BatchNorm2d(in_chs, **dd)
         self.conv = nn.Conv2d(in_chs, 2 * width, 3, stride, padding=dilation, dilation=dilation, bias=False, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(self.norm(x))
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Put a scale and a shift in the BN's place, for `timm.utils.reparameterize_model`.
+
+        The convolution pads with zeros after the BN, and so cannot take the shift in.
+        """
+        if not isinstance(self.norm, ChannelAffine):
+            self.norm = ChannelAffine(self.norm, nn.Identity())
 
 
 class ResidualBlock(nn.Module):
@@ -173,6 +219,21 @@ class ResidualBlock(nn.Module):
         return x
 
 
+_PLAIN_TYPES = (
+    nn.ModuleList, CompositeLayer, nn.Conv2d, nn.BatchNorm2d, BatchNormAct2d, nn.ReLU, nn.Identity,
+    CrossLayerDepthwiseConv2d,
+)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether only a module's parameters matter: it was not replaced, and nobody listens to its calls."""
+    if type(module) not in _PLAIN_TYPES or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return not isinstance(module, nn.BatchNorm2d) or (module.track_running_stats and module.momentum is not None)
+
+
 class DelugeBlock(ResidualBlock):
     """Block whose layers see a cross-layer depthwise convolution of all earlier outputs (paper, Eq. 1)."""
 
@@ -194,6 +255,9 @@ class DelugeBlock(ResidualBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.transition(x)
+        if not torch.jit.is_scripting():
+            if self.trains_lean(x):
+                return self.forward_lean(x)
         outputs = [self.norm(x)]
         for layer, norm, drop_path, cross_layer in zip(self.layers, self.norms, self.drop_paths, self.cross_layers):
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -203,6 +267,100 @@ class DelugeBlock(ResidualBlock):
             outputs.append(drop_path(norm(h)))
             x = cross_layer(outputs)
         return x
+
+    @torch.jit.ignore
+    def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
+        """From h_0 on, the same with less memory traffic, and less kept for the backward pass."""
+        outputs = LayerOutputs()
+        outputs.append(x, self.norm)
+        parts: Any = zip(self.layers, self.norms, self.cross_layers)
+        for layer, norm, cross_layer in parts:
+            h = checkpoint(layer.forward_lean, x) if self.grad_checkpointing else layer.forward_lean(x)
+            outputs.append(h, norm)
+            x = outputs.cross_layer_depthwise_conv(cross_layer.weight, cross_layer.bias)
+        return x
+
+    @torch.jit.ignore
+    def trains_lean(self, x: torch.Tensor) -> bool:
+        """Whether gradients are wanted, and every part is what `forward_lean` takes it for."""
+        if not torch.is_grad_enabled() or not is_lean(x):
+            return False
+        if self.training and any(isinstance(drop_path, DropPath) for drop_path in self.drop_paths):
+            return False
+        parts = (self.norm, self.norms, self.layers, self.cross_layers)
+        return all(_is_plain(module) for part in parts for module in part.modules())
+
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fuse(self) -> 'FusedDelugeBlock':
+        """Get the block for inference, for `timm.utils.reparameterize_model`."""
+        first = CrossLayerDepthwiseConv2d(1, self.norm.num_features).to(self.norm.running_mean)  # x_1 = h_0
+        cross_layers: Any = [first, *copy.deepcopy(self.cross_layers)]
+        layers: Any = self.layers
+        sources = [affine_of(norm) for norm in (self.norm, *self.norms)]
+        for cross_layer in cross_layers[1:]:
+            for i, (scale, shift) in enumerate(sources[:cross_layer.num_layers]):
+                cross_layer.bias[:, 0, i, 0] += cross_layer.weight[:, 0, i, 0] * shift
+                cross_layer.weight[:, 0, i, 0] *= scale
+        for cross_layer, layer in zip(cross_layers, layers):
+            scale, shift = affine_of(layer.norm1)
+            layer.norm1 = nn.ReLU(inplace=True)
+            layer.reparameterize()
+            cross_layer.weight *= scale[:, None, None, None]
+            cross_layer.bias *= scale[:, None, None, None]
+            cross_layer.bias[:, 0, 0, 0] += shift
+        return FusedDelugeBlock(self.transition, self.layers, cross_layers).train(self.training)
+
+
+class FusedDelugeBlock(nn.Module):
+    """Deluge block for inference: cross-layer convolution, ReLU and three convolutions a layer, and no BN.
+
+    The BNs of the layer outputs, and each composite layer's first one, are in the cross-layer convolutions' weights.
+    """
+
+    def __init__(
+            self,
+            transition: nn.Module,
+            layers: nn.ModuleList,
+            cross_layers: Sequence[CrossLayerDepthwiseConv2d],
+    ):
+        """
+        Args:
+            transition: Maps the stem's or the previous block's output to this block's h_0.
+            layers: Composite layers without BN.
+            cross_layers: Each layer's cross-layer convolution, and the block's last one.
+        """
+        super().__init__()
+        self.transition = transition
+        self.layers = layers
+        self.cross_layers = nn.ModuleList(cross_layers[:-1])
+        self.last_cross_layer = cross_layers[-1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.transition(x)
+        if not torch.jit.is_scripting():
+            if not torch.is_grad_enabled() and is_lean(x):
+                return self.forward_lean(x)
+        outputs = [x]
+        for layer, cross_layer in zip(self.layers, self.cross_layers):
+            outputs.append(layer(cross_layer(outputs)))
+        return self.last_cross_layer(outputs)
+
+    @torch.jit.ignore
+    def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
+        """From h_0 on, the same with sums in place, on a CPU few enough images at a time to stay in the cache."""
+        combine = kernels(x).combine
+        cross_layers: Any = [*self.cross_layers, self.last_cross_layer]
+        weights = [(c.weight[:, 0, :, 0].t(), c.bias.sum((1, 2, 3))) for c in cross_layers]
+        image_bytes = x[0].numel() * x.element_size() * len(weights)
+        groups = []
+        for h in x.split(len(x) if x.is_cuda else max(1, GROUP_BYTES // image_bytes)):
+            outputs = [h]
+            for layer, (weight, bias) in zip(self.layers, weights):
+                outputs.append(layer(combine(outputs, weight, bias)))
+            groups.append(combine(outputs, *weights[-1]))
+        return groups[0] if len(groups) == 1 else torch.cat(groups)
 
 
 class DelugeNet(nn.Module):
@@ -257,7 +415,7 @@ class DelugeNet(nn.Module):
 
         prev_chs = widths[0]
         if stem_type == 'imagenet':
-            self.stem = nn.Sequential(OrderedDict(
+            self.stem = Stem(OrderedDict(
                 conv=nn.Conv2d(in_chans, prev_chs, 7, stride=2, padding=3, bias=False, **dd),
                 norm=BatchNormAct2d(prev_chs, **dd),
                 pool=nn.MaxPool2d(3, stride=2, padding=1),
@@ -265,7 +423,7 @@ class DelugeNet(nn.Module):
             feature_info: list[dict[str, Any]] = [dict(num_chs=prev_chs, reduction=2, module='stem.norm')]
             curr_stride = 4
         else:
-            self.stem = nn.Sequential(OrderedDict(
+            self.stem = Stem(OrderedDict(
                 conv=nn.Conv2d(in_chans, prev_chs, 3, padding=1, bias=False, **dd),
             ))
             feature_info = [dict(num_chs=prev_chs, reduction=1, module='stem.conv')]
@@ -298,7 +456,7 @@ class DelugeNet(nn.Module):
 
         self.feature_info = feature_info
         self.num_features = prev_chs
-        norm: nn.Module = BatchNormAct2d(prev_chs, **dd)
+        norm: nn.Module = FinalNorm(prev_chs, **dd)
         self.norm = norm
         self.head = ClassifierHead(prev_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = prev_chs * self.head.global_pool.feat_mult()
@@ -431,7 +589,7 @@ class DelugeNet(nn.Module):
             self.norm = nn.Identity()
         self.stages = self.stages[:max_index]
         if max_index == 0:
-            self.stem = self.stem[:self.stem_feat_idx + 1]
+            self.stem = Stem(OrderedDict(list(self.stem.named_children())[:self.stem_feat_idx + 1]))
         if prune_end:
             self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or prune_end:

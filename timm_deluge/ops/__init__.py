@@ -1,4 +1,10 @@
-"""The cross-layer depthwise convolution, as plain functions of tensors."""
+"""The cross-layer depthwise convolution: `reference` is its definition, everything else gives the same, leaner."""
+from .implementation import get_implementation, is_lean, kernels, set_implementation
+from .lean import LayerOutputs
+from .norm_act_conv import norm_act_conv
 from .reference import cross_layer_depthwise_conv
 
-__all__ = ['cross_layer_depthwise_conv']
+__all__ = [
+    'LayerOutputs', 'cross_layer_depthwise_conv', 'get_implementation', 'is_lean', 'kernels', 'norm_act_conv',
+    'set_implementation',
+]

@@ -1,0 +1,394 @@
+"""Every implementation gives the reference's numbers, and whatever one does with a model works on every path."""
+import copy
+import itertools
+from importlib.util import find_spec
+
+import pytest
+import timm
+import torch
+from released import ReleasedDelugeNet
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import timm_deluge
+from timm_deluge.delugenet import DelugeBlock, DelugeNet
+from timm_deluge.ops import LayerOutputs, aten, cross_layer_depthwise_conv, norm_act_conv, set_implementation
+
+LAYOUTS = {
+    'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
+    'contiguous': lambda x: x.contiguous(),
+    'sliced': lambda x: torch.cat([x, x], 3)[..., :x.shape[3]],
+    'transposed': lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+FAST = [
+    'aten',
+    pytest.param('triton', marks=pytest.mark.skipif(find_spec('triton') is None, reason='needs triton')),
+]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}
+
+
+@pytest.fixture(autouse=True)
+def restore_implementation():
+    yield
+    set_implementation('auto')
+
+
+def assert_near(actual, expected, tolerance, name=''):
+    """Hold a tensor against another one, relative to its largest element or 1."""
+    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1)
+    assert error <= tolerance, f'{name}: relative error {error:.2e} > {tolerance}'
+
+
+def block(depth=4, width=3, **kwargs) -> DelugeBlock:
+    torch.manual_seed(0)
+    block = DelugeBlock(nn.Identity(), depth, width, kwargs.pop('drop_path_rates', (0.,) * depth), **kwargs)
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if 'cross' in name else 0.1))
+        for name, buffer in block.named_buffers():
+            if name.endswith('running_mean'):
+                buffer.normal_(0, 0.2)
+            elif name.endswith('running_var'):
+                buffer.uniform_(0.5, 1.5)
+    return block
+
+
+def differentiate(module, x, implementation, context=None):
+    """Run forward and backward; output, gradients and running statistics by name."""
+    set_implementation(implementation)
+    module = copy.deepcopy(module)
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    with context or torch.enable_grad():
+        y = module(x)
+    (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    found = {'y': y.detach(), 'x': x.grad}
+    found.update((f'{name}.grad', p.grad) for name, p in module.named_parameters())
+    found.update((name, b) for name, b in module.named_buffers())
+    return found
+
+
+def assert_same(module, x, implementation, tolerance, context=None):
+    expected = differentiate(module, x, 'reference', context)
+    actual = differentiate(module, x, implementation, context)
+    for name in expected:
+        if expected[name] is None:
+            assert actual[name] is None, name
+        else:
+            assert_near(actual[name], expected[name], tolerance, name)
+
+
+def lean_calls(monkeypatch) -> list:
+    calls = []
+    forward = DelugeBlock.forward_lean
+    monkeypatch.setattr(DelugeBlock, 'forward_lean', lambda self, x: calls.append(self) or forward(self, x))
+    return calls
+
+
+@pytest.mark.parametrize('implementation', FAST)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('num_layers, shape', [
+    (1, (2, 3, 5, 7)), (2, (1, 64, 1, 1)), (5, (3, 70, 4, 6)), (64, (2, 6, 3, 3))])
+def test_operator_gives_values_and_gradients_of_the_reference(implementation, layout, dtype, num_layers, shape):
+    set_implementation(implementation)
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(shape[1], affine=False).double() for _ in range(num_layers)]
+    layers = [LAYOUTS[layout](0.5 + torch.randn(shape)).to(dtype).requires_grad_() for _ in range(num_layers)]
+    weight = torch.randn(shape[1], 1, num_layers, 1).requires_grad_()
+    bias = torch.randn(shape[1], 1, num_layers, 1).requires_grad_()
+    grad = torch.randn(shape).to(dtype)
+
+    exact = [t.detach().double().requires_grad_() for t in (*layers, weight, bias)]
+    normalised = [norm.eval()(layer) for norm, layer in zip(norms, exact)]
+    expected = cross_layer_depthwise_conv(normalised, *exact[-2:])
+    expected.backward(grad.double())
+
+    outputs = LayerOutputs()
+    for layer, norm in zip(layers, norms):
+        outputs.append(layer, norm.to(torch.float32))
+    actual = outputs.cross_layer_depthwise_conv(weight, bias)
+    assert actual.dtype == dtype
+    actual.backward(grad)
+    assert_near(actual, expected, TOLERANCE[dtype])
+    for leaf, exact_leaf in zip((*layers, weight, bias), exact):
+        assert_near(leaf.grad, exact_leaf.grad, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('implementation', FAST)
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('training', [True, False])
+def test_block_trains_as_the_reference(implementation, layout, training):
+    x = LAYOUTS[layout](1 + torch.randn(4, 6, 5, 7))
+    assert_same(block().train(training), x, implementation, 1e-4)
+
+
+@pytest.mark.parametrize('depth', [1, 2, 9, 63])
+def test_block_of_any_length(depth):
+    assert_same(block(depth).double().train(), torch.randn(4, 6, 3, 3).double(), 'aten', 1e-9)
+
+
+def assert_as_near(actual, reference, exact):
+    """Hold low-precision results against exact ones: the error may be the reference's, give or take."""
+    for name in (n for n in exact if exact[n].is_floating_point()):
+        scale = exact[name].abs().max().clamp(min=1e-2)
+        error, allowed = ((d[name].float() - exact[name]).abs().max() / scale for d in (actual, reference))
+        assert error <= 2 * allowed + 0.05, f'{name}: relative error {error:.3f}, of the reference {allowed:.3f}'
+
+
+def test_block_in_bfloat16():
+    module, x = block().train(), torch.randn(8, 6, 8, 8)
+    exact = differentiate(module, x, 'reference')
+    reference, lean = (differentiate(module.bfloat16(), x.bfloat16(), i) for i in ('reference', 'auto'))
+    assert_as_near(lean, reference, exact)
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    model = DelugeNet((4, 3), (8, 16), num_classes=5, stem_type='cifar').train()
+    x = torch.randn(8, 3, 16, 16)
+    exact = differentiate(model, x, 'reference')
+    with torch.autocast('cpu', torch.bfloat16):
+        assert model.stages(model.stem(x)).dtype == torch.bfloat16
+    reference, lean = (differentiate(model, x, i, torch.autocast('cpu', torch.bfloat16)) for i in ('reference', 'auto'))
+    assert_as_near(lean, reference, exact)
+
+
+def test_frozen_batch_norm(monkeypatch):
+    module = block().train()
+    for norm in (module.norms[1], module.layers[2].norm2, module.layers[0].norm1):
+        norm.eval().requires_grad_(False)
+    calls = lean_calls(monkeypatch)
+    assert_same(module, torch.randn(4, 6, 5, 7), 'auto', 1e-4)
+    assert len(calls) == 1
+    frozen = block().train()
+    frozen = timm.utils.model.freeze_batch_norm_2d(frozen)
+    assert_same(frozen, torch.randn(4, 6, 5, 7), 'auto', 1e-4)
+
+
+def test_frozen_parameters():
+    module = block().train()
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad = 'layers.2' in name
+    expected, actual = (differentiate(module, torch.randn(4, 6, 5, 7), i) for i in ('reference', 'auto'))
+    assert [n for n in actual if actual[n] is None] == [n for n in expected if expected[n] is None]
+
+
+def test_gradients_of_chosen_parameters_only():
+    module, x = block().double().train(), torch.randn(4, 6, 5, 7).double()
+    chosen = [module.layers[1].conv2.weight, module.cross_layers[2].weight]
+    expected, actual = [], []
+    for implementation, found in (('reference', expected), ('auto', actual)):
+        set_implementation(implementation)
+        found += torch.autograd.grad(module(x).square().sum(), chosen)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_synchronised_batch_norm_takes_the_reference(monkeypatch):
+    calls = lean_calls(monkeypatch)
+    module = timm.layers.convert_sync_batchnorm(block()).eval()
+    assert_same(module, torch.randn(4, 6, 5, 7), 'auto', 1e-6)
+    assert not calls
+
+
+def test_gradient_checkpointing(monkeypatch):
+    module, x = block().double().train(), torch.randn(4, 6, 5, 7).double()
+    expected = differentiate(module, x, 'reference')
+    module.grad_checkpointing = True
+    calls = lean_calls(monkeypatch)
+    actual = differentiate(module, x, 'auto')
+    assert calls
+    for name in (n for n in expected if n == 'y' or n == 'x' or n.endswith('grad')):
+        assert_near(actual[name], expected[name], 1e-9, name)
+
+
+def test_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group('gloo', f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        set_implementation('auto')
+        module, x = block().train(), torch.randn(4, 6, 5, 7)
+        parallel = DistributedDataParallel(copy.deepcopy(module))
+        for _ in range(2):
+            parallel.zero_grad()
+            parallel(x).square().sum().backward()
+        expected = copy.deepcopy(module)
+        expected(x).square().sum().backward()
+        for p, q in zip(parallel.parameters(), expected.parameters(), strict=True):
+            assert_near(p.grad, q.grad, 1e-4)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Twice(nn.Module):
+    """The same block twice in one graph."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x) + self.module(self.module(2 * x))
+
+
+def test_double_use():
+    assert_same(Twice(block().double().train()), torch.randn(4, 6, 5, 7).double(), 'auto', 1e-8)
+
+
+def test_backward_twice_through_a_retained_graph():
+    module, x = block().double().train(), torch.randn(4, 6, 5, 7).double().requires_grad_()
+    y = module(x).square().sum()
+    y.backward(retain_graph=True)
+    once = [x.grad.clone(), *(p.grad.clone() for p in module.parameters())]
+    y.backward()
+    torch.testing.assert_close([x.grad, *(p.grad for p in module.parameters())], [2 * g for g in once])
+
+
+def test_an_interrupted_backward_pass_leaves_nothing_behind():
+    module, x = block().double().train(), torch.randn(4, 6, 5, 7).double().requires_grad_()
+    y = module(x).square().sum()
+    later = module.layers[3].conv1.weight
+    torch.autograd.grad(y, later, retain_graph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, module.layers[0].conv1.weight),
+        torch.autograd.grad(module(x).square().sum(), module.layers[0].conv1.weight))
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    module, x = block().eval(), torch.randn(4, 6, 5, 7)
+    with mode():
+        y = module(x)
+    assert_near(y, module(x).detach(), 1e-5)
+
+
+def test_kept_bytes_are_fewer_than_the_residual_networks():
+    def kept(model):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(torch.randn(8, 3, 32, 32))
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+    lean, residual = kept(timm.create_model('delugenet146')), kept(timm.create_model('resnetlike146_3x3'))
+    released = kept(ReleasedDelugeNet((8, 16, 24), (32, 64, 128), 100))
+    assert lean <= residual
+    assert 3 * lean <= released
+
+
+def test_hooks_and_replaced_parts_are_respected(monkeypatch):
+    calls = lean_calls(monkeypatch)
+    x = torch.randn(4, 6, 5, 7)
+    hooked, seen = block(), []
+    hooked.layers[1].norm2.register_forward_hook(lambda *args: seen.append(args))
+    hooked(x)
+    assert seen and not calls
+    replaced = block()
+    replaced.layers[1].conv2 = nn.Sequential(replaced.layers[1].conv2, nn.Dropout(0.5))
+    replaced(x)
+    dropped = block(drop_path_rates=(0., 0.5, 0., 0.)).train()
+    dropped(x)
+    assert not calls
+    dropped.eval()(x)
+    block()(x)
+    assert len(calls) == 2
+
+
+def test_forward_mode_is_refused_and_says_what_to_do():
+    module, x = block().eval(), torch.randn(2, 6, 4, 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match=r'set_implementation\("reference"\)'):
+            module(dual)
+        set_implementation('reference')
+        assert torch.autograd.forward_ad.unpack_dual(module(dual)).tangent is not None
+
+
+def test_second_derivatives_are_refused_and_say_what_to_do():
+    module, x = block().eval(), torch.randn(2, 6, 4, 4, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r'set_implementation\("reference"\)'):
+        torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    set_implementation('reference')
+    grad, = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    grad.sum().backward()
+
+
+def test_torch_func_takes_the_reference():
+    module = block().double().eval()
+    x = torch.randn(3, 6, 4, 4).double()
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(module, parameters, (x[None],)).square().sum()
+
+    per_image = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    module(x).square().sum().backward()
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(per_image[name].sum(0), parameter.grad)
+
+
+@pytest.mark.parametrize('implementation', ['auto', 'reference'])
+@pytest.mark.parametrize('training', [True, False])
+def test_compiles_without_graph_breaks(implementation, training):
+    set_implementation(implementation)
+    torch.manual_seed(0)
+    model = DelugeNet((3, 2), (4, 6), num_classes=5, stem_type='cifar').double().train(training)
+    x = torch.randn(4, 3, 8, 8).double()
+    expected = copy.deepcopy(model)
+    expected(x).square().sum().backward()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    compiled(x).square().sum().backward()
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_norm_act_conv_keeps_its_input_alone():
+    norm, conv = timm.layers.BatchNormAct2d(4), nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False)
+    x = torch.randn(2, 4, 9, 9, requires_grad=True)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        y = norm_act_conv(x, norm, conv)
+    assert sorted(sizes)[-2:] == [conv.weight.numel(), x.numel()]
+    y.square().sum().backward()
+    actual = [x.grad, norm.weight.grad, norm.bias.grad, conv.weight.grad]
+    assert norm.num_batches_tracked == 1
+    torch.testing.assert_close(
+        actual, list(torch.autograd.grad(conv(norm(x)).square().sum(), [x, norm.weight, norm.bias, conv.weight])))
+
+
+def test_switch():
+    assert timm_deluge.get_implementation() == 'auto'
+    timm_deluge.set_implementation('aten')
+    assert timm_deluge.get_implementation() == 'aten'
+    with pytest.raises(ValueError, match="'fast': must be one of 'auto', 'reference', 'aten', 'triton'"):
+        timm_deluge.set_implementation('fast')
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(timm_deluge.ops.implementation, '_has_triton', lambda: False)
+    with pytest.raises(ImportError, match='pip install triton'):
+        timm_deluge.set_implementation('triton')
+    assert timm_deluge.ops.kernels(torch.empty(0)) is aten
+
+
+def test_triton_runs_where_asked_for():
+    triton = pytest.importorskip('timm_deluge.ops.triton')
+    set_implementation('triton')
+    assert timm_deluge.ops.kernels(torch.empty(0)) is triton
+    assert timm_deluge.ops.kernels(torch.empty(0).double()) is aten
+
+
+def test_fast_kernels_agree_on_every_pair_of_layouts():
+    triton = pytest.importorskip('timm_deluge.ops.triton')
+    torch.manual_seed(0)
+    for first, second in itertools.product(LAYOUTS.values(), repeat=2):
+        layers = [first(torch.randn(3, 5, 6, 7)), second(torch.randn(3, 5, 6, 7))]
+        weight, bias = torch.randn(2, 5), torch.randn(5)
+        torch.testing.assert_close(triton.combine(layers, weight, bias), aten.combine(layers, weight, bias))
+        statistics = torch.randn(2, 5), torch.rand(2, 5)
+        grad = first(torch.randn(3, 5, 6, 7))
+        torch.testing.assert_close(
+            triton.correlate(layers, *statistics, grad), aten.correlate(layers, *statistics, grad))

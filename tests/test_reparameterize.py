@@ -1,0 +1,158 @@
+"""A reparameterised model is the same function without batch normalisation, and as useful as before."""
+import copy
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models._features import FeatureGetterNet
+from timm.utils import reparameterize_model
+from torch import nn
+
+from timm_deluge.delugenet import DelugeBlock, DelugeNet, FusedDelugeBlock
+
+KINDS = [
+    dict(stem_type='cifar'),
+    dict(stem_type='imagenet'),
+    dict(stem_type='cifar', aggregation='residual'),
+    dict(stem_type='cifar', aggregation='residual', transition_type='1x1'),
+    dict(stem_type='imagenet', output_stride=8, drop_path_rate=0.2),
+]
+
+
+def trained(stem_type='cifar', **kwargs) -> DelugeNet:
+    """A small model whose parameters and running statistics are all away from their start."""
+    torch.manual_seed(0)
+    depths = (3, 3) if stem_type == 'cifar' else (2, 2, 2)
+    model = DelugeNet(depths, (4, 8, 8)[:len(depths)], num_classes=5, stem_type=stem_type, **kwargs)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.5)
+                module.running_var.uniform_(0.3, 3)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() != 4 or 'cross' in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def assert_same_function(fused, model, x, tolerance=1e-4):
+    with torch.no_grad():
+        expected, actual = model(x), fused(x)
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def has_batch_norm(model) -> bool:
+    return any('BatchNorm' in type(m).__name__ or 'NormAct' in type(m).__name__ for m in model.modules())
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_same_function_without_batch_norm(kind, memory_format):
+    model = trained(**kind).to(memory_format=memory_format)
+    fused = reparameterize_model(model)
+    assert has_batch_norm(model) and not has_batch_norm(fused)
+    assert_same_function(fused, model, torch.randn(3, 3, 32, 48).contiguous(memory_format=memory_format))
+
+
+@pytest.mark.parametrize('name', ['delugenet122', 'delugenet146', 'resnetlike146_1x1'])
+def test_registered_models(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    assert_same_function(reparameterize_model(model), model, torch.randn(1, 3, 64, 64))
+
+
+def test_every_group_of_images_counts(monkeypatch):
+    monkeypatch.setattr('timm_deluge.delugenet.GROUP_BYTES', 0)
+    model = trained()
+    assert_same_function(reparameterize_model(model), model, torch.randn(3, 3, 16, 16))
+
+
+def test_gradients_flow_through_it():
+    model, x = trained().double(), torch.randn(2, 3, 16, 16).double().requires_grad_()
+    gradients = [torch.autograd.grad(m(x).square().sum(), x)[0] for m in (model, reparameterize_model(model))]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_training_mode_and_twice(kind):
+    model = trained(**kind)
+    fused = reparameterize_model(copy.deepcopy(model).train())
+    assert fused.training and not has_batch_norm(fused)
+    x = torch.randn(2, 3, 32, 32)
+    assert_same_function(fused, model, x)
+    assert_same_function(reparameterize_model(fused), model, x)
+    assert_same_function(reparameterize_model(fused, inplace=True), model, x)
+
+
+def test_the_original_stays_as_it_is():
+    model = trained()
+    before = copy.deepcopy(model.state_dict())
+    reparameterize_model(model)
+    assert all(isinstance(stage, DelugeBlock) for stage in model.stages)
+    torch.testing.assert_close(dict(model.state_dict()), dict(before))
+
+
+def test_weights_are_saved_and_loaded(tmp_path):
+    model = trained()
+    safetensors.torch.save_model(reparameterize_model(model), tmp_path / 'fused.safetensors')
+    other = reparameterize_model(DelugeNet((3, 3), (4, 8), num_classes=5, stem_type='cifar'))
+    assert safetensors.torch.load_model(other, tmp_path / 'fused.safetensors') == (set(), [])
+    assert_same_function(other, model, torch.randn(2, 3, 16, 16))
+
+
+def test_frozen_and_synchronised_batch_norms_are_folded():
+    model = trained()
+    for converted in (
+        timm.layers.convert_sync_batchnorm(copy.deepcopy(model)),
+        timm.utils.model.freeze_batch_norm_2d(copy.deepcopy(model)),
+    ):
+        fused = reparameterize_model(converted)
+        assert all(isinstance(stage, FusedDelugeBlock) for stage in fused.stages)
+        assert not has_batch_norm(fused.stages)
+        assert_same_function(fused, model, torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
+def test_torchscript_export_and_compile(tmp_path, aggregation):
+    model = trained(aggregation=aggregation)
+    fused, x = reparameterize_model(model), torch.randn(2, 3, 16, 16)
+    torch.jit.script(fused).save(tmp_path / 'model.pt')
+    scripted = torch.jit.load(tmp_path / 'model.pt')
+    traced = torch.jit.trace(fused, x)
+    exported = torch.export.export(fused, (x,)).module()
+    compiled = torch.compile(fused, fullgraph=True, backend='aot_eager')
+    for other in (scripted, traced, exported, compiled):
+        assert_same_function(other, model, x)
+
+
+@pytest.mark.parametrize('reparameterized', [False, True])
+def test_onnx(tmp_path, reparameterized):
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    from onnx.reference import ReferenceEvaluator
+
+    model, x = trained(), torch.randn(2, 3, 16, 16)
+    exported = reparameterize_model(model) if reparameterized else model
+    torch.onnx.export(exported, (x,), tmp_path / 'model.onnx', input_names=['x'], dynamo=True)
+    y, = ReferenceEvaluator(onnx.load(tmp_path / 'model.onnx')).run(None, {'x': x.numpy()})
+    assert_same_function(lambda _: torch.from_numpy(y), model, x)
+
+
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'fx', 'getter'])
+def test_features(feature_cls):
+    torch.manual_seed(0)
+    model = timm.create_model('delugenet92', features_only=True, feature_cls=feature_cls, out_indices=(1, 2)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, actual = model(x), reparameterize_model(model).eval()(x)  # a copied FX graph starts in training
+    if isinstance(expected, dict):
+        expected, actual = list(expected.values()), list(actual.values())
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_intermediates():
+    model, x = trained('imagenet'), torch.randn(1, 3, 64, 64)
+    getter = FeatureGetterNet(model, out_indices=(0, 1, 2, 3)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(reparameterize_model(getter)(x), getter(x), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,71 @@
+"""The switch between the implementations of the cross-layer depthwise convolution."""
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+from . import aten
+
+__all__ = ['get_implementation', 'is_lean', 'kernels', 'set_implementation']
+
+IMPLEMENTATIONS = ('auto', 'reference', 'aten', 'triton')
+_implementation = 'auto'
+
+
+def set_implementation(name: str) -> None:
+    """Choose by hand how cross-layer depthwise convolutions are computed, for every model of this process.
+
+    All implementations give the same numbers. While a model is traced, scripted, compiled or exported, under
+    `torch.func` and on other devices than CPU and CUDA it is always the reference.
+
+    Args:
+        name: One of
+
+            * 'auto': the lean training path and, in a reparameterised model, sums in place; by Triton's kernels on
+              a CUDA device where Triton is installed, else by ATen's operators. The default.
+            * 'reference': differentiable operators only, layer by layer: for debugging, second derivatives and
+              forward-mode differentiation.
+            * 'aten', 'triton': as 'auto', with these kernels on every device.
+
+    Raises:
+        ValueError: If there is no such implementation.
+        ImportError: If Triton is wanted, but not installed.
+    """
+    global _implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f'implementation {name!r}: must be one of {", ".join(map(repr, IMPLEMENTATIONS))}')
+    if name == 'triton' and not _has_triton():
+        raise ImportError("implementation 'triton' needs the package triton: pip install triton")
+    _implementation = name
+
+
+def get_implementation() -> str:
+    """Get the name that `set_implementation` set."""
+    return _implementation
+
+
+def is_lean(x: torch.Tensor) -> bool:
+    """Tell whether fast paths may run on a tensor: in plain eager mode, unless the reference was asked for."""
+    return (
+        _implementation != 'reference'
+        and type(x) is torch.Tensor
+        and x.device.type in ('cpu', 'cuda')
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def kernels(x: torch.Tensor) -> ModuleType:
+    """Get the module whose `combine` and `correlate` serve a tensor."""
+    wanted = _implementation == 'triton' or (_implementation == 'auto' and x.is_cuda and _has_triton())
+    if wanted and x.dtype is not torch.float64:  # the kernels sum in float32
+        from . import triton
+        return triton
+    return aten
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec('triton') is not None

@@ -1,0 +1,78 @@
+"""Batch normalisation, ReLU and convolution that keep only their input for the backward pass."""
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ['LeanFunction', 'norm_act_conv', 'norm_args']
+
+
+def norm_act_conv(x: torch.Tensor, norm: Any, conv: nn.Conv2d) -> torch.Tensor:
+    """Apply ``conv(norm(x))``, and in the backward pass normalise again instead of keeping what was normalised.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        norm: BN (timm's `BatchNormAct2d`) with affine parameters and running statistics, and ReLU.
+        conv: Convolution without bias.
+
+    Returns:
+        ``[N, C', H', W']``.
+    """
+    return _NormActConv.apply(
+        x, norm.weight, norm.bias, conv.weight, *norm_args(norm), conv.stride, conv.padding, conv.dilation)
+
+
+def norm_args(norm: Any) -> tuple[torch.Tensor, torch.Tensor, bool, float, float]:
+    """Count a batch normalisation's call, and take what ATen needs of it besides its parameters."""
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    return norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps
+
+
+class LeanFunction(torch.autograd.Function):
+    """A function with a first derivative, in backward mode, that says how to get others."""
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(f'Forward-mode differentiation {_ADVICE}')
+
+    @staticmethod
+    def check_first_derivative() -> None:
+        """Refuse ``create_graph=True``, under which autograd records backward passes.
+
+        Raises:
+            NotImplementedError: If autograd records.
+        """
+        if torch.is_grad_enabled():
+            raise NotImplementedError(f'Differentiating twice (create_graph=True) {_ADVICE}')
+
+
+_ADVICE = ('is not supported by the fast implementations of DelugeNet: '
+           'call timm_deluge.set_implementation("reference") before the forward pass')
+
+
+class _NormActConv(LeanFunction):
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, weight, running_mean, running_var, training, momentum, eps, *conv_args):
+        y, mean, invstd = torch.native_batch_norm(
+            x, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
+        if not training:
+            mean, invstd = running_mean.clone(), (running_var + eps).rsqrt()
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, invstd)
+        ctx.training, ctx.conv_args = training, conv_args
+        return F.conv2d(y.relu_(), weight, None, *conv_args)
+
+    @staticmethod
+    def backward(ctx, grad):
+        LeanFunction.check_first_derivative()
+        x, norm_weight, norm_bias, weight, mean, invstd = ctx.saved_tensors
+        var = invstd ** -2
+        y = torch.native_batch_norm(x, norm_weight, norm_bias, mean, var, False, 0., 0.)[0].relu_().to(grad.dtype)
+        grad_y, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, y, weight.to(grad.dtype), None, *ctx.conv_args, False, [0, 0], 1, [True, True, False])
+        torch.ops.aten.threshold_backward.grad_input(grad_y, y, 0, grad_input=grad_y)
+        grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_batch_norm_backward(
+            grad_y.to(x.dtype), x, norm_weight, mean, var, mean, invstd, ctx.training, 0., [True, True, True])
+        return grad_x, grad_norm_weight, grad_norm_bias, grad_weight.to(weight.dtype), *[None] * 8

@@ -1,0 +1,105 @@
+"""The two sums over layers as Triton kernels: every layer is read once, and all sums run in float32.
+
+A kernel finds the layers through a table of their addresses, so that one compiled kernel serves any number of them.
+"""
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ['combine', 'correlate']
+
+TILE = 8192  # elements of a layer that a program works on
+
+
+def combine(layers: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Sum layers, each channel with its own weights: see `timm_deluge.ops.aten.combine`."""
+    layers, inner = _same_layout(layers)
+    out = torch.empty_like(layers[0])
+    shape, grid, block = _tiling(out, inner)
+    with torch.cuda.device_of(out):
+        _combine_kernel[grid](
+            _table(layers), weight.float().contiguous(), bias.float(), out, len(layers), *shape, **block)
+    return out
+
+
+def correlate(
+        layers: Sequence[torch.Tensor],
+        means: torch.Tensor,
+        invstds: torch.Tensor,
+        grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum a gradient times each normalised layer, and the gradient alone: see `timm_deluge.ops.aten.correlate`."""
+    (*layers, grad), inner = _same_layout([*layers, grad])
+    shape, grid, block = _tiling(grad, inner)
+    dots = torch.empty(grid[0], len(layers), grad.shape[1], device=grad.device)
+    totals = torch.empty(grid[0], grad.shape[1], device=grad.device)
+    with torch.cuda.device_of(grad):
+        _correlate_kernel[grid](
+            _table(layers), means.float().contiguous(), invstds.float().contiguous(), grad, dots, totals,
+            len(layers), *shape, **block)
+    return dots.sum(0), totals.sum(0)
+
+
+def _same_layout(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """Bring all layers into the first one's memory format; its positions that follow each other in memory."""
+    memory_format = torch.contiguous_format
+    if layers[0].is_contiguous(memory_format=torch.channels_last):
+        memory_format = torch.channels_last
+    inner = 1 if memory_format is torch.channels_last else layers[0].shape[2] * layers[0].shape[3]
+    layers = [layer.contiguous(memory_format=memory_format) for layer in layers]
+    return [layer if layer.data_ptr() % 16 == 0 else layer.clone() for layer in layers], inner
+
+
+def _tiling(x: torch.Tensor, inner: int) -> tuple[tuple[int, int, int], tuple[int, int], dict[str, int]]:
+    positions, channels = x.numel() // x.shape[1], x.shape[1]
+    block_c = min(64, triton.next_power_of_2(channels))
+    block_p = TILE // block_c
+    grid = triton.cdiv(positions, block_p), triton.cdiv(channels, block_c)
+    return (positions, channels, inner), grid, dict(BLOCK_P=block_p, BLOCK_C=block_c)
+
+
+def _table(layers: Sequence[torch.Tensor]) -> torch.Tensor:
+    addresses = torch.tensor([layer.data_ptr() for layer in layers])
+    if layers[0].is_cuda:
+        addresses = addresses.pin_memory().to(layers[0].device, non_blocking=True)
+    return addresses
+
+
+@triton.jit
+def _combine_kernel(
+        table, weight, bias, out, num_layers, positions, channels, inner,
+        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    mask = (p < positions) & (c < channels)
+    offset = p // inner * inner * channels + c * inner + p % inner
+    total = tl.load(bias + c, mask=c < channels, other=0.) + tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    for i in range(num_layers):
+        layer = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(out.dtype.element_ty)), 16)
+        scale = tl.load(weight + i * channels + c, mask=c < channels, other=0.)
+        total += scale * tl.load(layer + offset, mask=mask, other=0.).to(tl.float32)
+    tl.store(out + offset, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _correlate_kernel(
+        table, means, invstds, grad, dots, totals, num_layers, positions, channels, inner,
+        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    tile = tl.program_id(0).to(tl.int64)
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = column[None, :]
+    mask = (p < positions) & (c < channels)
+    offset = p // inner * inner * channels + c * inner + p % inner
+    g = tl.load(grad + offset, mask=mask, other=0.).to(tl.float32)
+    tl.store(totals + tile * channels + column, tl.sum(g, axis=0), mask=column < channels)
+    for i in range(num_layers):
+        layer = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(grad.dtype.element_ty)), 16)
+        mean = tl.load(means + i * channels + c, mask=c < channels, other=0.)
+        invstd = tl.load(invstds + i * channels + c, mask=c < channels, other=0.)
+        x = (tl.load(layer + offset, mask=mask, other=0.).to(tl.float32) - mean) * invstd
+        tl.store(dots + (tile * num_layers + i) * channels + column, tl.sum(g * x, axis=0), mask=column < channels)
