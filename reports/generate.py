@@ -2,11 +2,14 @@
 
     python reports/generate.py
 """
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from tabulate import tabulate
 
 from timm_deluge.card import model_card, model_table
 from timm_deluge.paper import PUBLISHED
@@ -30,6 +33,7 @@ def generate() -> dict[Path, str]:
     readme = _replace_block(readme, 'models', model_table(zoo, checkpoints))
     if checkpoints:
         readme = _replace_block(readme, 'predict', f'```\n{_predict()}\n```')
+    readme = _replace_block(readme, 'performance', _performance())
     texts = {REPOSITORY / 'MODEL_CARD.md': model_card(checkpoints), REPOSITORY / 'README.md': readme}
     for name, reports in (('zoo', zoo), ('peers', peers)):
         for fmt, suffix in (('markdown', 'md'), ('csv', 'csv'), ('json', 'json')):
@@ -40,6 +44,45 @@ def generate() -> dict[Path, str]:
 def _replace_block(text: str, name: str, content: str) -> str:
     begin, end = f'<!-- {name}: written by reports/generate.py -->', f'<!-- end of {name} -->'
     return re.sub(f'{begin}.*?{end}', lambda _: f'{begin}\n{content}\n{end}', text, flags=re.DOTALL)
+
+
+def _performance() -> str:
+    measured = json.loads((REPOSITORY / 'benchmarks' / 'cpu.json').read_text(encoding='utf-8'))
+    rows = []
+
+    def row(what: str, ratio: float, bar: str, met: bool) -> None:
+        rows.append({'': what, 'measured': f'{ratio:.2f} ×', 'goal': bar, 'met': 'yes' if met else 'no'})
+
+    for kind, verb in (('inference', 'inference, reparameterised'), ('training', 'training step')):
+        for name, result in measured[kind].items():
+            bar = measured['bars'][f'{kind} {name}']
+            what = f'{verb}, `{name}`, batch {measured["batch"][name][kind]}: time, of R'
+            row(what, result['ratio_to_R'], f'≤ {bar:.2f}', result['ratio_to_R'] <= bar)
+    for name, result in measured['training'].items():
+        row(f'kept for the backward pass, `{name}`: bytes, of R', result['kept_ratio_to_R'], '≤ 1.00',
+            result['kept_ratio_to_R'] <= 1)
+    speedup = measured['inference']['delugenet122']['speedup_by_reparameterization']
+    row('speedup by `reparameterize_model`, `delugenet122`', speedup, '≥ 1.25', speedup >= 1.25)
+    for name, result in measured['released'].items():
+        speedup, kept = result['speedup'], result['kept_ratio']
+        row(f'training step, `{name}`: faster than the released form', speedup, '≥ 2.2', speedup >= 2.2)
+        row(f'kept bytes, `{name}`: fewer than the released form', kept, '≥ 3', kept >= 3)
+    for name, result in measured['peers'].items():
+        for peer, speedup in result['speedup'].items():
+            bar = max(1., result['flops_ratio'][peer])
+            row(f'inference, `{name}`, reparameterised: faster than `{peer}`', speedup, f'≥ {bar:.2f}', speedup >= bar)
+    share = measured['growth']['64']['cross_layer_share']
+    images = ', '.join(
+        f'{name} {rate:.1f}' for result in measured['peers'].values()
+        for name, rate in result['images_per_second'].items())
+    return '\n\n'.join((
+        tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True),
+        f'{measured["machine"]}, {measured["threads"]} threads, {measured["dtype"]}, channels_last, eager, '
+        f'torch {measured["torch"]}, {measured["date"]}; medians of {measured["rounds"]} interleaved rounds. '
+        f'Images per second at 224², batch 4: {images}. In a block of 64 layers, {share["inference"]:.0%} of the time '
+        f'in inference and {share["training"]:.0%} in training is what the residual block does not take.',
+        '![Cost of a layer against the length of its block](benchmarks/cpu.png)',
+    ))
 
 
 def _predict() -> str:

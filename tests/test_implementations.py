@@ -386,7 +386,7 @@ def test_fast_kernels_agree_on_every_pair_of_layouts():
     torch.manual_seed(0)
     for first, second in itertools.product(LAYOUTS.values(), repeat=2):
         layers = [first(torch.randn(3, 5, 6, 7)), second(torch.randn(3, 5, 6, 7))]
-        weight, bias = torch.randn(2, 5), torch.randn(5)
+        weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
         torch.testing.assert_close(triton.combine(layers, weight, bias), aten.combine(layers, weight, bias))
         statistics = torch.randn(2, 5), torch.rand(2, 5)
         grad = first(torch.randn(3, 5, 6, 7))

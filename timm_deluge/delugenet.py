@@ -19,7 +19,6 @@ transition (BN, strided 3x3 convolution), or after the last block to BN, ReLU, p
 Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows`
     - https://arxiv.org/abs/1611.05552 (Kuen, Kong, Wang and Tan, ICCV workshops 2017)
 """
-import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -290,27 +289,45 @@ class DelugeBlock(ResidualBlock):
         parts = (self.norm, self.norms, self.layers, self.cross_layers)
         return all(_is_plain(module) for part in parts for module in part.modules())
 
-
     @torch.jit.ignore
     @torch.no_grad()
     def fuse(self) -> 'FusedDelugeBlock':
         """Get the block for inference, for `timm.utils.reparameterize_model`."""
-        first = CrossLayerDepthwiseConv2d(1, self.norm.num_features).to(self.norm.running_mean)  # x_1 = h_0
-        cross_layers: Any = [first, *copy.deepcopy(self.cross_layers)]
         layers: Any = self.layers
-        sources = [affine_of(norm) for norm in (self.norm, *self.norms)]
-        for cross_layer in cross_layers[1:]:
-            for i, (scale, shift) in enumerate(sources[:cross_layer.num_layers]):
-                cross_layer.bias[:, 0, i, 0] += cross_layer.weight[:, 0, i, 0] * shift
-                cross_layer.weight[:, 0, i, 0] *= scale
-        for cross_layer, layer in zip(cross_layers, layers):
+        cross_layers: Any = self.cross_layers
+        scales, shifts = map(torch.stack, zip(*(affine_of(norm) for norm in (self.norm, *self.norms))))  # [L + 1, C]
+        weights, biases = [torch.ones_like(scales[:1])], [torch.zeros_like(scales[0])]  # x_1 = h_0
+        for cross_layer in cross_layers:
+            weight, bias = cross_layer.weight[:, 0, :, 0].t(), cross_layer.bias.sum((1, 2, 3))
+            weights.append(weight * scales[:len(weight)])
+            biases.append(bias + (weight * shifts[:len(weight)]).sum(0))
+        for i, layer in enumerate(layers):
             scale, shift = affine_of(layer.norm1)
+            weights[i], biases[i] = weights[i] * scale, biases[i] * scale + shift
             layer.norm1 = nn.ReLU(inplace=True)
             layer.reparameterize()
-            cross_layer.weight *= scale[:, None, None, None]
-            cross_layer.bias *= scale[:, None, None, None]
-            cross_layer.bias[:, 0, 0, 0] += shift
-        return FusedDelugeBlock(self.transition, self.layers, cross_layers).train(self.training)
+        sums = [FusedCrossLayer(weight, bias) for weight, bias in zip(weights, biases)]
+        return FusedDelugeBlock(self.transition, self.layers, sums).train(self.training)
+
+
+class FusedCrossLayer(nn.Module):
+    """Cross-layer depthwise convolution for inference, with BNs in its weights (paper, Eq. 1)."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
+        """
+        Args:
+            weight: Scale of each source layer's channels, ``[l, C]``.
+            bias: Shift of each channel, ``[C]``.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(weight[..., None, None].contiguous())
+        self.bias = nn.Parameter(bias[:, None, None].contiguous())
+
+    def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
+        x = torch.addcmul(self.bias, layers[0], self.weight[0])
+        for i, layer in enumerate(layers[1:]):
+            x = torch.addcmul(x, layer, self.weight[i + 1])
+        return x
 
 
 class FusedDelugeBlock(nn.Module):
@@ -323,7 +340,7 @@ class FusedDelugeBlock(nn.Module):
             self,
             transition: nn.Module,
             layers: nn.ModuleList,
-            cross_layers: Sequence[CrossLayerDepthwiseConv2d],
+            cross_layers: Sequence[FusedCrossLayer],
     ):
         """
         Args:
@@ -351,15 +368,15 @@ class FusedDelugeBlock(nn.Module):
     def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
         """From h_0 on, the same with sums in place, on a CPU few enough images at a time to stay in the cache."""
         combine = kernels(x).combine
-        cross_layers: Any = [*self.cross_layers, self.last_cross_layer]
-        weights = [(c.weight[:, 0, :, 0].t(), c.bias.sum((1, 2, 3))) for c in cross_layers]
-        image_bytes = x[0].numel() * x.element_size() * len(weights)
+        cross_layers: Any = self.cross_layers
+        last: Any = self.last_cross_layer
+        image_bytes = x[0].numel() * x.element_size() * len(last.weight)
         groups = []
         for h in x.split(len(x) if x.is_cuda else max(1, GROUP_BYTES // image_bytes)):
             outputs = [h]
-            for layer, (weight, bias) in zip(self.layers, weights):
-                outputs.append(layer(combine(outputs, weight, bias)))
-            groups.append(combine(outputs, *weights[-1]))
+            for layer, cross_layer in zip(self.layers, cross_layers):
+                outputs.append(layer(combine(outputs, cross_layer.weight, cross_layer.bias)))
+            groups.append(combine(outputs, last.weight, last.bias))
         return groups[0] if len(groups) == 1 else torch.cat(groups)
 
 

@@ -40,9 +40,9 @@ class ChannelAffine(nn.Module):
     def __init__(self, norm: nn.Module, act: nn.Module):
         super().__init__()
         scale, shift = affine_of(norm)
-        self.weight = nn.Parameter(scale)
-        self.bias = nn.Parameter(shift)
+        self.weight = nn.Parameter(scale[:, None, None])
+        self.bias = nn.Parameter(shift[:, None, None])
         self.act = act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None]))
+        return self.act(torch.addcmul(self.bias, x, self.weight))

@@ -11,14 +11,14 @@ def combine(layers: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Te
 
     Args:
         layers: l tensors ``[N, C, H, W]``.
-        weight: ``[l, C]``.
-        bias: ``[C]``.
+        weight: ``[l, C, 1, 1]``.
+        bias: ``[C, 1, 1]``.
 
     Returns:
         One tensor ``[N, C, H, W]`` in the layers' dtype, without autograd history.
     """
-    first, *others = weight[..., None, None].to(layers[0].dtype).contiguous().unbind()
-    x = torch.addcmul(bias[:, None, None].to(layers[0].dtype), layers[0], first)
+    first, *others = weight.to(layers[0].dtype).unbind()
+    x = torch.addcmul(bias.to(layers[0].dtype), layers[0], first)
     for layer, scale in zip(layers[1:], others):
         x.addcmul_(layer, scale)
     return x

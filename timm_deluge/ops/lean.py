@@ -107,7 +107,7 @@ class _LayerOutput(LeanFunction):
             layers.append(output)
             weight = torch.cat([weight, -projection[None]])
             bias = projection * mean - gradients.sum[index] / count
-        grad = kernels(output).combine(layers, weight * invstd, bias * invstd)
+        grad = kernels(output).combine(layers, (weight * invstd)[..., None, None], (bias * invstd)[:, None, None])
         if index == 0:
             gradients.clear()
         return None, None, grad, *[None] * 5
@@ -120,7 +120,8 @@ class _CrossLayer(LeanFunction):
         ctx.gradients = gradients
         ctx.save_for_backward(weight, means, invstds, *outputs)
         scale = _by_layer(weight) * invstds
-        return kernels(outputs[0]).combine(outputs, scale, (_by_layer(bias) - scale * means).sum(0))
+        shift = (_by_layer(bias) - scale * means).sum(0)
+        return kernels(outputs[0]).combine(outputs, scale[..., None, None], shift[:, None, None])
 
     @staticmethod
     def backward(ctx, grad):
