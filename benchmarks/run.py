@@ -47,7 +47,8 @@ BARS = {
         'training delugenet122': 1.20, 'training delugenet146': 1.20,
     },
 }[DEVICE]
-PEERS = {'delugenet122': ('resnet200', 'densenet161'), 'delugenet92': ('wide_resnet50_2', 'resnet152')}
+PEERS = [
+    'delugenet122 resnet200', 'delugenet122 densenet161', 'delugenet92 wide_resnet50_2', 'delugenet92 resnet152']
 LENGTHS = (8, 16, 24, 32, 48, 64)
 rounds = 0
 
@@ -119,13 +120,17 @@ def measure_inference(name: str) -> dict[str, Any]:
     seconds = median_seconds({
         'reparameterized': inference(create(name, True), x),
         'R reparameterized': inference(create(name, True, aggregation='residual'), x),
+    })
+    return {'seconds': seconds, 'ratio_to_R': seconds['reparameterized'] / seconds['R reparameterized']}
+
+
+def measure_reparameterization(name: str) -> dict[str, Any]:
+    x = images(BATCH[name][0], SIZE[name])
+    seconds = median_seconds({
+        'reparameterized': inference(create(name, True), x),
         'as trained': inference(create(name), x),
     })
-    return {
-        'seconds': seconds,
-        'ratio_to_R': seconds['reparameterized'] / seconds['R reparameterized'],
-        'speedup_by_reparameterization': seconds['as trained'] / seconds['reparameterized'],
-    }
+    return {'seconds': seconds, 'speedup': seconds['as trained'] / seconds['reparameterized']}
 
 
 def measure_training(name: str) -> dict[str, Any]:
@@ -158,18 +163,15 @@ def measure_released(name: str) -> dict[str, Any]:
     }
 
 
-def measure_peers(name: str) -> dict[str, Any]:
+def measure_peer(name: str, peer: str) -> dict[str, Any]:
     batch = 4 if DEVICE == 'cpu' else 256
     x = images(batch, 224)
-    seconds = median_seconds({
-        name: inference(create(name, True), x),
-        **{peer: inference(create(peer), x) for peer in PEERS[name]},
-    })
+    seconds = median_seconds({name: inference(create(name, True), x), peer: inference(create(peer), x)})
     flops = {model: create_report(model).paper_flops for model in seconds}
     return {
         'images_per_second': {model: batch / s for model, s in seconds.items()},
-        'speedup': {peer: seconds[peer] / seconds[name] for peer in PEERS[name]},
-        'flops_ratio': {peer: flops[peer] / flops[name] for peer in PEERS[name]},
+        'speedup': seconds[peer] / seconds[name],
+        'flops_ratio': flops[peer] / flops[name],
     }
 
 
@@ -198,9 +200,11 @@ def measure(task: tuple[str, str, int, int]) -> dict[str, Any]:
     torch.manual_seed(0)
     if kind == 'growth':
         return measure_growth(int(subject))
+    if kind == 'peers':
+        return measure_peer(*subject.split())
     return {
-        'inference': measure_inference, 'training': measure_training,
-        'released': measure_released, 'peers': measure_peers,
+        'inference': measure_inference, 'reparameterization': measure_reparameterization,
+        'training': measure_training, 'released': measure_released,
     }[kind](subject)
 
 
@@ -231,12 +235,12 @@ def main(
         output: Annotated[Path, typer.Option(help='JSON file; the figure goes beside it.')] = FOLDER / f'{DEVICE}.json',
         rounds: Annotated[int, typer.Option(help='Timed rounds of each comparison.')] = 11,
         threads: Annotated[int, typer.Option(help='Threads of a CPU.')] = 2,
-        only: Annotated[str, typer.Option(help='inference, training, released, peers or growth; all if empty.')] = '',
+        only: Annotated[str, typer.Option(help='One kind of comparison: inference, training, …; all if empty.')] = '',
 ) -> None:
     """Measure everything on this machine's GPU, or else on its CPU."""
     subjects = {
-        'inference': list(SIZE), 'training': list(SIZE), 'released': ['delugenet146'], 'peers': list(PEERS),
-        'growth': [str(length) for length in LENGTHS],
+        'inference': list(SIZE), 'reparameterization': list(SIZE), 'training': list(SIZE),
+        'released': ['delugenet146'], 'peers': PEERS, 'growth': [str(length) for length in LENGTHS],
     }
     if only and only not in subjects:
         raise typer.BadParameter(f'{only!r}: must be one of {", ".join(subjects)}', param_hint='--only')

@@ -61,16 +61,16 @@ def _performance() -> str:
     for name, result in measured['training'].items():
         row(f'kept for the backward pass, `{name}`: bytes, of R', result['kept_ratio_to_R'], '≤ 1.00',
             result['kept_ratio_to_R'] <= 1)
-    speedup = measured['inference']['delugenet122']['speedup_by_reparameterization']
+    speedup = measured['reparameterization']['delugenet122']['speedup']
     row('speedup by `reparameterize_model`, `delugenet122`', speedup, '≥ 1.25', speedup >= 1.25)
     for name, result in measured['released'].items():
         speedup, kept = result['speedup'], result['kept_ratio']
         row(f'training step, `{name}`: faster than the released form', speedup, '≥ 2.2', speedup >= 2.2)
         row(f'kept bytes, `{name}`: fewer than the released form', kept, '≥ 3', kept >= 3)
-    for name, result in measured['peers'].items():
-        for peer, speedup in result['speedup'].items():
-            bar = max(1., result['flops_ratio'][peer])
-            row(f'inference, `{name}`, reparameterised: faster than `{peer}`', speedup, f'≥ {bar:.2f}', speedup >= bar)
+    for names, result in measured['peers'].items():
+        name, peer = names.split()
+        speedup, bar = result['speedup'], max(1., result['flops_ratio'])
+        row(f'inference, `{name}`, reparameterised: faster than `{peer}`', speedup, f'≥ {bar:.2f}', speedup >= bar)
     share = measured['growth']['64']['cross_layer_share']
     images = ', '.join(
         f'{name} {rate:.1f}' for result in measured['peers'].values()

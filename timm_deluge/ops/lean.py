@@ -127,6 +127,8 @@ class _CrossLayer(LeanFunction):
     def backward(ctx, grad):
         LeanFunction.check_first_derivative()
         weight, means, invstds, *outputs = ctx.saved_tensors
+        if grad.stride() != outputs[0].stride():  # sums over mixed memory formats are several times slower
+            grad = torch.empty_like(outputs[0]).copy_(grad)
         weight_grad, bias_grad = kernels(grad).correlate(outputs, means, invstds, grad)
         ctx.gradients.add(grad, _by_layer(weight), weight_grad, bias_grad)
         weight_grad = weight_grad.t()[:, None, :, None].to(weight.dtype)
