@@ -10,6 +10,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_deluge.delugenet import DelugeBlock, DelugeNet, FusedDelugeBlock
+from timm_deluge.reparameterize import InferenceConv2d
 
 KINDS = [
     dict(stem_type='cifar'),
@@ -66,6 +67,26 @@ def test_every_group_of_images_counts(monkeypatch):
     monkeypatch.setattr('timm_deluge.delugenet.GROUP_BYTES', 0)
     model = trained()
     assert_same_function(reparameterize_model(model), model, torch.randn(3, 3, 16, 16))
+
+
+def test_reordered_weights_follow_the_parameters(tmp_path):
+    model = reparameterize_model(trained()).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    convs = [m for m in model.modules() if isinstance(m, InferenceConv2d)]
+    with torch.no_grad():
+        first = model(x)
+        assert any(conv._reordered is not None for conv in convs) == torch.backends.mkldnn.is_available()
+        assert all(m._reordered is None for m in copy.deepcopy(model).modules() if isinstance(m, InferenceConv2d))
+        torch.jit.script(model).save(tmp_path / 'model.pt')
+        torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(x), first, rtol=1e-4, atol=1e-5)
+        for conv in convs:
+            conv.weight.mul_(2)
+        changed = model(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), changed)
+        torch.testing.assert_close(model(x[:1]), changed[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(x).detach(), changed, rtol=1e-4, atol=1e-4)  # with gradients, the ordinary way
+    assert not torch.allclose(first, changed)
 
 
 def test_gradients_flow_through_it():

@@ -32,7 +32,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 
 from .ops import LayerOutputs, cross_layer_depthwise_conv, is_lean, kernels, norm_act_conv
-from .reparameterize import ChannelAffine, affine_of, fold_into_conv
+from .reparameterize import ChannelAffine, InferenceConv2d, affine_of, fold_into_conv
 from .weights import CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
 
 __all__ = ['DelugeNet']
@@ -140,6 +140,7 @@ class CompositeLayer(nn.Module):
         if not isinstance(self.norm2, nn.ReLU):
             self.conv1, self.norm2 = fold_into_conv(self.conv1, self.norm2), nn.ReLU(inplace=True)
             self.conv2, self.norm3 = fold_into_conv(self.conv2, self.norm3), nn.ReLU(inplace=True)
+            self.conv3 = InferenceConv2d(self.conv3)
 
 
 class ProjectionLayer(CompositeLayer):
@@ -177,6 +178,7 @@ class BlockTransition(nn.Module):
         """
         if not isinstance(self.norm, ChannelAffine):
             self.norm = ChannelAffine(self.norm, nn.Identity())
+            self.conv = InferenceConv2d(self.conv)
 
 
 class ResidualBlock(nn.Module):

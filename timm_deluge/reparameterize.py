@@ -1,11 +1,12 @@
 """Batch normalisation in inference is affine: here it becomes part of a neighbour's weights."""
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ['ChannelAffine', 'affine_of', 'fold_into_conv']
+from .ops import is_lean
+
+__all__ = ['ChannelAffine', 'InferenceConv2d', 'affine_of', 'fold_into_conv']
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,7 +18,67 @@ def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return scale.detach(), (shift if norm.bias is None else shift + norm.bias).detach()
 
 
-def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+class InferenceConv2d(nn.Conv2d):
+    """Convolution that keeps its weight in the order oneDNN computes with, instead of reordering it at each call.
+
+    This is for float32 on a CPU in channels_last, without gradients; elsewhere it is the ordinary convolution. The
+    parameters stay what they are; the reordered copy is not saved, and made anew when they or the input size change.
+    """
+    __jit_ignored_attributes__ = ['_reordered']
+
+    def __init__(self, conv: Any, scale: torch.Tensor | None = None, bias: torch.Tensor | None = None):
+        """
+        Args:
+            conv: The `nn.Conv2d` to copy, without bias.
+            scale: Scale of each output channel, ``[C]``.
+            bias: Shift of each output channel, ``[C]``.
+        """
+        super().__init__(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            bias=False, device='meta')
+        weight = conv.weight.detach()
+        self.weight = nn.Parameter(weight.clone() if scale is None else weight * scale[:, None, None, None])
+        if bias is not None:
+            self.bias = nn.Parameter(bias)
+        self._reordered: tuple[Any, torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self.computes_in_onednn(x):
+                return self.forward_onednn(x)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    @torch.jit.ignore
+    def computes_in_onednn(self, x: torch.Tensor) -> bool:
+        """Whether keeping the reordered weight pays, and is possible."""
+        return bool(
+            not torch.is_grad_enabled()
+            and is_lean(x)
+            and x.device.type == 'cpu'
+            and x.dtype == self.weight.dtype == torch.float32
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and not torch.is_autocast_enabled('cpu')
+            and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.enabled
+            and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
+        )
+
+    @torch.jit.ignore
+    def forward_onednn(self, x: torch.Tensor) -> torch.Tensor:
+        """The same by the operators that TorchInductor calls when it freezes a model."""
+        version = None if self.weight.is_inference() else self.weight._version
+        key = self.weight.data_ptr(), version, x.shape
+        args = self.padding, self.stride, self.dilation, self.groups
+        if self._reordered is None or self._reordered[0] != key:
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *args, list(x.shape))
+            self._reordered = key, weight
+        return torch.ops.mkldnn._convolution_pointwise(x, self._reordered[1], self.bias, *args, 'none', [None], '')
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_reordered': None}
+
+
+def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv2d:
     """Fold a batch normalisation into the convolution before it.
 
     Args:
@@ -27,11 +88,7 @@ def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     Returns:
         One convolution, with bias, that gives what both gave in inference.
     """
-    scale, shift = affine_of(norm)
-    conv = copy.deepcopy(conv)
-    conv.weight = nn.Parameter(conv.weight.detach() * scale[:, None, None, None])
-    conv.bias = nn.Parameter(shift)
-    return conv
+    return InferenceConv2d(conv, *affine_of(norm))
 
 
 class ChannelAffine(nn.Module):
