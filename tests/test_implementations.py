@@ -297,6 +297,11 @@ def test_hooks_and_replaced_parts_are_respected(monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_single_value_has_no_statistics():
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        block().train()(torch.randn(1, 6, 1, 1))
+
+
 def test_forward_mode_is_refused_and_says_what_to_do():
     module, x = block().eval(), torch.randn(2, 6, 4, 4)
     with torch.autograd.forward_ad.dual_level():

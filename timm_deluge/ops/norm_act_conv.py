@@ -71,8 +71,11 @@ class _NormActConv(LeanFunction):
         var = invstd ** -2
         y = torch.native_batch_norm(x, norm_weight, norm_bias, mean, var, False, 0., 0.)[0].relu_().to(grad.dtype)
         grad_y, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, y, weight.to(grad.dtype), None, *ctx.conv_args, False, [0, 0], 1, [True, True, False])
+            grad, y, weight.to(grad.dtype), None, *ctx.conv_args, False, [0, 0], 1,
+            [True, ctx.needs_input_grad[3], False])
         torch.ops.aten.threshold_backward.grad_input(grad_y, y, 0, grad_input=grad_y)
         grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_batch_norm_backward(
             grad_y.to(x.dtype), x, norm_weight, mean, var, mean, invstd, ctx.training, 0., [True, True, True])
-        return grad_x, grad_norm_weight, grad_norm_bias, grad_weight.to(weight.dtype), *[None] * 8
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 8
