@@ -397,3 +397,10 @@ def test_fast_kernels_agree_on_every_pair_of_layouts():
         grad = first(torch.randn(3, 5, 6, 7))
         torch.testing.assert_close(
             triton.correlate(layers, *statistics, grad), aten.correlate(layers, *statistics, grad))
+
+
+def test_triton_takes_layers_of_several_dtypes():
+    triton = pytest.importorskip('timm_deluge.ops.triton')
+    layers = [torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3).bfloat16()]
+    weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
+    torch.testing.assert_close(triton.combine(layers, weight, bias), aten.combine(layers, weight, bias))

@@ -434,7 +434,7 @@ class DelugeNet(nn.Module):
 
         prev_chs = widths[0]
         if stem_type == 'imagenet':
-            self.stem = Stem(OrderedDict(
+            self.stem: nn.Sequential = Stem(OrderedDict(
                 conv=nn.Conv2d(in_chans, prev_chs, 7, stride=2, padding=3, bias=False, **dd),
                 norm=BatchNormAct2d(prev_chs, **dd),
                 pool=nn.MaxPool2d(3, stride=2, padding=1),
@@ -608,7 +608,7 @@ class DelugeNet(nn.Module):
             self.norm = nn.Identity()
         self.stages = self.stages[:max_index]
         if max_index == 0:
-            self.stem = Stem(OrderedDict(list(self.stem.named_children())[:self.stem_feat_idx + 1]))
+            self.stem = self.stem[:self.stem_feat_idx + 1]
         if prune_end:
             self.num_features = self.feature_info[max_index]['num_chs']
         if prune_head or prune_end:

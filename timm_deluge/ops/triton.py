@@ -43,12 +43,12 @@ def correlate(
 
 
 def _same_layout(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
-    """Bring all layers into the first one's memory format; its positions that follow each other in memory."""
+    """Bring all layers into the first one's dtype and memory format; and how many positions follow each other there."""
     memory_format = torch.contiguous_format
     if layers[0].is_contiguous(memory_format=torch.channels_last):
         memory_format = torch.channels_last
     inner = 1 if memory_format is torch.channels_last else layers[0].shape[2] * layers[0].shape[3]
-    layers = [layer.contiguous(memory_format=memory_format) for layer in layers]
+    layers = [layer.to(layers[0].dtype).contiguous(memory_format=memory_format) for layer in layers]
     return [layer if layer.data_ptr() % 16 == 0 else layer.clone() for layer in layers], inner
 
 
