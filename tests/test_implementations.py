@@ -1,6 +1,7 @@
 """Every implementation gives the reference's numbers, and whatever one does with a model works on every path."""
 import copy
 import itertools
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -22,6 +23,7 @@ LAYOUTS = {
 }
 FAST = [
     'aten',
+    pytest.param('cpp', marks=pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')),
     pytest.param('triton', marks=pytest.mark.skipif(find_spec('triton') is None, reason='needs triton')),
 ]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 6e-3}

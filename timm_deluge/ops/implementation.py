@@ -9,7 +9,7 @@ from . import aten
 
 __all__ = ['get_implementation', 'is_lean', 'kernels', 'set_implementation']
 
-IMPLEMENTATIONS = ('auto', 'reference', 'aten', 'triton')
+IMPLEMENTATIONS = ('auto', 'reference', 'aten', 'cpp', 'triton')
 _implementation = 'auto'
 
 
@@ -22,21 +22,24 @@ def set_implementation(name: str) -> None:
     Args:
         name: One of
 
-            * 'auto': the lean training path and, in a reparameterised model, sums in place; by Triton's kernels on
-              a CUDA device where Triton is installed, else by ATen's operators. The default.
+            * 'auto': the lean training path and, in a reparameterised model, one pass over all layers; by Triton's
+              kernels on a CUDA device where Triton is installed, by C++ loops on a CPU where they compile, else by
+              ATen's operators. The default.
             * 'reference': differentiable operators only, layer by layer: for debugging, second derivatives and
               forward-mode differentiation.
-            * 'aten', 'triton': as 'auto', with these kernels on every device.
+            * 'aten', 'cpp', 'triton': as 'auto', with these kernels wherever they can run.
 
     Raises:
         ValueError: If there is no such implementation.
-        ImportError: If Triton is wanted, but not installed.
+        ImportError: If Triton is wanted, but not installed, or C++, but it does not compile.
     """
     global _implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f'implementation {name!r}: must be one of {", ".join(map(repr, IMPLEMENTATIONS))}')
     if name == 'triton' and not _has_triton():
         raise ImportError("implementation 'triton' needs the package triton: pip install triton")
+    if name == 'cpp':
+        from . import cpp  # noqa: F401 raises if it does not compile
     _implementation = name
 
 
@@ -59,11 +62,22 @@ def is_lean(x: torch.Tensor) -> bool:
 
 def kernels(x: torch.Tensor) -> ModuleType:
     """Get the module whose `combine` and `correlate` serve a tensor."""
+    if _implementation in ('auto', 'cpp') and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
+        return _cpp() or aten
     wanted = _implementation == 'triton' or (_implementation == 'auto' and x.is_cuda and _has_triton())
     if wanted and x.dtype is not torch.float64:  # the kernels sum in float32
         from . import triton
         return triton
     return aten
+
+
+@cache
+def _cpp() -> ModuleType | None:
+    try:
+        from . import cpp
+    except ImportError:
+        return None
+    return cpp
 
 
 @cache

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .layout import same_layout
+
 __all__ = ['combine', 'correlate']
 
 TILE = 8192  # elements of a layer that a program works on
@@ -15,7 +17,7 @@ TILE = 8192  # elements of a layer that a program works on
 
 def combine(layers: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """Sum layers, each channel with its own weights: see `timm_deluge.ops.aten.combine`."""
-    layers, inner = _same_layout(layers)
+    layers, inner = _aligned(layers)
     out = torch.empty_like(layers[0])
     shape, grid, block = _tiling(out, inner)
     with torch.cuda.device_of(out):
@@ -31,7 +33,7 @@ def correlate(
         grad: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum a gradient times each normalised layer, and the gradient alone: see `timm_deluge.ops.aten.correlate`."""
-    (*layers, grad), inner = _same_layout([*layers, grad])
+    (*layers, grad), inner = _aligned([*layers, grad])
     shape, grid, block = _tiling(grad, inner)
     dots = torch.empty(grid[0], len(layers), grad.shape[1], device=grad.device)
     totals = torch.empty(grid[0], grad.shape[1], device=grad.device)
@@ -42,13 +44,9 @@ def correlate(
     return dots.sum(0), totals.sum(0)
 
 
-def _same_layout(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
-    """Bring all layers into the first one's dtype and memory format; and how many positions follow each other there."""
-    memory_format = torch.contiguous_format
-    if layers[0].is_contiguous(memory_format=torch.channels_last):
-        memory_format = torch.channels_last
-    inner = 1 if memory_format is torch.channels_last else layers[0].shape[2] * layers[0].shape[3]
-    layers = [layer.to(layers[0].dtype).contiguous(memory_format=memory_format) for layer in layers]
+def _aligned(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """Bring layers into one layout, at addresses that the kernels read 16 bytes at a time."""
+    layers, inner = same_layout(layers)
     return [layer if layer.data_ptr() % 16 == 0 else layer.clone() for layer in layers], inner
 
 
