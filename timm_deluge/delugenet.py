@@ -39,7 +39,7 @@ __all__ = ['DelugeNet']
 
 CIFAR100_MEAN = (0.5071, 0.4866, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
-GROUP_BYTES = 32 * 2 ** 20  # of layer outputs: what a processor caches, and malloc reuses without asking the system
+GROUP_BYTES = 40 * 2 ** 20  # of layer outputs: freed memory that malloc keeps rather than give it back and ask again
 
 
 class CrossLayerDepthwiseConv2d(nn.Module):
@@ -272,13 +272,14 @@ class DelugeBlock(ResidualBlock):
     @torch.jit.ignore
     def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
         """From h_0 on, the same with less memory traffic, and less kept for the backward pass."""
-        outputs = LayerOutputs()
-        outputs.append(x, self.norm)
-        parts: Any = zip(self.layers, self.norms, self.cross_layers)
-        for layer, norm, cross_layer in parts:
+        cross_layers: Any = self.cross_layers
+        outputs = LayerOutputs([c.weight for c in cross_layers], [c.bias for c in cross_layers])
+        x = outputs.append(x, self.norm)
+        parts: Any = zip(self.layers, self.norms)
+        for layer, norm in parts:
             h = checkpoint(layer.forward_lean, x) if self.grad_checkpointing else layer.forward_lean(x)
             outputs.append(h, norm)
-            x = outputs.cross_layer_depthwise_conv(cross_layer.weight, cross_layer.bias)
+            x = outputs.cross_layer_depthwise_conv()
         return x
 
     @torch.jit.ignore
@@ -368,18 +369,19 @@ class FusedDelugeBlock(nn.Module):
 
     @torch.jit.ignore
     def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
-        """From h_0 on, the same with sums in place, on a CPU few enough images at a time to stay in the cache."""
+        """From h_0 on, the same with sums in one pass, on a CPU few enough images at a time for malloc to keep memory."""
         combine = kernels(x).combine
         cross_layers: Any = self.cross_layers
         last: Any = self.last_cross_layer
         image_bytes = x[0].numel() * x.element_size() * len(last.weight)
-        groups = []
-        for h in x.split(len(x) if x.is_cuda else max(1, GROUP_BYTES // image_bytes)):
+        num_groups = 1 if x.is_cuda else min(len(x), 1 << (len(x) * image_bytes // GROUP_BYTES).bit_length())
+        results = []
+        for h in x.tensor_split(num_groups):
             outputs = [h]
             for layer, cross_layer in zip(self.layers, cross_layers):
                 outputs.append(layer(combine(outputs, cross_layer.weight, cross_layer.bias)))
-            groups.append(combine(outputs, last.weight, last.bias))
-        return groups[0] if len(groups) == 1 else torch.cat(groups)
+            results.append(combine(outputs, last.weight, last.bias))
+        return results[0] if num_groups == 1 else torch.cat(results)
 
 
 class DelugeNet(nn.Module):

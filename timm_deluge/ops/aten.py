@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ['combine', 'correlate']
+__all__ = ['combine', 'combine_backward']
 
 
 def combine(layers: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -24,27 +24,29 @@ def combine(layers: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Te
     return x
 
 
-def correlate(
-        layers: Sequence[torch.Tensor],
-        means: torch.Tensor,
-        invstds: torch.Tensor,
-        grad: torch.Tensor,
+def combine_backward(
+        grads: Sequence[torch.Tensor],
+        weight: torch.Tensor,
+        layer: torch.Tensor,
+        mean: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum, over images and positions, a gradient times each normalised layer, and the gradient alone.
+    """Differentiate by one layer, and by its weights, what l calls of `combine` made of it.
 
     Args:
-        layers: l tensors ``[N, C, H, W]`` before normalisation.
-        means: Each layer's mean, ``[l, C]``.
-        invstds: Each layer's 1 / standard deviation, ``[l, C]``.
-        grad: The gradient ``[N, C, H, W]``.
+        grads: The gradients of l results, ``[N, C, H, W]``.
+        weight: The layer's weights in these results, ``[l, C, 1, 1]``.
+        layer: The layer, ``[N, C, H, W]``.
+        mean: Its mean, ``[C]``, which is taken from the layer first.
 
     Returns:
-        ``sum grad * (layers[i] - means[i]) * invstds[i]`` as ``[l, C]``, and ``sum grad`` as ``[C]``.
+        ``sum_i weight[i] * grads[i]``, ``[N, C, H, W]``, and for each gradient ``sum grads[i] * (layer - mean)`` over
+        images and positions, ``[l, C]``.
     """
-    sums = [
-        # a batch normalisation's gradients for its weight and bias are these, and ATen finds them in one pass
+    ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
+    dots = [
+        # the gradient of a batch normalisation's weight is this, and ATen finds it in one pass
         torch.ops.aten.native_batch_norm_backward(
-            grad, layer, None, None, None, mean, invstd, True, 0., [False, True, i == 0])
-        for i, (layer, mean, invstd) in enumerate(zip(layers, means, invstds))
+            grad, layer, None, None, None, mean, ones, True, 0., [False, True, False])[1]
+        for grad in grads
     ]
-    return torch.stack([dots for _, dots, _ in sums]), sums[0][2]
+    return combine(grads, weight, zeros[:, None, None]), torch.stack(dots)

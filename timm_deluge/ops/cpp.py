@@ -15,7 +15,7 @@ import torch
 
 from .layout import same_layout
 
-__all__ = ['combine', 'correlate']
+__all__ = ['combine', 'combine_backward']
 
 
 def _compile(source: Path) -> ctypes.CDLL:
@@ -51,17 +51,20 @@ def combine(layers: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Te
     return out
 
 
-def correlate(
-        layers: Sequence[torch.Tensor],
-        means: torch.Tensor,
-        invstds: torch.Tensor,
-        grad: torch.Tensor,
+def combine_backward(
+        grads: Sequence[torch.Tensor],
+        weight: torch.Tensor,
+        layer: torch.Tensor,
+        mean: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum a gradient times each normalised layer, and the gradient alone: see `timm_deluge.ops.aten.correlate`."""
-    (grad, *layers), inner = same_layout([grad, *layers])
-    sums = torch.zeros(torch.get_num_threads(), len(layers), grad.shape[1], dtype=torch.float64)
-    _call('correlate', layers, means.float().contiguous(), grad, sums, inner=inner)
-    return sums.sum(0).float() * invstds, grad.sum((0, 2, 3), dtype=torch.float32)
+    """Differentiate `combine` by one layer and its weights: see `timm_deluge.ops.aten.combine_backward`."""
+    (layer, *grads), inner = same_layout([layer, *grads])
+    out = torch.empty_like(layer)
+    dots = torch.zeros(torch.get_num_threads(), len(grads), layer.shape[1], dtype=torch.float64)
+    _call(
+        'combine_backward', grads, weight.float().contiguous(), layer, mean.float().contiguous(), out, dots,
+        inner=inner)
+    return out, dots.sum(0).float()
 
 
 def _call(name: str, layers: list[torch.Tensor], *tensors: torch.Tensor, inner: int) -> None:

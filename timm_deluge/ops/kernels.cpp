@@ -46,6 +46,12 @@ void for_each_tile(const Shape& shape, int threads, const Work& work) {
         }
 }
 
+template <class T>
+void store(const float* sums, T* out, const Shape& shape, const Tile& tile) {
+    for (int64_t r = tile.row; r < tile.end_row; r++, sums += tile.columns)
+        std::copy_n(sums, tile.columns, out + r * shape.columns + tile.column);
+}
+
 // Adds N layers to a tile's sums.
 template <bool BY_COLUMN, int N, class T>
 void add_layers(const T* const* layers, const float* weight, float* sums, const Shape& shape, const Tile& tile) {
@@ -74,70 +80,72 @@ void combine(const T* const* layers, int64_t num_layers, const float* weight, co
             add_layers<BY_COLUMN, 4>(layers + i, weight + i * shape.channels, sums, shape, tile);
         for (; i < num_layers; i++)
             add_layers<BY_COLUMN, 1>(layers + i, weight + i * shape.channels, sums, shape, tile);
-        sum = sums;
-        for (int64_t r = tile.row; r < tile.end_row; r++, sum += tile.columns)
-            std::copy_n(sum, tile.columns, out + r * shape.columns + tile.column);
+        store(sums, out, shape, tile);
     });
 }
 
-// Adds what N rows of a tile give, with channels as columns, to each column's sum.
-template <int N, class T>
-void add_rows(const T* layer, const T* grad, const float* mean, float* sums, int64_t columns, int64_t stride) {
-#pragma omp simd
-    for (int64_t c = 0; c < columns; c++) {
-        float sum = sums[c];
-        for (int r = 0; r < N; r++) sum += grad[r * stride + c] * (layer[r * stride + c] - mean[c]);
-        sums[c] = sum;
+// Adds N gradients to a tile's sums, and each one's products with the tile's values to its own dots.
+template <bool BY_COLUMN, int N, class T>
+void add_grads(const T* const* grads, const float* weight, const float* values, float* sums, double* dots,
+               const Shape& shape, const Tile& tile) {
+    float column_dots[N * TILE];
+    std::fill_n(column_dots, BY_COLUMN ? N * tile.columns : 0, 0.f);
+    for (int64_t r = tile.row; r < tile.end_row; r++, sums += tile.columns, values += tile.columns) {
+        const int64_t channel = BY_COLUMN ? tile.column : r % shape.channels;
+        const int64_t offset = r * shape.columns + tile.column;
+        float row_dots[N] = {};
+#pragma omp simd reduction(+ : row_dots)
+        for (int64_t c = 0; c < tile.columns; c++) {
+            float sum = sums[c];
+            for (int i = 0; i < N; i++) {
+                const float grad = grads[i][offset + c];
+                sum += weight[i * shape.channels + channel + (BY_COLUMN ? c : 0)] * grad;
+                (BY_COLUMN ? column_dots[i * tile.columns + c] : row_dots[i]) += grad * values[c];
+            }
+            sums[c] = sum;
+        }
+        for (int i = 0; !BY_COLUMN && i < N; i++) dots[i * shape.channels + channel] += row_dots[i];
     }
+    for (int i = 0; BY_COLUMN && i < N; i++)
+        for (int64_t c = 0; c < tile.columns; c++)
+            dots[i * shape.channels + tile.column + c] += column_dots[i * tile.columns + c];
 }
 
-template <class T>
-void correlate_columns(const T* layer, const T* grad, const float* mean, double* out, const Shape& s, const Tile& t) {
-    float sums[TILE] = {};
-    int64_t r = t.row, offset = r * s.columns + t.column;
-    for (; r + 4 <= t.end_row; r += 4, offset += 4 * s.columns)
-        add_rows<4>(layer + offset, grad + offset, mean + t.column, sums, t.columns, s.columns);
-    for (; r < t.end_row; r++, offset += s.columns)
-        add_rows<1>(layer + offset, grad + offset, mean + t.column, sums, t.columns, s.columns);
-    for (int64_t c = 0; c < t.columns; c++) out[t.column + c] += sums[c];
-}
-
-template <class T>
-void correlate_rows(const T* layer, const T* grad, const float* means, double* out, const Shape& s, const Tile& t) {
-    for (int64_t r = t.row; r < t.end_row; r++) {
-        const int64_t offset = r * s.columns + t.column;
-        const float mean = means[r % s.channels];
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < t.columns; c++) sum += grad[offset + c] * (layer[offset + c] - mean);
-        out[r % s.channels] += sum;
-    }
-}
-
-// out: zeros, [threads, num_layers, channels]
+// dots: zeros, [threads, num_grads, channels]
 template <bool BY_COLUMN, class T>
-void correlate(const T* const* layers, int64_t num_layers, const float* means, const T* grad, double* out,
-               const Shape& shape, int threads) {
+void combine_backward(const T* const* grads, int64_t num_grads, const float* weight, const T* layer, const float* mean,
+                      T* out, double* dots, const Shape& shape, int threads) {
     for_each_tile(shape, threads, [=](const Tile& tile, int thread) {
-        for (int64_t i = 0; i < num_layers; i++)
-            (BY_COLUMN ? correlate_columns<T> : correlate_rows<T>)(
-                layers[i], grad, means + i * shape.channels, out + (thread * num_layers + i) * shape.channels,
-                shape, tile);
+        float sums[TILE] = {}, values[TILE];
+        for (int64_t r = tile.row, k = 0; r < tile.end_row; r++)
+            for (int64_t c = 0; c < tile.columns; c++, k++)
+                values[k] = layer[r * shape.columns + tile.column + c]
+                    - mean[BY_COLUMN ? tile.column + c : r % shape.channels];
+        double* dot = dots + thread * num_grads * shape.channels;
+        int64_t i = 0;
+        for (; i + 4 <= num_grads; i += 4)
+            add_grads<BY_COLUMN, 4>(
+                grads + i, weight + i * shape.channels, values, sums, dot + i * shape.channels, shape, tile);
+        for (; i < num_grads; i++)
+            add_grads<BY_COLUMN, 1>(
+                grads + i, weight + i * shape.channels, values, sums, dot + i * shape.channels, shape, tile);
+        store(sums, out, shape, tile);
     });
 }
 
 }  // namespace
 
-#define EXPORT(DTYPE, T)                                                                                        \
-    void combine_##DTYPE(const T* const* layers, int64_t num_layers, const float* weight, const float* bias,    \
-                         T* out, const Shape* shape, int by_column, int threads) {                              \
-        (by_column ? combine<true, T> : combine<false, T>)(                                                     \
-            layers, num_layers, weight, bias, out, *shape, threads);                                            \
-    }                                                                                                           \
-    void correlate_##DTYPE(const T* const* layers, int64_t num_layers, const float* means, const T* grad,       \
-                           double* out, const Shape* shape, int by_column, int threads) {                       \
-        (by_column ? correlate<true, T> : correlate<false, T>)(                                                 \
-            layers, num_layers, means, grad, out, *shape, threads);                                             \
+#define EXPORT(DTYPE, T)                                                                                           \
+    void combine_##DTYPE(const T* const* layers, int64_t num_layers, const float* weight, const float* bias,       \
+                         T* out, const Shape* shape, int by_column, int threads) {                                 \
+        (by_column ? combine<true, T> : combine<false, T>)(                                                        \
+            layers, num_layers, weight, bias, out, *shape, threads);                                               \
+    }                                                                                                              \
+    void combine_backward_##DTYPE(const T* const* grads, int64_t num_grads, const float* weight, const T* layer,   \
+                                  const float* mean, T* out, double* dots, const Shape* shape, int by_column,      \
+                                  int threads) {                                                                   \
+        (by_column ? combine_backward<true, T> : combine_backward<false, T>)(                                      \
+            grads, num_grads, weight, layer, mean, out, dots, *shape, threads);                                    \
     }
 
 extern "C" {

@@ -6,9 +6,12 @@ each consumer's weights, and the normalised layer is never written down. And the
     dh_i = d norm(h_i)^T  sum_{l > i} weight_l[i] * dx_l
 
 is itself a sum over layers: the consumers leave their dx_l behind, and layer i adds them up when its turn comes,
-instead of L times adding to a sum. What batch normalisation takes from a gradient, its mean and its projection on the
-normalised layer, follows from the gradients of the cross-layer weights, which are there by then.
+instead of L times adding to a sum. The same pass over them gives the gradients of layer i's weights,
+``sum dx_l * norm(h_i)``, and with these what batch normalisation takes from a gradient: its mean and its projection
+on the normalised layer. Layer 0, whose turn comes last, hands all weights their gradients.
 """
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -19,106 +22,127 @@ __all__ = ['LayerOutputs']
 
 
 class LayerOutputs:
-    """A block's layer outputs h_0 … h_l, not normalised, and the cross-layer convolutions over them.
+    """A block's layer outputs h_0 … h_L, not normalised, and the cross-layer convolutions over them.
 
     It differentiates as the reference does, once, and again through a graph that was retained.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
+        """
+        Args:
+            weights: Of the cross-layer convolutions in their order, each ``[C, 1, l, 1]``.
+            biases: Of the same, ``[C, 1, l, 1]``.
+        """
+        self._weights = list(weights)
+        self._biases = list(biases)
         self._outputs: list[torch.Tensor] = []
         self._means: list[torch.Tensor] = []
         self._invstds: list[torch.Tensor] = []
-        self._gradients = _Gradients()
+        self._num_results = 0
+        self._state = _Backward()
 
-    def append(self, output: torch.Tensor, norm: nn.BatchNorm2d) -> None:
+    def append(self, output: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
         """Add a layer's output.
 
         Args:
             output: ``[N, C, H, W]``.
             norm: Its normalisation, without affine parameters; keeps its running statistics.
+
+        Returns:
+            The output, to be used from here on.
         """
         index = len(self._outputs)
-        output, mean, invstd = _LayerOutput.apply(self._gradients, index, output, *norm_args(norm))
+        parameters = [] if index else [*self._weights, *self._biases]
+        output, mean, invstd = _LayerOutput.apply(self._state, index, output, *norm_args(norm), *parameters)
         self._outputs.append(output)
         self._means.append(mean)
         self._invstds.append(invstd)
+        return output
 
-    def cross_layer_depthwise_conv(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Convolve across all layers so far, normalised (paper, Eq. 1).
-
-        Args:
-            weight: ``[C, 1, l, 1]``.
-            bias: ``[C, 1, l, 1]``.
+    def cross_layer_depthwise_conv(self) -> torch.Tensor:
+        """Convolve across all layers so far, normalised (paper, Eq. 1), with the next of the weights.
 
         Returns:
             The next layer's input ``[N, C, H, W]``.
         """
+        index = self._num_results
+        self._num_results += 1
         means, invstds = torch.stack(self._means), torch.stack(self._invstds)
-        return _CrossLayer.apply(self._gradients, weight, bias, means, invstds, *self._outputs)
+        is_last = self._num_results == len(self._weights)
+        return _CrossLayer.apply(
+            self._state, is_last, self._weights[index].detach(), self._biases[index].detach(), means, invstds,
+            *self._outputs)
 
 
-class _Gradients:
-    """What the cross-layer convolutions of a block, the last one first, leave behind in a backward pass."""
+class _Backward:
+    """What a backward pass through a block has left behind: cross-layer convolutions and layers, each the last first."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self.grads: list[torch.Tensor] = []  # of each one's output, [N, C, H, W]
-        self.weights: list[torch.Tensor] = []  # each one's, [l, C]
-        self.sum = self.projection = torch.empty(0)  # of each layer's gradient: alone, times the layer; [L + 1, C]
+        self.grads: list[torch.Tensor] = []  # of each convolution's result, [N, C, H, W]
+        self.weights: list[torch.Tensor] = []  # each convolution's, [l, C]
+        self.bias_grads: list[torch.Tensor] = []  # each convolution's, [C]
+        self.weight_grads: list[tuple[torch.Tensor, ...]] = []  # each layer's in the convolutions above, [C]
 
-    def add(self, grad: torch.Tensor, weight: torch.Tensor, weight_grad: torch.Tensor, bias_grad: torch.Tensor) -> None:
-        if not self.weights or len(weight) >= len(self.weights[-1]):  # the block's last one: a new backward pass
-            self.clear()
-            self.sum, self.projection = weight * bias_grad, weight * weight_grad
-        else:
-            self.sum[:len(weight)].addcmul_(weight, bias_grad)
-            self.projection[:len(weight)].addcmul_(weight, weight_grad)
-        self.grads.append(grad)
-        self.weights.append(weight)
+    def parameter_grads(self) -> list[torch.Tensor]:
+        """Get the gradients of all weights and of all biases, ``[C, 1, l, 1]``, the first convolution first."""
+        weight_grads, bias_grads = [], []
+        for i, bias_grad in reversed(list(enumerate(self.bias_grads))):
+            weight_grad = torch.stack([grads[i] for grads in reversed(self.weight_grads) if i < len(grads)], 1)
+            weight_grads.append(weight_grad[:, None, :, None])
+            bias_grads.append(bias_grad[:, None, None, None].expand_as(weight_grads[-1]))
+        return weight_grads + bias_grads
 
 
 class _LayerOutput(LeanFunction):
 
     @staticmethod
-    def forward(ctx, gradients, index, output, running_mean, running_var, training, momentum, eps):
+    def forward(ctx, state, index, output, running_mean, running_var, training, momentum, eps, *parameters):
         if training:
             mean, var = torch.ops.aten.batch_norm_update_stats(output, running_mean, running_var, momentum)
         else:
             mean, var = running_mean.clone(), running_var
         invstd = (var + eps).rsqrt()
-        ctx.gradients, ctx.index, ctx.training = gradients, index, training
+        ctx.state, ctx.index, ctx.training = state, index, training
         ctx.save_for_backward(output, mean, invstd)
         ctx.mark_non_differentiable(mean, invstd)
         ctx.set_materialize_grads(False)
         return output.view_as(output), mean, invstd
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx, direct_grad, *_):
         LeanFunction.check_first_derivative()
         output, mean, invstd = ctx.saved_tensors
-        gradients, index = ctx.gradients, ctx.index
-        layers, weight = list(gradients.grads), torch.stack([weight[index] for weight in gradients.weights])
-        bias = torch.zeros_like(mean)
+        state = ctx.state
+        weight = torch.stack([weight[ctx.index] for weight in state.weights])
+        grad, weight_grad = kernels(output).combine_backward(
+            state.grads, (weight * invstd)[..., None, None], output, mean)
+        weight_grad = weight_grad * invstd
+        state.weight_grads.append(weight_grad.unbind())
         if ctx.training:
             count = output.numel() / output.shape[1]
-            projection = gradients.projection[index] * invstd / count
-            layers.append(output)
-            weight = torch.cat([weight, -projection[None]])
-            bias = projection * mean - gradients.sum[index] / count
-        grad = kernels(output).combine(layers, (weight * invstd)[..., None, None], (bias * invstd)[:, None, None])
-        if index == 0:
-            gradients.clear()
-        return None, None, grad, *[None] * 5
+            total = invstd / count * (weight * torch.stack(state.bias_grads)).sum(0)
+            projection = invstd ** 2 / count * (weight * weight_grad).sum(0)
+            scale = torch.stack([torch.ones_like(projection), -projection])
+            shift = projection * mean - total
+            grad = kernels(output).combine([grad, output], scale[..., None, None], shift[:, None, None])
+        if direct_grad is not None:
+            grad += direct_grad
+        parameter_grads = []
+        if ctx.index == 0:
+            parameter_grads = state.parameter_grads()
+            state.clear()
+        return None, None, grad, *[None] * 5, *parameter_grads
 
 
 class _CrossLayer(LeanFunction):
 
     @staticmethod
-    def forward(ctx, gradients, weight, bias, means, invstds, *outputs):
-        ctx.gradients = gradients
-        ctx.save_for_backward(weight, means, invstds, *outputs)
+    def forward(ctx, state, is_last, weight, bias, means, invstds, *outputs):
+        ctx.state, ctx.is_last = state, is_last
+        ctx.save_for_backward(weight, outputs[0])
         scale = _by_layer(weight) * invstds
         shift = (_by_layer(bias) - scale * means).sum(0)
         return kernels(outputs[0]).combine(outputs, scale[..., None, None], shift[:, None, None])
@@ -126,16 +150,17 @@ class _CrossLayer(LeanFunction):
     @staticmethod
     def backward(ctx, grad):
         LeanFunction.check_first_derivative()
-        weight, means, invstds, *outputs = ctx.saved_tensors
-        if grad.stride() != outputs[0].stride():  # sums over mixed memory formats are several times slower
-            grad = torch.empty_like(outputs[0]).copy_(grad)
-        weight_grad, bias_grad = kernels(grad).correlate(outputs, means, invstds, grad)
-        ctx.gradients.add(grad, _by_layer(weight), weight_grad, bias_grad)
-        weight_grad = weight_grad.t()[:, None, :, None].to(weight.dtype)
-        bias_grad = bias_grad[:, None, None, None].to(weight.dtype).expand_as(weight)
-        return None, weight_grad, bias_grad, None, None, *[None] * len(outputs)
+        weight, output = ctx.saved_tensors
+        if ctx.is_last:
+            ctx.state.clear()
+        if grad.stride() != output.stride():  # sums over mixed memory formats are several times slower
+            grad = torch.empty_like(output).copy_(grad)
+        ctx.state.grads.append(grad)
+        ctx.state.weights.append(_by_layer(weight))
+        ctx.state.bias_grads.append(grad.sum((0, 2, 3), dtype=ctx.state.weights[-1].dtype))
+        return (None,) * len(ctx.needs_input_grad)
 
 
 def _by_layer(parameter: torch.Tensor) -> torch.Tensor:
-    """``[C, 1, l, 1]`` as ``[l, C]``."""
-    return parameter[:, 0, :, 0].t().contiguous()
+    """``[C, 1, l, 1]`` as ``[l, C]``, in float32 or more."""
+    return parameter[:, 0, :, 0].t().to(torch.promote_types(parameter.dtype, torch.float32)).contiguous()

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .layout import same_layout
 
-__all__ = ['combine', 'correlate']
+__all__ = ['combine', 'combine_backward']
 
 TILE = 8192  # elements of a layer that a program works on
 
@@ -22,26 +22,26 @@ def combine(layers: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Te
     shape, grid, block = _tiling(out, inner)
     with torch.cuda.device_of(out):
         _combine_kernel[grid](
-            _table(layers), weight.float().contiguous(), bias.float(), out, len(layers), *shape, **block)
+            _table(layers), weight.float().contiguous(), bias.float().contiguous(), out, len(layers), *shape, **block)
     return out
 
 
-def correlate(
-        layers: Sequence[torch.Tensor],
-        means: torch.Tensor,
-        invstds: torch.Tensor,
-        grad: torch.Tensor,
+def combine_backward(
+        grads: Sequence[torch.Tensor],
+        weight: torch.Tensor,
+        layer: torch.Tensor,
+        mean: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum a gradient times each normalised layer, and the gradient alone: see `timm_deluge.ops.aten.correlate`."""
-    (*layers, grad), inner = _aligned([*layers, grad])
-    shape, grid, block = _tiling(grad, inner)
-    dots = torch.empty(grid[0], len(layers), grad.shape[1], device=grad.device)
-    totals = torch.empty(grid[0], grad.shape[1], device=grad.device)
-    with torch.cuda.device_of(grad):
-        _correlate_kernel[grid](
-            _table(layers), means.float().contiguous(), invstds.float().contiguous(), grad, dots, totals,
-            len(layers), *shape, **block)
-    return dots.sum(0), totals.sum(0)
+    """Differentiate `combine` by one layer and its weights: see `timm_deluge.ops.aten.combine_backward`."""
+    (layer, *grads), inner = _aligned([layer, *grads])
+    out = torch.empty_like(layer)
+    shape, grid, block = _tiling(layer, inner)
+    dots = torch.empty(grid[0], len(grads), layer.shape[1], device=layer.device)
+    with torch.cuda.device_of(layer):
+        _combine_backward_kernel[grid](
+            _table(grads), weight.float().contiguous(), layer, mean.float().contiguous(), out, dots,
+            len(grads), *shape, **block)
+    return out, dots.sum(0)
 
 
 def _aligned(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
@@ -83,8 +83,8 @@ def _combine_kernel(
 
 
 @triton.jit
-def _correlate_kernel(
-        table, means, invstds, grad, dots, totals, num_layers, positions, channels, inner,
+def _combine_backward_kernel(
+        table, weight, layer, mean, out, dots, num_grads, positions, channels, inner,
         BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
@@ -93,11 +93,12 @@ def _correlate_kernel(
     c = column[None, :]
     mask = (p < positions) & (c < channels)
     offset = p // inner * inner * channels + c * inner + p % inner
-    g = tl.load(grad + offset, mask=mask, other=0.).to(tl.float32)
-    tl.store(totals + tile * channels + column, tl.sum(g, axis=0), mask=column < channels)
-    for i in range(num_layers):
-        layer = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(grad.dtype.element_ty)), 16)
-        mean = tl.load(means + i * channels + c, mask=c < channels, other=0.)
-        invstd = tl.load(invstds + i * channels + c, mask=c < channels, other=0.)
-        x = (tl.load(layer + offset, mask=mask, other=0.).to(tl.float32) - mean) * invstd
-        tl.store(dots + (tile * num_layers + i) * channels + column, tl.sum(g * x, axis=0), mask=column < channels)
+    centred = tl.load(layer + offset, mask=mask, other=0.).to(tl.float32) - tl.load(mean + c, mask=c < channels, other=0.)
+    total = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    for i in range(num_grads):
+        grad = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(out.dtype.element_ty)), 16)
+        scale = tl.load(weight + i * channels + c, mask=c < channels, other=0.)
+        g = tl.load(grad + offset, mask=mask, other=0.).to(tl.float32)
+        total += scale * g
+        tl.store(dots + (tile * num_grads + i) * channels + column, tl.sum(g * centred, axis=0), mask=column < channels)
+    tl.store(out + offset, total.to(out.dtype.element_ty), mask=mask)
