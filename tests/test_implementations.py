@@ -143,7 +143,8 @@ def assert_as_near(module, low_precision, shape, context=None):
         for implementation in ('reference', 'auto'):
             found = differentiate(low_precision, x.to(next(low_precision.parameters()).dtype), implementation, context)
             for name in (n for n in exact if exact[n].is_floating_point()):
-                error = (found[name].float() - exact[name]).square().mean() / exact[name].square().mean().clamp(min=1e-4)
+                error = (found[name].float() - exact[name]).square().mean()
+                error /= exact[name].square().mean().clamp(min=1e-4)
                 squares[name, implementation] = squares.get((name, implementation), 0) + error
     for name in {name for name, _ in squares}:
         assert squares[name, 'auto'] <= 4 * squares[name, 'reference'], name

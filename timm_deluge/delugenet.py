@@ -39,7 +39,7 @@ __all__ = ['DelugeNet']
 
 CIFAR100_MEAN = (0.5071, 0.4866, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
-GROUP_BYTES = 40 * 2 ** 20  # of layer outputs: freed memory that malloc keeps rather than give it back and ask again
+GROUP_BYTES = 40 * 2 ** 20  # of layer outputs: about what a processor caches, and malloc keeps when it is freed
 
 
 class CrossLayerDepthwiseConv2d(nn.Module):
@@ -135,7 +135,7 @@ class CompositeLayer(nn.Module):
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Fold the inner BNs into the convolutions before them, for `timm.utils.reparameterize_model`."""
-        if not isinstance(self.norm1, (nn.ReLU, ChannelAffine)):
+        if not isinstance(self.norm1, (nn.Identity, ChannelAffine)):
             self.norm1 = ChannelAffine(self.norm1, nn.ReLU(inplace=True))
         if not isinstance(self.norm2, nn.ReLU):
             self.conv1, self.norm2 = fold_into_conv(self.conv1, self.norm2), nn.ReLU(inplace=True)
@@ -307,30 +307,32 @@ class DelugeBlock(ResidualBlock):
         for i, layer in enumerate(layers):
             scale, shift = affine_of(layer.norm1)
             weights[i], biases[i] = weights[i] * scale, biases[i] * scale + shift
-            layer.norm1 = nn.ReLU(inplace=True)
+            layer.norm1 = nn.Identity()
             layer.reparameterize()
-        sums = [FusedCrossLayer(weight, bias) for weight, bias in zip(weights, biases)]
+        sums = [FusedCrossLayer(w, b, relu=i < len(layers)) for i, (w, b) in enumerate(zip(weights, biases))]
         return FusedDelugeBlock(self.transition, self.layers, sums).train(self.training)
 
 
 class FusedCrossLayer(nn.Module):
-    """Cross-layer depthwise convolution for inference, with BNs in its weights (paper, Eq. 1)."""
+    """Cross-layer depthwise convolution for inference, with BNs in its weights (paper, Eq. 1), and ReLU."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, relu: bool):
         """
         Args:
             weight: Scale of each source layer's channels, ``[l, C]``.
             bias: Shift of each channel, ``[C]``.
+            relu: Whether a ReLU follows.
         """
         super().__init__()
         self.weight = nn.Parameter(weight[..., None, None].contiguous())
         self.bias = nn.Parameter(bias[:, None, None].contiguous())
+        self.relu = relu
 
     def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
         x = torch.addcmul(self.bias, layers[0], self.weight[0])
         for i, layer in enumerate(layers[1:]):
             x = torch.addcmul(x, layer, self.weight[i + 1])
-        return x
+        return torch.relu(x) if self.relu else x
 
 
 class FusedDelugeBlock(nn.Module):
@@ -369,7 +371,7 @@ class FusedDelugeBlock(nn.Module):
 
     @torch.jit.ignore
     def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
-        """From h_0 on, the same with sums in one pass, on a CPU few enough images at a time for malloc to keep memory."""
+        """From h_0 on, the same with sums in one pass, on a CPU not too many images at a time."""
         combine = kernels(x).combine
         cross_layers: Any = self.cross_layers
         last: Any = self.last_cross_layer
@@ -379,7 +381,7 @@ class FusedDelugeBlock(nn.Module):
         for h in x.tensor_split(num_groups):
             outputs = [h]
             for layer, cross_layer in zip(self.layers, cross_layers):
-                outputs.append(layer(combine(outputs, cross_layer.weight, cross_layer.bias)))
+                outputs.append(layer(combine(outputs, cross_layer.weight, cross_layer.bias, relu=True)))
             results.append(combine(outputs, last.weight, last.bias))
         return results[0] if num_groups == 1 else torch.cat(results)
 

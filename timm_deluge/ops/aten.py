@@ -6,22 +6,27 @@ import torch
 __all__ = ['combine', 'combine_backward']
 
 
-def combine(layers: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def combine(
+        layers: Sequence[torch.Tensor],
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        relu: bool = False,
+) -> torch.Tensor:
     """Sum layers, each channel with its own weights: ``x[n, c] = bias[c] + sum_i weight[i, c] * layers[i][n, c]``.
 
     Args:
         layers: l tensors ``[N, C, H, W]``.
         weight: ``[l, C, 1, 1]``.
         bias: ``[C, 1, 1]``.
+        relu: Apply a ReLU to the sum.
 
     Returns:
         One tensor ``[N, C, H, W]`` in the layers' dtype, without autograd history.
     """
-    first, *others = weight.to(layers[0].dtype).unbind()
-    x = torch.addcmul(bias.to(layers[0].dtype), layers[0], first)
-    for layer, scale in zip(layers[1:], others):
+    x = torch.addcmul(bias, layers[0], weight[0])
+    for layer, scale in zip(layers[1:], weight[1:]):
         x.addcmul_(layer, scale)
-    return x
+    return (x.relu_() if relu else x).to(layers[0].dtype)
 
 
 def combine_backward(

@@ -43,11 +43,16 @@ def _compile(source: Path) -> ctypes.CDLL:
 _LIBRARY = _compile(Path(__file__).with_name('kernels.cpp'))
 
 
-def combine(layers: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def combine(
+        layers: Sequence[torch.Tensor],
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        relu: bool = False,
+) -> torch.Tensor:
     """Sum layers, each channel with its own weights: see `timm_deluge.ops.aten.combine`."""
     layers, inner = same_layout(layers)
     out = torch.empty_like(layers[0])
-    _call('combine', layers, weight.float().contiguous(), bias.float().contiguous(), out, inner=inner)
+    _call('combine', layers, inner, weight.float().contiguous(), bias.float().contiguous(), out, ctypes.c_int(relu))
     return out
 
 
@@ -61,13 +66,11 @@ def combine_backward(
     (layer, *grads), inner = same_layout([layer, *grads])
     out = torch.empty_like(layer)
     dots = torch.zeros(torch.get_num_threads(), len(grads), layer.shape[1], dtype=torch.float64)
-    _call(
-        'combine_backward', grads, weight.float().contiguous(), layer, mean.float().contiguous(), out, dots,
-        inner=inner)
+    _call('combine_backward', grads, inner, weight.float().contiguous(), layer, mean.float().contiguous(), out, dots)
     return out, dots.sum(0).float()
 
 
-def _call(name: str, layers: list[torch.Tensor], *tensors: torch.Tensor, inner: int) -> None:
+def _call(name: str, layers: list[torch.Tensor], inner: int, *arguments: torch.Tensor | ctypes.c_int) -> None:
     if layers[0].numel() == 0:
         return
     channels = layers[0].shape[1]
@@ -76,7 +79,7 @@ def _call(name: str, layers: list[torch.Tensor], *tensors: torch.Tensor, inner: 
     _LIBRARY[f'{name}_{dtype}'](
         (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers)),
         ctypes.c_int64(len(layers)),
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        *(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments),
         (ctypes.c_int64 * 3)(layers[0].numel() // columns, columns, channels),
         ctypes.c_int(inner == 1),
         ctypes.c_int(torch.get_num_threads()),

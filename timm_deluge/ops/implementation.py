@@ -61,7 +61,7 @@ def is_lean(x: torch.Tensor) -> bool:
 
 
 def kernels(x: torch.Tensor) -> ModuleType:
-    """Get the module whose `combine` and `correlate` serve a tensor."""
+    """Get the module whose `combine` and `combine_backward` serve a tensor."""
     if _implementation in ('auto', 'cpp') and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
         return _cpp() or aten
     wanted = _implementation == 'triton' or (_implementation == 'auto' and x.is_cuda and _has_triton())

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace {
 
@@ -46,41 +47,39 @@ void for_each_tile(const Shape& shape, int threads, const Work& work) {
         }
 }
 
-template <class T>
-void store(const float* sums, T* out, const Shape& shape, const Tile& tile) {
-    for (int64_t r = tile.row; r < tile.end_row; r++, sums += tile.columns)
-        std::copy_n(sums, tile.columns, out + r * shape.columns + tile.column);
-}
-
-// Adds N layers to a tile's sums.
-template <bool BY_COLUMN, int N, class T>
-void add_layers(const T* const* layers, const float* weight, float* sums, const Shape& shape, const Tile& tile) {
+// Adds N layers to the bias (FIRST) or to a tile's sums; the result goes out (LAST) or into the sums.
+template <bool BY_COLUMN, int N, bool FIRST, bool LAST, class T>
+void add_layers(const T* const* layers, const float* weight, const float* bias, float* sums, T* out, float floor,
+                const Shape& shape, const Tile& tile) {
     for (int64_t r = tile.row; r < tile.end_row; r++, sums += tile.columns) {
-        const float* w = weight + (BY_COLUMN ? tile.column : r % shape.channels);
+        const int64_t channel = BY_COLUMN ? tile.column : r % shape.channels;
         const int64_t offset = r * shape.columns + tile.column;
 #pragma omp simd
         for (int64_t c = 0; c < tile.columns; c++) {
-            float sum = sums[c];
-            for (int i = 0; i < N; i++) sum += w[i * shape.channels + (BY_COLUMN ? c : 0)] * layers[i][offset + c];
-            sums[c] = sum;
+            const int64_t k = channel + (BY_COLUMN ? c : 0);
+            float sum = FIRST ? bias[k] : sums[c];
+            for (int i = 0; i < N; i++) sum += weight[i * shape.channels + k] * layers[i][offset + c];
+            if (LAST) out[offset + c] = sum < floor ? floor : sum;
+            else sums[c] = sum;
         }
     }
 }
 
 template <bool BY_COLUMN, class T>
-void combine(const T* const* layers, int64_t num_layers, const float* weight, const float* bias, T* out,
+void combine(const T* const* layers, int64_t num_layers, const float* weight, const float* bias, T* out, bool relu,
              const Shape& shape, int threads) {
+    const float floor = relu ? 0 : -std::numeric_limits<float>::infinity();
     for_each_tile(shape, threads, [=](const Tile& tile, int) {
         float sums[TILE];
-        float* sum = sums;
-        for (int64_t r = tile.row; r < tile.end_row; r++, sum += tile.columns)
-            for (int64_t c = 0; c < tile.columns; c++) sum[c] = bias[BY_COLUMN ? tile.column + c : r % shape.channels];
-        int64_t i = 0;
-        for (; i + 4 <= num_layers; i += 4)
-            add_layers<BY_COLUMN, 4>(layers + i, weight + i * shape.channels, sums, shape, tile);
-        for (; i < num_layers; i++)
-            add_layers<BY_COLUMN, 1>(layers + i, weight + i * shape.channels, sums, shape, tile);
-        store(sums, out, shape, tile);
+        const auto add = [&](auto add_layers, int64_t i) {
+            add_layers(layers + i, weight + i * shape.channels, bias, sums, out, floor, shape, tile);
+        };
+        if (num_layers == 1) return add(add_layers<BY_COLUMN, 1, true, true, T>, 0);
+        add(add_layers<BY_COLUMN, 1, true, false, T>, 0);
+        int64_t i = 1;
+        for (; i + 4 < num_layers; i += 4) add(add_layers<BY_COLUMN, 4, false, false, T>, i);
+        for (; i + 1 < num_layers; i++) add(add_layers<BY_COLUMN, 1, false, false, T>, i);
+        add(add_layers<BY_COLUMN, 1, false, true, T>, i);
     });
 }
 
@@ -129,7 +128,8 @@ void combine_backward(const T* const* grads, int64_t num_grads, const float* wei
         for (; i < num_grads; i++)
             add_grads<BY_COLUMN, 1>(
                 grads + i, weight + i * shape.channels, values, sums, dot + i * shape.channels, shape, tile);
-        store(sums, out, shape, tile);
+        for (int64_t r = tile.row, k = 0; r < tile.end_row; r++, k += tile.columns)
+            std::copy_n(sums + k, tile.columns, out + r * shape.columns + tile.column);
     });
 }
 
@@ -137,9 +137,9 @@ void combine_backward(const T* const* grads, int64_t num_grads, const float* wei
 
 #define EXPORT(DTYPE, T)                                                                                           \
     void combine_##DTYPE(const T* const* layers, int64_t num_layers, const float* weight, const float* bias,       \
-                         T* out, const Shape* shape, int by_column, int threads) {                                 \
+                         T* out, int relu, const Shape* shape, int by_column, int threads) {                       \
         (by_column ? combine<true, T> : combine<false, T>)(                                                        \
-            layers, num_layers, weight, bias, out, *shape, threads);                                               \
+            layers, num_layers, weight, bias, out, relu, *shape, threads);                                         \
     }                                                                                                              \
     void combine_backward_##DTYPE(const T* const* grads, int64_t num_grads, const float* weight, const T* layer,   \
                                   const float* mean, T* out, double* dots, const Shape* shape, int by_column,      \

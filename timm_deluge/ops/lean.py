@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .implementation import kernels
-from .norm_act_conv import LeanFunction, norm_args
+from .norm_act_conv import LeanFunction, norm_args, statistics
 
 __all__ = ['LayerOutputs']
 
@@ -75,7 +75,7 @@ class LayerOutputs:
 
 
 class _Backward:
-    """What a backward pass through a block has left behind: cross-layer convolutions and layers, each the last first."""
+    """What convolutions and layers have left behind in a backward pass through a block, the last one first."""
 
     def __init__(self) -> None:
         self.clear()
@@ -100,11 +100,7 @@ class _LayerOutput(LeanFunction):
 
     @staticmethod
     def forward(ctx, state, index, output, running_mean, running_var, training, momentum, eps, *parameters):
-        if training:
-            mean, var = torch.ops.aten.batch_norm_update_stats(output, running_mean, running_var, momentum)
-        else:
-            mean, var = running_mean.clone(), running_var
-        invstd = (var + eps).rsqrt()
+        mean, invstd = statistics(output, running_mean, running_var, training, momentum, eps)
         ctx.state, ctx.index, ctx.training = state, index, training
         ctx.save_for_backward(output, mean, invstd)
         ctx.mark_non_differentiable(mean, invstd)

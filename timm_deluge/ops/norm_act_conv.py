@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ['LeanFunction', 'norm_act_conv', 'norm_args']
+from .implementation import kernels
+
+__all__ = ['LeanFunction', 'norm_act_conv', 'norm_args', 'statistics']
 
 
 def norm_act_conv(x: torch.Tensor, norm: Any, conv: nn.Conv2d) -> torch.Tensor:
@@ -28,6 +30,27 @@ def norm_args(norm: Any) -> tuple[torch.Tensor, torch.Tensor, bool, float, float
     if norm.training:
         norm.num_batches_tracked.add_(1)
     return norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps
+
+
+def statistics(
+        x: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        training: bool,
+        momentum: float,
+        eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get the mean and 1 / standard deviation, ``[C]``, that a batch normalisation uses; in training, update its own.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        running_mean, running_var, training, momentum, eps: See `norm_args`.
+    """
+    if training:
+        mean, var = torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
+    else:
+        mean, var = running_mean.clone(), running_var
+    return mean, (var + eps).rsqrt()
 
 
 class LeanFunction(torch.autograd.Function):
@@ -56,26 +79,27 @@ class _NormActConv(LeanFunction):
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, running_mean, running_var, training, momentum, eps, *conv_args):
-        y, mean, invstd = torch.native_batch_norm(
-            x, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps)
-        if not training:
-            mean, invstd = running_mean.clone(), (running_var + eps).rsqrt()
+        mean, invstd = statistics(x, running_mean, running_var, training, momentum, eps)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, invstd)
         ctx.training, ctx.conv_args = training, conv_args
-        return F.conv2d(y.relu_(), weight, None, *conv_args)
+        return F.conv2d(_norm_act(x, norm_weight, norm_bias, mean, invstd), weight, None, *conv_args)
 
     @staticmethod
     def backward(ctx, grad):
         LeanFunction.check_first_derivative()
         x, norm_weight, norm_bias, weight, mean, invstd = ctx.saved_tensors
-        var = invstd ** -2
-        y = torch.native_batch_norm(x, norm_weight, norm_bias, mean, var, False, 0., 0.)[0].relu_().to(grad.dtype)
+        y = _norm_act(x, norm_weight, norm_bias, mean, invstd).to(grad.dtype)
         grad_y, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, y, weight.to(grad.dtype), None, *ctx.conv_args, False, [0, 0], 1,
             [True, ctx.needs_input_grad[3], False])
         torch.ops.aten.threshold_backward.grad_input(grad_y, y, 0, grad_input=grad_y)
         grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_batch_norm_backward(
-            grad_y.to(x.dtype), x, norm_weight, mean, var, mean, invstd, ctx.training, 0., [True, True, True])
+            grad_y.to(x.dtype), x, norm_weight, mean, invstd ** -2, mean, invstd, ctx.training, 0., [True, True, True])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 8
+
+
+def _norm_act(x, weight, bias, mean, invstd) -> torch.Tensor:
+    scale = weight * invstd
+    return kernels(x).combine([x], scale[None, :, None, None], (bias - scale * mean)[:, None, None], relu=True)

@@ -15,14 +15,20 @@ __all__ = ['combine', 'combine_backward']
 TILE = 8192  # elements of a layer that a program works on
 
 
-def combine(layers: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def combine(
+        layers: Sequence[torch.Tensor],
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        relu: bool = False,
+) -> torch.Tensor:
     """Sum layers, each channel with its own weights: see `timm_deluge.ops.aten.combine`."""
     layers, inner = _aligned(layers)
     out = torch.empty_like(layers[0])
     shape, grid, block = _tiling(out, inner)
     with torch.cuda.device_of(out):
         _combine_kernel[grid](
-            _table(layers), weight.float().contiguous(), bias.float().contiguous(), out, len(layers), *shape, **block)
+            _table(layers), weight.float().contiguous(), bias.float().contiguous(), out, len(layers), *shape,
+            RELU=relu, **block)
     return out
 
 
@@ -68,7 +74,7 @@ def _table(layers: Sequence[torch.Tensor]) -> torch.Tensor:
 @triton.jit
 def _combine_kernel(
         table, weight, bias, out, num_layers, positions, channels, inner,
-        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -79,6 +85,8 @@ def _combine_kernel(
         layer = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(out.dtype.element_ty)), 16)
         scale = tl.load(weight + i * channels + c, mask=c < channels, other=0.)
         total += scale * tl.load(layer + offset, mask=mask, other=0.).to(tl.float32)
+    if RELU:
+        total = tl.where(total < 0, 0., total)  # NaN stays NaN
     tl.store(out + offset, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -93,7 +101,8 @@ def _combine_backward_kernel(
     c = column[None, :]
     mask = (p < positions) & (c < channels)
     offset = p // inner * inner * channels + c * inner + p % inner
-    centred = tl.load(layer + offset, mask=mask, other=0.).to(tl.float32) - tl.load(mean + c, mask=c < channels, other=0.)
+    centred = tl.load(layer + offset, mask=mask, other=0.).to(tl.float32)
+    centred -= tl.load(mean + c, mask=c < channels, other=0.)
     total = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
     for i in range(num_grads):
         grad = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(out.dtype.element_ty)), 16)
