@@ -375,8 +375,8 @@ class FusedDelugeBlock(nn.Module):
         combine = kernels(x).combine
         cross_layers: Any = self.cross_layers
         last: Any = self.last_cross_layer
-        image_bytes = x[0].numel() * x.element_size() * len(last.weight)
-        num_groups = 1 if x.is_cuda else min(len(x), 1 << (len(x) * image_bytes // GROUP_BYTES).bit_length())
+        ratio = 0 if x.is_cuda else x.nbytes * len(last.weight) // GROUP_BYTES
+        num_groups = min(1 << ratio.bit_length(), max(1, len(x)))  # a power of two: few different sizes
         results = []
         for h in x.tensor_split(num_groups):
             outputs = [h]

@@ -1,7 +1,7 @@
 """The two sums over layers as C++ loops for a CPU: every layer is read once, and all sums run in float32.
 
-Importing this module compiles `kernels.cpp` for the processor at hand, a second's work, with the C++ compiler that
-`torch.compile` would take. The loops run in PyTorch's own OpenMP threads.
+Importing this module compiles `kernels.cpp` for the processor at hand, in two or three seconds, with the C++ compiler
+that `torch.compile` would take. The loops run in PyTorch's own OpenMP threads.
 """
 import ctypes
 import os
