@@ -312,6 +312,22 @@ def test_a_single_value_has_no_statistics():
         block().train()(torch.randn(1, 6, 1, 1))
 
 
+def test_no_images():
+    module, x = block().eval(), torch.randn(0, 6, 4, 4, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad.shape == x.shape
+    with torch.no_grad():
+        assert module.fuse()(x).shape == x.shape
+
+
+@pytest.mark.parametrize('implementation', ['aten', 'cpp', 'triton'])
+def test_relu_keeps_what_is_not_a_number(implementation):
+    layer = torch.tensor([-1., 2., float('nan')]).view(1, 3, 1, 1)
+    kernels = pytest.importorskip(f'timm_deluge.ops.{implementation}')
+    x = kernels.combine([layer], torch.ones(1, 3, 1, 1), torch.zeros(3, 1, 1), relu=True)
+    torch.testing.assert_close(x.flatten(), torch.tensor([0., 2., float('nan')]), equal_nan=True)
+
+
 def test_forward_mode_is_refused_and_says_what_to_do():
     module, x = block().eval(), torch.randn(2, 6, 4, 4)
     with torch.autograd.forward_ad.dual_level():

@@ -285,7 +285,7 @@ class DelugeBlock(ResidualBlock):
     @torch.jit.ignore
     def trains_lean(self, x: torch.Tensor) -> bool:
         """Whether gradients are wanted, and every part is what `forward_lean` takes it for."""
-        if not torch.is_grad_enabled() or not is_lean(x) or x.numel() == x.shape[1]:  # too little for statistics
+        if not torch.is_grad_enabled() or not is_lean(x) or x.numel() <= x.shape[1]:  # too little for statistics
             return False
         if self.training and any(isinstance(drop_path, DropPath) for drop_path in self.drop_paths):
             return False
