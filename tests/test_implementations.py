@@ -320,10 +320,10 @@ def test_no_images():
         assert module.fuse()(x).shape == x.shape
 
 
-@pytest.mark.parametrize('implementation', ['aten', 'cpp', 'triton'])
+@pytest.mark.parametrize('implementation', FAST)
 def test_relu_keeps_what_is_not_a_number(implementation):
     layer = torch.tensor([-1., 2., float('nan')]).view(1, 3, 1, 1)
-    kernels = pytest.importorskip(f'timm_deluge.ops.{implementation}')
+    kernels = importlib.import_module(f'timm_deluge.ops.{implementation}')
     x = kernels.combine([layer], torch.ones(1, 3, 1, 1), torch.zeros(3, 1, 1), relu=True)
     torch.testing.assert_close(x.flatten(), torch.tensor([0., 2., float('nan')]), equal_nan=True)
 
@@ -402,7 +402,6 @@ def test_without_triton(monkeypatch):
     monkeypatch.setattr(timm_deluge.ops.implementation, '_has_triton', lambda: False)
     with pytest.raises(ImportError, match='pip install triton'):
         timm_deluge.set_implementation('triton')
-    assert timm_deluge.ops.kernels(torch.empty(0, dtype=torch.float64)) is aten
 
 
 def test_without_a_compiler():
@@ -414,11 +413,12 @@ def test_without_a_compiler():
             timm_deluge.set_implementation('cpp')
         except ImportError as error:
             print(error)
+        assert timm_deluge.get_implementation() == 'auto'
     """
     found = subprocess.run(
         [sys.executable, '-c', code], env={**os.environ, 'CXX': 'no-such-compiler -O3'}, capture_output=True, text=True)
-    assert "kernels.cpp cannot be compiled with 'no-such-compiler'" in found.stdout, found.stderr
-    assert timm_deluge.get_implementation() == 'auto'
+    assert found.returncode == 0, found.stderr
+    assert "kernels.cpp cannot be compiled with 'no-such-compiler'" in found.stdout
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
@@ -435,9 +435,9 @@ def test_triton_runs_where_asked_for():
     assert timm_deluge.ops.kernels(torch.empty(0).double()) is aten
 
 
-@pytest.mark.parametrize('name', ['cpp', 'triton'])
+@pytest.mark.parametrize('name', FAST[1:])
 def test_fast_kernels_agree_on_every_pair_of_layouts(name):
-    kernels = pytest.importorskip(f'timm_deluge.ops.{name}')
+    kernels = importlib.import_module(f'timm_deluge.ops.{name}')
     torch.manual_seed(0)
     for first, second in itertools.product(LAYOUTS.values(), repeat=2):
         layers = [first(torch.randn(3, 5, 6, 7)), second(torch.randn(3, 5, 6, 7))]
@@ -448,9 +448,9 @@ def test_fast_kernels_agree_on_every_pair_of_layouts(name):
             kernels.combine_backward(layers, weight, layer, mean), aten.combine_backward(layers, weight, layer, mean))
 
 
-@pytest.mark.parametrize('name', ['cpp', 'triton'])
+@pytest.mark.parametrize('name', FAST[1:])
 def test_fast_kernels_take_layers_of_several_dtypes(name):
-    kernels = pytest.importorskip(f'timm_deluge.ops.{name}')
+    kernels = importlib.import_module(f'timm_deluge.ops.{name}')
     layers = [torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3).bfloat16()]
     weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
     torch.testing.assert_close(kernels.combine(layers, weight, bias), aten.combine(layers, weight, bias))
