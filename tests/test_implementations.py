@@ -324,7 +324,7 @@ def test_no_images():
 def test_relu_keeps_what_is_not_a_number(implementation):
     layer = torch.tensor([-1., 2., float('nan')]).view(1, 3, 1, 1)
     kernels = importlib.import_module(f'timm_deluge.ops.{implementation}')
-    x = kernels.combine([layer], torch.ones(1, 3, 1, 1), torch.zeros(3, 1, 1), relu=True)
+    x = kernels.combine([layer], [torch.ones(1, 3, 1, 1)], [torch.zeros(3, 1, 1)], relu=True)[0]
     torch.testing.assert_close(x.flatten(), torch.tensor([0., 2., float('nan')]), equal_nan=True)
 
 
@@ -442,7 +442,7 @@ def test_fast_kernels_agree_on_every_pair_of_layouts(name):
     for first, second in itertools.product(LAYOUTS.values(), repeat=2):
         layers = [first(torch.randn(3, 5, 6, 7)), second(torch.randn(3, 5, 6, 7))]
         weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
-        torch.testing.assert_close(kernels.combine(layers, weight, bias), aten.combine(layers, weight, bias))
+        torch.testing.assert_close(kernels.combine(layers, [weight], [bias]), aten.combine(layers, [weight], [bias]))
         layer, mean = first(torch.randn(3, 5, 6, 7)), torch.randn(5)
         torch.testing.assert_close(
             kernels.combine_backward(layers, weight, layer, mean), aten.combine_backward(layers, weight, layer, mean))
@@ -453,4 +453,4 @@ def test_fast_kernels_take_layers_of_several_dtypes(name):
     kernels = importlib.import_module(f'timm_deluge.ops.{name}')
     layers = [torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3).bfloat16()]
     weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
-    torch.testing.assert_close(kernels.combine(layers, weight, bias), aten.combine(layers, weight, bias))
+    torch.testing.assert_close(kernels.combine(layers, [weight], [bias]), aten.combine(layers, [weight], [bias]))

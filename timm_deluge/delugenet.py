@@ -31,7 +31,16 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 
-from .ops import LayerOutputs, cross_layer_depthwise_conv, is_lean, kernels, norm_act_conv
+from .ops import (
+    LayerOutputs,
+    cross_layer_depthwise_conv,
+    is_lean,
+    kept_memory,
+    kernels,
+    norm_act_conv,
+    running_sums,
+    split_batch,
+)
 from .reparameterize import ChannelAffine, InferenceConv2d, affine_of, fold_into_conv
 from .weights import CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
 
@@ -39,7 +48,6 @@ __all__ = ['DelugeNet']
 
 CIFAR100_MEAN = (0.5071, 0.4866, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
-GROUP_BYTES = 40 * 2 ** 20  # of layer outputs: about what a processor caches, and malloc keeps when it is freed
 
 
 class CrossLayerDepthwiseConv2d(nn.Module):
@@ -92,8 +100,8 @@ class Stem(nn.Sequential):
     def reparameterize(self) -> None:
         """Fold the BN into the convolution, for `timm.utils.reparameterize_model`."""
         layers: Any = self
-        if 'norm' in self._modules and not isinstance(layers.norm, nn.ReLU):
-            layers.conv, layers.norm = fold_into_conv(layers.conv, layers.norm), nn.ReLU(inplace=True)
+        if 'norm' in self._modules and not isinstance(layers.norm, nn.Identity):
+            layers.conv, layers.norm = fold_into_conv(layers.conv, layers.norm), nn.Identity()
 
 
 class CompositeLayer(nn.Module):
@@ -135,11 +143,10 @@ class CompositeLayer(nn.Module):
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Fold the inner BNs into the convolutions before them, for `timm.utils.reparameterize_model`."""
-        if not isinstance(self.norm1, (nn.Identity, ChannelAffine)):
+        if not isinstance(self.conv1, InferenceConv2d):
             self.norm1 = ChannelAffine(self.norm1, nn.ReLU(inplace=True))
-        if not isinstance(self.norm2, nn.ReLU):
-            self.conv1, self.norm2 = fold_into_conv(self.conv1, self.norm2), nn.ReLU(inplace=True)
-            self.conv2, self.norm3 = fold_into_conv(self.conv2, self.norm3), nn.ReLU(inplace=True)
+            self.conv1, self.norm2 = fold_into_conv(self.conv1, self.norm2), nn.Identity()
+            self.conv2, self.norm3 = fold_into_conv(self.conv2, self.norm3), nn.Identity()
             self.conv3 = InferenceConv2d(self.conv3)
 
 
@@ -307,10 +314,35 @@ class DelugeBlock(ResidualBlock):
         for i, layer in enumerate(layers):
             scale, shift = affine_of(layer.norm1)
             weights[i], biases[i] = weights[i] * scale, biases[i] * scale + shift
-            layer.norm1 = nn.Identity()
-            layer.reparameterize()
         sums = [FusedCrossLayer(w, b, relu=i < len(layers)) for i, (w, b) in enumerate(zip(weights, biases))]
-        return FusedDelugeBlock(self.transition, self.layers, sums).train(self.training)
+        fused_layers = [FusedCompositeLayer(layer) for layer in layers]
+        return FusedDelugeBlock(self.transition, fused_layers, sums).train(self.training)
+
+
+class FusedCompositeLayer(nn.Module):
+    """Composite layer for inference, after its first BN and ReLU: three convolutions with the other two in them."""
+
+    def __init__(self, layer: CompositeLayer):
+        """
+        Args:
+            layer: The layer to copy.
+        """
+        super().__init__()
+        self.conv1 = fold_into_conv(layer.conv1, layer.norm2)
+        self.conv2 = fold_into_conv(layer.conv2, layer.norm3)
+        self.conv3 = InferenceConv2d(layer.conv3)
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute a layer's output.
+
+        Args:
+            x: ``[N, 2n, H, W]``.
+            out: Memory in channels_last that the output may take, also that of `x`.
+
+        Returns:
+            ``[N, 2n, H, W]``.
+        """
+        return self.conv3(self.conv2(self.conv1(x)), out)
 
 
 class FusedCrossLayer(nn.Module):
@@ -334,6 +366,11 @@ class FusedCrossLayer(nn.Module):
             x = torch.addcmul(x, layer, self.weight[i + 1])
         return torch.relu(x) if self.relu else x
 
+    @torch.jit.ignore
+    def terms(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Get the weights of some layers, and the bias if the first is among them: see `running_sums`."""
+        return self.weight[start:stop], self.bias if start == 0 else torch.zeros_like(self.bias)
+
 
 class FusedDelugeBlock(nn.Module):
     """Deluge block for inference: cross-layer convolution, ReLU and three convolutions a layer, and no BN.
@@ -344,18 +381,18 @@ class FusedDelugeBlock(nn.Module):
     def __init__(
             self,
             transition: nn.Module,
-            layers: nn.ModuleList,
+            layers: Sequence[FusedCompositeLayer],
             cross_layers: Sequence[FusedCrossLayer],
     ):
         """
         Args:
             transition: Maps the stem's or the previous block's output to this block's h_0.
-            layers: Composite layers without BN.
+            layers: Composite layers.
             cross_layers: Each layer's cross-layer convolution, and the block's last one.
         """
         super().__init__()
         self.transition = transition
-        self.layers = layers
+        self.layers = nn.ModuleList(layers)
         self.cross_layers = nn.ModuleList(cross_layers[:-1])
         self.last_cross_layer = cross_layers[-1]
 
@@ -371,19 +408,25 @@ class FusedDelugeBlock(nn.Module):
 
     @torch.jit.ignore
     def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
-        """From h_0 on, the same with sums in one pass, on a CPU not too many images at a time."""
-        combine = kernels(x).combine
+        """From h_0 on, the same with several sums from one pass over the layers."""
+        if x.device.type != 'cpu' or not x.is_contiguous(memory_format=torch.channels_last):
+            return self.combine_layers(x)
+        results = []
+        for h in split_batch(x, len(self.layers)):
+            with kept_memory(len(self.layers), h) as outs:
+                results.append(self.combine_layers(h, outs))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    @torch.jit.ignore
+    def combine_layers(self, h: torch.Tensor, outs: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """From h_0 on; with `outs` each layer's input is in that memory, and makes room for the layer's output."""
         cross_layers: Any = self.cross_layers
         last: Any = self.last_cross_layer
-        ratio = 0 if x.is_cuda else x.nbytes * len(last.weight) // GROUP_BYTES
-        num_groups = min(1 << ratio.bit_length(), max(1, len(x)))  # a power of two: few different sizes
-        results = []
-        for h in x.tensor_split(num_groups):
-            outputs = [h]
-            for layer, cross_layer in zip(self.layers, cross_layers):
-                outputs.append(layer(combine(outputs, cross_layer.weight, cross_layer.bias, relu=True)))
-            results.append(combine(outputs, last.weight, last.bias))
-        return results[0] if num_groups == 1 else torch.cat(results)
+        layers = [h]
+        inputs = running_sums(layers, len(cross_layers), lambda i, *known: cross_layers[i].terms(*known), outs, relu=True)
+        for layer, x in zip(self.layers, inputs):
+            layers.append(layer(x, None if outs is None else x))
+        return kernels(h).combine(layers, [last.weight], [last.bias])[0]
 
 
 class DelugeNet(nn.Module):

@@ -1,4 +1,5 @@
 """Batch normalisation in inference is affine: here it becomes part of a neighbour's weights."""
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,19 +20,27 @@ def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class InferenceConv2d(nn.Conv2d):
-    """Convolution that keeps its weight in the order oneDNN computes with, instead of reordering it at each call.
+    """Convolution, and ReLU or nothing, that keeps its weight in the order it computes with.
 
-    This is for float32 on a CPU in channels_last, without gradients; elsewhere it is the ordinary convolution. The
-    parameters stay what they are; the reordered copy is not saved, and made anew when they or the input size change.
+    This is for float32 on a CPU in channels_last, without gradients, where it saves reordering the weight at each call
+    and a pass for the ReLU; elsewhere it is the ordinary convolution. The parameters stay what they are; the reordered
+    copy is not saved, and made anew when they or the input size change.
     """
     __jit_ignored_attributes__ = ['_reordered']
 
-    def __init__(self, conv: Any, scale: torch.Tensor | None = None, bias: torch.Tensor | None = None):
+    def __init__(
+            self,
+            conv: Any,
+            scale: torch.Tensor | None = None,
+            bias: torch.Tensor | None = None,
+            relu: bool = False,
+    ):
         """
         Args:
             conv: The `nn.Conv2d` to copy, without bias.
             scale: Scale of each output channel, ``[C]``.
             bias: Shift of each output channel, ``[C]``.
+            relu: Whether a ReLU follows.
         """
         super().__init__(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
@@ -40,16 +49,27 @@ class InferenceConv2d(nn.Conv2d):
         self.weight = nn.Parameter(weight.clone() if scale is None else weight * scale[:, None, None, None])
         if bias is not None:
             self.bias = nn.Parameter(bias)
+        self.relu = relu
         self._reordered: tuple[Any, torch.Tensor] | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Convolve.
+
+        Args:
+            x: ``[N, C, H, W]``.
+            out: Memory in channels_last that the result of a 1x1 convolution may take.
+
+        Returns:
+            ``[N, C', H', W']``.
+        """
         if not torch.jit.is_scripting():
-            if self.computes_in_onednn(x):
-                return self.forward_onednn(x)
-        return self._conv_forward(x, self.weight, self.bias)
+            if self.keeps_order(x):
+                return self.forward_onednn(x) if out is None else self.forward_matmul(x, out)
+        x = self._conv_forward(x, self.weight, self.bias)
+        return torch.relu(x) if self.relu else x
 
     @torch.jit.ignore
-    def computes_in_onednn(self, x: torch.Tensor) -> bool:
+    def keeps_order(self, x: torch.Tensor) -> bool:
         """Whether keeping the reordered weight pays, and is possible."""
         return bool(
             not torch.is_grad_enabled()
@@ -66,29 +86,46 @@ class InferenceConv2d(nn.Conv2d):
     @torch.jit.ignore
     def forward_onednn(self, x: torch.Tensor) -> torch.Tensor:
         """The same by the operators that TorchInductor calls when it freezes a model."""
-        version = None if self.weight.is_inference() else self.weight._version
-        key = self.weight.data_ptr(), version, x.shape
         args = self.padding, self.stride, self.dilation, self.groups
+        weight = self.reordered(x.shape, lambda weight: torch.ops.mkldnn._reorder_convolution_weight(
+            weight, *args, list(x.shape)))
+        post_op = ('relu', [], '') if self.relu else ('none', [None], '')
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *args, *post_op)
+
+    @torch.jit.ignore
+    def forward_matmul(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """A 1x1 convolution as a matrix product, which can write where it is told to, as oneDNN's operators cannot."""
+        weight = self.reordered((), lambda weight: weight.flatten(1).t().contiguous())
+        torch.mm(_rows(x), weight, out=_rows(out))
+        return out
+
+    @torch.jit.ignore
+    def reordered(self, size: tuple[int, ...], reorder: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        version = None if self.weight.is_inference() else self.weight._version
+        key = self.weight.data_ptr(), version, size
         if self._reordered is None or self._reordered[0] != key:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *args, list(x.shape))
-            self._reordered = key, weight
-        return torch.ops.mkldnn._convolution_pointwise(x, self._reordered[1], self.bias, *args, 'none', [None], '')
+            self._reordered = key, reorder(self.weight)
+        return self._reordered[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_reordered': None}
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
+
+
 def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv2d:
-    """Fold a batch normalisation into the convolution before it.
+    """Fold a batch normalisation with ReLU into the convolution before it.
 
     Args:
         conv: Convolution without bias; left as it is.
-        norm: The batch normalisation of its output.
+        norm: The batch normalisation and the ReLU of its output.
 
     Returns:
         One convolution, with bias, that gives what both gave in inference.
     """
-    return InferenceConv2d(conv, *affine_of(norm))
+    return InferenceConv2d(conv, *affine_of(norm), relu=True)
 
 
 class ChannelAffine(nn.Module):

@@ -1,10 +1,12 @@
 """The cross-layer depthwise convolution: `reference` is its definition, everything else gives the same, leaner."""
 from .implementation import get_implementation, is_lean, kernels, set_implementation
 from .lean import LayerOutputs
+from .memory import kept_memory, split_batch
 from .norm_act_conv import norm_act_conv
 from .reference import cross_layer_depthwise_conv
+from .running_sums import running_sums
 
 __all__ = [
-    'LayerOutputs', 'cross_layer_depthwise_conv', 'get_implementation', 'is_lean', 'kernels', 'norm_act_conv',
-    'set_implementation',
+    'LayerOutputs', 'cross_layer_depthwise_conv', 'get_implementation', 'is_lean', 'kept_memory', 'kernels',
+    'norm_act_conv', 'running_sums', 'set_implementation', 'split_batch',
 ]

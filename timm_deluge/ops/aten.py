@@ -8,25 +8,30 @@ __all__ = ['combine', 'combine_backward']
 
 def combine(
         layers: Sequence[torch.Tensor],
-        weight: torch.Tensor,
-        bias: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor],
+        outs: Sequence[torch.Tensor] | None = None,
         relu: bool = False,
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """Sum layers, each channel with its own weights: ``x[n, c] = bias[c] + sum_i weight[i, c] * layers[i][n, c]``.
 
     Args:
         layers: l tensors ``[N, C, H, W]``.
-        weight: ``[l, C, 1, 1]``.
-        bias: ``[C, 1, 1]``.
-        relu: Apply a ReLU to the sum.
+        weights: ``[l, C, 1, 1]``, of each sum.
+        biases: ``[C, 1, 1]``, of each sum.
+        outs: Memory in the first layer's format that the sums may take. A single sum may take a layer's.
+        relu: Apply a ReLU to the first sum.
 
     Returns:
-        One tensor ``[N, C, H, W]`` in the layers' dtype, without autograd history.
+        The sums ``[N, C, H, W]`` in the first layer's dtype, without autograd history.
     """
-    x = torch.addcmul(bias, layers[0], weight[0])
-    for layer, scale in zip(layers[1:], weight[1:]):
-        x.addcmul_(layer, scale)
-    return (x.relu_() if relu else x).to(layers[0].dtype)
+    results: list[torch.Tensor] = []
+    for weight, bias in zip(weights, biases):
+        x = torch.addcmul(bias, layers[0], weight[0])
+        for layer, scale in zip(layers[1:], weight[1:]):
+            x.addcmul_(layer, scale)
+        results.append((x.relu_() if relu and not results else x).to(layers[0].dtype))
+    return results
 
 
 def combine_backward(
@@ -54,4 +59,4 @@ def combine_backward(
             grad, layer, None, None, None, mean, ones, True, 0., [False, True, False])[1]
         for grad in grads
     ]
-    return combine(grads, weight, zeros[:, None, None]), torch.stack(dots)
+    return combine(grads, [weight], [zeros[:, None, None]])[0], torch.stack(dots)

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,15 +46,19 @@ _LIBRARY = _compile(Path(__file__).with_name('kernels.cpp'))
 
 def combine(
         layers: Sequence[torch.Tensor],
-        weight: torch.Tensor,
-        bias: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor],
+        outs: Sequence[torch.Tensor] | None = None,
         relu: bool = False,
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """Sum layers, each channel with its own weights: see `timm_deluge.ops.aten.combine`."""
     layers, inner = same_layout(layers)
-    out = torch.empty_like(layers[0])
-    _call('combine', layers, inner, weight.float().contiguous(), bias.float().contiguous(), out, ctypes.c_int(relu))
-    return out
+    outs = [torch.empty_like(layers[0]) for _ in weights] if outs is None else list(outs)
+    weights, biases = ([p.float().contiguous() for p in parameters] for parameters in (weights, biases))
+    _call(
+        'combine', layers, inner, _addresses(weights), _addresses(biases), _addresses(outs),
+        ctypes.c_int64(len(outs)), ctypes.c_int(relu))
+    return outs
 
 
 def combine_backward(
@@ -66,20 +71,27 @@ def combine_backward(
     (layer, *grads), inner = same_layout([layer, *grads])
     out = torch.empty_like(layer)
     dots = torch.zeros(torch.get_num_threads(), len(grads), layer.shape[1], dtype=torch.float64)
-    _call('combine_backward', grads, inner, weight.float().contiguous(), layer, mean.float().contiguous(), out, dots)
+    weight, mean = weight.float().contiguous(), mean.float().contiguous()
+    _call(
+        'combine_backward', grads, inner,
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, layer, mean, out, dots)))
     return out, dots.sum(0).float()
 
 
-def _call(name: str, layers: list[torch.Tensor], inner: int, *arguments: torch.Tensor | ctypes.c_int) -> None:
+def _addresses(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def _call(name: str, layers: list[torch.Tensor], inner: int, *arguments: Any) -> None:
     if layers[0].numel() == 0:
         return
     channels = layers[0].shape[1]
     columns = channels if inner == 1 else inner
     dtype = str(layers[0].dtype).removeprefix('torch.')
     _LIBRARY[f'{name}_{dtype}'](
-        (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers)),
+        _addresses(layers),
         ctypes.c_int64(len(layers)),
-        *(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments),
+        *arguments,
         (ctypes.c_int64 * 3)(layers[0].numel() // columns, columns, channels),
         ctypes.c_int(inner == 1),
         ctypes.c_int(torch.get_num_threads()),

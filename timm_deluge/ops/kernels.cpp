@@ -65,21 +65,27 @@ void add_layers(const T* const* layers, const float* weight, const float* bias, 
     }
 }
 
+// A tile of all layers stays in a core's second cache while one result after the other is summed.
 template <bool BY_COLUMN, class T>
-void combine(const T* const* layers, int64_t num_layers, const float* weight, const float* bias, T* out, bool relu,
-             const Shape& shape, int threads) {
-    const float floor = relu ? 0 : -std::numeric_limits<float>::infinity();
+void combine(const T* const* layers, int64_t num_layers, const float* const* weights, const float* const* biases,
+             T* const* outs, int64_t num_results, bool relu, const Shape& shape, int threads) {
     for_each_tile(shape, threads, [=](const Tile& tile, int) {
         float sums[TILE];
-        const auto add = [&](auto add_layers, int64_t i) {
-            add_layers(layers + i, weight + i * shape.channels, bias, sums, out, floor, shape, tile);
-        };
-        if (num_layers == 1) return add(add_layers<BY_COLUMN, 1, true, true, T>, 0);
-        add(add_layers<BY_COLUMN, 1, true, false, T>, 0);
-        int64_t i = 1;
-        for (; i + 4 < num_layers; i += 4) add(add_layers<BY_COLUMN, 4, false, false, T>, i);
-        for (; i + 1 < num_layers; i++) add(add_layers<BY_COLUMN, 1, false, false, T>, i);
-        add(add_layers<BY_COLUMN, 1, false, true, T>, i);
+        for (int64_t k = 0; k < num_results; k++) {
+            const float floor = relu && k == 0 ? 0 : -std::numeric_limits<float>::infinity();
+            const auto add = [&](auto add_layers, int64_t i) {
+                add_layers(layers + i, weights[k] + i * shape.channels, biases[k], sums, outs[k], floor, shape, tile);
+            };
+            if (num_layers == 1) {
+                add(add_layers<BY_COLUMN, 1, true, true, T>, 0);
+                continue;
+            }
+            add(add_layers<BY_COLUMN, 1, true, false, T>, 0);
+            int64_t i = 1;
+            for (; i + 4 < num_layers; i += 4) add(add_layers<BY_COLUMN, 4, false, false, T>, i);
+            for (; i + 1 < num_layers; i++) add(add_layers<BY_COLUMN, 1, false, false, T>, i);
+            add(add_layers<BY_COLUMN, 1, false, true, T>, i);
+        }
     });
 }
 
@@ -136,10 +142,11 @@ void combine_backward(const T* const* grads, int64_t num_grads, const float* wei
 }  // namespace
 
 #define EXPORT(DTYPE, T)                                                                                           \
-    void combine_##DTYPE(const T* const* layers, int64_t num_layers, const float* weight, const float* bias,       \
-                         T* out, int relu, const Shape* shape, int by_column, int threads) {                       \
+    void combine_##DTYPE(const T* const* layers, int64_t num_layers, const float* const* weights,                  \
+                         const float* const* biases, T* const* outs, int64_t num_results, int relu,                \
+                         const Shape* shape, int by_column, int threads) {                                         \
         (by_column ? combine<true, T> : combine<false, T>)(                                                        \
-            layers, num_layers, weight, bias, out, relu, *shape, threads);                                         \
+            layers, num_layers, weights, biases, outs, num_results, relu, *shape, threads);                        \
     }                                                                                                              \
     void combine_backward_##DTYPE(const T* const* grads, int64_t num_grads, const float* weight, const T* layer,   \
                                   const float* mean, T* out, double* dots, const Shape* shape, int by_column,      \

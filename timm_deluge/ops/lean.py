@@ -11,12 +11,14 @@ instead of L times adding to a sum. The same pass over them gives the gradients 
 on the normalised layer. Layer 0, whose turn comes last, hands all weights their gradients.
 """
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from .implementation import kernels
 from .norm_act_conv import LeanFunction, norm_args, statistics
+from .running_sums import running_sums
 
 __all__ = ['LayerOutputs']
 
@@ -33,13 +35,14 @@ class LayerOutputs:
             weights: Of the cross-layer convolutions in their order, each ``[C, 1, l, 1]``.
             biases: Of the same, ``[C, 1, l, 1]``.
         """
-        self._weights = list(weights)
-        self._biases = list(biases)
+        self._parameters = [*weights, *biases]
+        self._weights = [_by_layer(weight.detach()) for weight in weights]
         self._outputs: list[torch.Tensor] = []
-        self._means: list[torch.Tensor] = []
-        self._invstds: list[torch.Tensor] = []
-        self._num_results = 0
+        self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._state = _Backward()
+        self._num_results = 0
+        terms = partial(_terms, self._weights, [_by_layer(bias.detach()) for bias in biases], self._statistics)
+        self._sums = running_sums(self._outputs, len(self._weights), terms)
 
     def append(self, output: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
         """Add a layer's output.
@@ -52,11 +55,10 @@ class LayerOutputs:
             The output, to be used from here on.
         """
         index = len(self._outputs)
-        parameters = [] if index else [*self._weights, *self._biases]
+        parameters = [] if index else self._parameters
         output, mean, invstd = _LayerOutput.apply(self._state, index, output, *norm_args(norm), *parameters)
         self._outputs.append(output)
-        self._means.append(mean)
-        self._invstds.append(invstd)
+        self._statistics.append((mean, invstd))
         return output
 
     def cross_layer_depthwise_conv(self) -> torch.Tensor:
@@ -65,13 +67,18 @@ class LayerOutputs:
         Returns:
             The next layer's input ``[N, C, H, W]``.
         """
-        index = self._num_results
+        weight = self._weights[self._num_results]
         self._num_results += 1
-        means, invstds = torch.stack(self._means), torch.stack(self._invstds)
         is_last = self._num_results == len(self._weights)
-        return _CrossLayer.apply(
-            self._state, is_last, self._weights[index].detach(), self._biases[index].detach(), means, invstds,
-            *self._outputs)
+        return _CrossLayer.apply(self._state, self._sums, is_last, weight, *self._outputs)
+
+
+def _terms(weights, biases, statistics, index, start, stop) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get the weights and the bias of normalised layers for layers that are not: see `running_sums`."""
+    means, invstds = map(torch.stack, zip(*statistics[start:stop]))
+    scale = weights[index][start:stop] * invstds
+    shift = (biases[index][start:stop] - scale * means).sum(0)
+    return scale[..., None, None], shift[:, None, None]
 
 
 class _Backward:
@@ -123,7 +130,7 @@ class _LayerOutput(LeanFunction):
             projection = invstd ** 2 / count * (weight * weight_grad).sum(0)
             scale = torch.stack([torch.ones_like(projection), -projection])
             shift = projection * mean - total
-            grad = kernels(output).combine([grad, output], scale[..., None, None], shift[:, None, None])
+            [grad] = kernels(output).combine([grad, output], [scale[..., None, None]], [shift[:, None, None]])
         if direct_grad is not None:
             grad += direct_grad
         parameter_grads = []
@@ -136,12 +143,10 @@ class _LayerOutput(LeanFunction):
 class _CrossLayer(LeanFunction):
 
     @staticmethod
-    def forward(ctx, state, is_last, weight, bias, means, invstds, *outputs):
+    def forward(ctx, state, sums, is_last, weight, *outputs):
         ctx.state, ctx.is_last = state, is_last
         ctx.save_for_backward(weight, outputs[0])
-        scale = _by_layer(weight) * invstds
-        shift = (_by_layer(bias) - scale * means).sum(0)
-        return kernels(outputs[0]).combine(outputs, scale[..., None, None], shift[:, None, None])
+        return next(sums)
 
     @staticmethod
     def backward(ctx, grad):
@@ -152,7 +157,7 @@ class _CrossLayer(LeanFunction):
         if grad.stride() != output.stride():  # sums over mixed memory formats are several times slower
             grad = torch.empty_like(output).copy_(grad)
         ctx.state.grads.append(grad)
-        ctx.state.weights.append(_by_layer(weight))
+        ctx.state.weights.append(weight)
         ctx.state.bias_grads.append(grad.sum((0, 2, 3), dtype=ctx.state.weights[-1].dtype))
         return (None,) * len(ctx.needs_input_grad)
 

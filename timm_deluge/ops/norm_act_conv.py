@@ -102,4 +102,5 @@ class _NormActConv(LeanFunction):
 
 def _norm_act(x, weight, bias, mean, invstd) -> torch.Tensor:
     scale = weight * invstd
-    return kernels(x).combine([x], scale[None, :, None, None], (bias - scale * mean)[:, None, None], relu=True)
+    [y] = kernels(x).combine([x], [scale[None, :, None, None]], [(bias - scale * mean)[:, None, None]], relu=True)
+    return y

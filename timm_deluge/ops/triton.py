@@ -17,19 +17,21 @@ TILE = 8192  # elements of a layer that a program works on
 
 def combine(
         layers: Sequence[torch.Tensor],
-        weight: torch.Tensor,
-        bias: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        biases: Sequence[torch.Tensor],
+        outs: Sequence[torch.Tensor] | None = None,
         relu: bool = False,
-) -> torch.Tensor:
+) -> list[torch.Tensor]:
     """Sum layers, each channel with its own weights: see `timm_deluge.ops.aten.combine`."""
     layers, inner = _aligned(layers)
-    out = torch.empty_like(layers[0])
-    shape, grid, block = _tiling(out, inner)
-    with torch.cuda.device_of(out):
-        _combine_kernel[grid](
-            _table(layers), weight.float().contiguous(), bias.float().contiguous(), out, len(layers), *shape,
-            RELU=relu, **block)
-    return out
+    outs = [torch.empty_like(layers[0]) for _ in weights] if outs is None else list(outs)
+    shape, grid, block = _tiling(layers[0], inner)
+    with torch.cuda.device_of(layers[0]):
+        # programs that read the same tile, each for another result, run beside each other
+        _combine_kernel[(len(outs), *grid)](
+            _table([*layers, *outs]), torch.stack(list(weights)).float(), torch.stack(list(biases)).float(), layers[0],
+            len(layers), *shape, RELU=relu, **block)
+    return outs
 
 
 def combine_backward(
@@ -73,21 +75,25 @@ def _table(layers: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @triton.jit
 def _combine_kernel(
-        table, weight, bias, out, num_layers, positions, channels, inner,
+        table, weights, biases, first_layer, num_layers, positions, channels, inner,
         RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    result = tl.program_id(0)
+    p = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask = (p < positions) & (c < channels)
     offset = p // inner * inner * channels + c * inner + p % inner
-    total = tl.load(bias + c, mask=c < channels, other=0.) + tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    pointer = tl.pointer_type(first_layer.dtype.element_ty)
+    total = tl.load(biases + result * channels + c, mask=c < channels, other=0.)
+    total += tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
     for i in range(num_layers):
-        layer = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(out.dtype.element_ty)), 16)
-        scale = tl.load(weight + i * channels + c, mask=c < channels, other=0.)
+        layer = tl.multiple_of(tl.load(table + i).to(pointer), 16)
+        scale = tl.load(weights + (result * num_layers + i) * channels + c, mask=c < channels, other=0.)
         total += scale * tl.load(layer + offset, mask=mask, other=0.).to(tl.float32)
     if RELU:
-        total = tl.where(total < 0, 0., total)  # NaN stays NaN
-    tl.store(out + offset, total.to(out.dtype.element_ty), mask=mask)
+        total = tl.where((total < 0) & (result == 0), 0., total)  # NaN stays NaN
+    out = tl.multiple_of(tl.load(table + num_layers + result).to(pointer), 16)
+    tl.store(out + offset, total.to(first_layer.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -1,0 +1,49 @@
+"""Memory for a block's layer outputs on a CPU that lasts from block to block and from call to call."""
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ['kept_memory', 'split_batch']
+
+KEPT_BYTES = 128 * 2 ** 20  # at most, in each thread
+_thread = threading.local()
+
+
+def split_batch(x: torch.Tensor, num_tensors: int) -> tuple[torch.Tensor, ...]:
+    """Split a batch into groups of images, of which `num_tensors` tensors fit into the kept memory.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        num_tensors: Number of tensors like a group.
+
+    Returns:
+        At least one group, at most N, a power of two if possible: convolutions prepare themselves for each size.
+    """
+    num_groups = 1 << (max(0, x.nbytes * num_tensors - 1) // KEPT_BYTES).bit_length()
+    return x.tensor_split(min(num_groups, max(1, len(x))))
+
+
+@contextmanager
+def kept_memory(num_tensors: int, like: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Lend memory that stays allocated; an allocator would return so much to the system, and have it cleared anew.
+
+    Args:
+        num_tensors: Number of tensors.
+        like: Their shape and dtype, ``[N, C, H, W]``.
+
+    Yields:
+        Tensors in channels_last, on the CPU, whose contents are lost when the context ends.
+    """
+    n, c, h, w = like.shape
+    size = num_tensors * like.numel()
+    memory = _thread.__dict__.pop('memory', None)
+    if memory is None or memory.dtype != like.dtype or len(memory) < size:
+        with torch.inference_mode(False):
+            memory = torch.empty(size, dtype=like.dtype)
+    try:
+        yield list(memory[:size].view(num_tensors, n, h, w, c).permute(0, 1, 4, 2, 3).unbind())
+    finally:
+        if memory.nbytes <= KEPT_BYTES:
+            _thread.memory = memory
