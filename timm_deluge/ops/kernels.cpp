@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 4096;  // elements
+constexpr int64_t TILE = 2048;  // elements
 
 struct bfloat16 {
     uint16_t bits;
@@ -47,46 +47,56 @@ void for_each_tile(const Shape& shape, int threads, const Work& work) {
         }
 }
 
-// Adds N layers to the bias (FIRST) or to a tile's sums; the result goes out (LAST) or into the sums.
-template <bool BY_COLUMN, int N, bool FIRST, bool LAST, class T>
-void add_layers(const T* const* layers, const float* weight, const float* bias, float* sums, T* out, float floor,
-                const Shape& shape, const Tile& tile) {
+// Adds N layers to the biases (FIRST) or to a tile's sums, of R results; these go out (LAST) or into the sums.
+template <bool BY_COLUMN, int N, int R, bool FIRST, bool LAST, class T>
+void add_layers(const T* const* layers, int64_t first_layer, const float* const* weights, const float* const* biases,
+                float* sums, T* const* outs, float floor, const Shape& shape, const Tile& tile) {
     for (int64_t r = tile.row; r < tile.end_row; r++, sums += tile.columns) {
         const int64_t channel = BY_COLUMN ? tile.column : r % shape.channels;
         const int64_t offset = r * shape.columns + tile.column;
 #pragma omp simd
         for (int64_t c = 0; c < tile.columns; c++) {
             const int64_t k = channel + (BY_COLUMN ? c : 0);
-            float sum = FIRST ? bias[k] : sums[c];
-            for (int i = 0; i < N; i++) sum += weight[i * shape.channels + k] * layers[i][offset + c];
-            if (LAST) out[offset + c] = sum < floor ? floor : sum;
-            else sums[c] = sum;
+            float values[N];
+            for (int i = 0; i < N; i++) values[i] = layers[first_layer + i][offset + c];
+            for (int j = 0; j < R; j++) {
+                float sum = FIRST ? biases[j][k] : sums[j * TILE + c];
+                for (int i = 0; i < N; i++) sum += weights[j][(first_layer + i) * shape.channels + k] * values[i];
+                if (LAST) outs[j][offset + c] = j == 0 && sum < floor ? floor : sum;
+                else sums[j * TILE + c] = sum;
+            }
         }
     }
 }
 
-// A tile of all layers stays in a core's second cache while one result after the other is summed.
+template <bool BY_COLUMN, int R, class T>
+void combine_results(const T* const* layers, int64_t num_layers, const float* const* weights,
+                     const float* const* biases, T* const* outs, bool relu, const Shape& shape, int threads) {
+    const float floor = relu ? 0 : -std::numeric_limits<float>::infinity();
+    for_each_tile(shape, threads, [=](const Tile& tile, int) {
+        float sums[R * TILE];
+        const auto add = [&](auto add_layers, int64_t i) {
+            add_layers(layers, i, weights, biases, sums, outs, floor, shape, tile);
+        };
+        if (num_layers == 1) return add(add_layers<BY_COLUMN, 1, R, true, true, T>, 0);
+        add(add_layers<BY_COLUMN, 1, R, true, false, T>, 0);
+        int64_t i = 1;
+        for (; i + 4 < num_layers; i += 4) add(add_layers<BY_COLUMN, 4, R, false, false, T>, i);
+        for (; i + 1 < num_layers; i++) add(add_layers<BY_COLUMN, 1, R, false, false, T>, i);
+        add(add_layers<BY_COLUMN, 1, R, false, true, T>, i);
+    });
+}
+
 template <bool BY_COLUMN, class T>
 void combine(const T* const* layers, int64_t num_layers, const float* const* weights, const float* const* biases,
              T* const* outs, int64_t num_results, bool relu, const Shape& shape, int threads) {
-    for_each_tile(shape, threads, [=](const Tile& tile, int) {
-        float sums[TILE];
-        for (int64_t k = 0; k < num_results; k++) {
-            const float floor = relu && k == 0 ? 0 : -std::numeric_limits<float>::infinity();
-            const auto add = [&](auto add_layers, int64_t i) {
-                add_layers(layers + i, weights[k] + i * shape.channels, biases[k], sums, outs[k], floor, shape, tile);
-            };
-            if (num_layers == 1) {
-                add(add_layers<BY_COLUMN, 1, true, true, T>, 0);
-                continue;
-            }
-            add(add_layers<BY_COLUMN, 1, true, false, T>, 0);
-            int64_t i = 1;
-            for (; i + 4 < num_layers; i += 4) add(add_layers<BY_COLUMN, 4, false, false, T>, i);
-            for (; i + 1 < num_layers; i++) add(add_layers<BY_COLUMN, 1, false, false, T>, i);
-            add(add_layers<BY_COLUMN, 1, false, true, T>, i);
-        }
-    });
+    int64_t k = 0;
+    for (; k + 4 <= num_results; k += 4)
+        combine_results<BY_COLUMN, 4>(
+            layers, num_layers, weights + k, biases + k, outs + k, relu && k == 0, shape, threads);
+    for (; k < num_results; k++)
+        combine_results<BY_COLUMN, 1>(
+            layers, num_layers, weights + k, biases + k, outs + k, relu && k == 0, shape, threads);
 }
 
 // Adds N gradients to a tile's sums, and each one's products with the tile's values to its own dots.
