@@ -64,7 +64,7 @@ def test_registered_models(name):
 
 
 def test_every_group_of_images_counts(monkeypatch):
-    monkeypatch.setattr('timm_deluge.delugenet.GROUP_BYTES', 1)
+    monkeypatch.setattr('timm_deluge.ops.memory.KEPT_BYTES', 1)
     model = trained()
     assert_same_function(reparameterize_model(model), model, torch.randn(3, 3, 16, 16))
 

@@ -423,7 +423,8 @@ class FusedDelugeBlock(nn.Module):
         cross_layers: Any = self.cross_layers
         last: Any = self.last_cross_layer
         layers = [h]
-        inputs = running_sums(layers, len(cross_layers), lambda i, *known: cross_layers[i].terms(*known), outs, relu=True)
+        inputs = running_sums(
+            layers, len(cross_layers), lambda i, start, stop: cross_layers[i].terms(start, stop), outs, relu=True)
         for layer, x in zip(self.layers, inputs):
             layers.append(layer(x, None if outs is None else x))
         return kernels(h).combine(layers, [last.weight], [last.bias])[0]

@@ -1,9 +1,9 @@
-"""The two sums over layers in ATen's own operators, for tensors on any device."""
+"""The sums over layers and over positions in ATen's own operators, for tensors on any device."""
 from collections.abc import Sequence
 
 import torch
 
-__all__ = ['combine', 'combine_backward']
+__all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 
 def combine(
@@ -60,3 +60,43 @@ def combine_backward(
         for grad in grads
     ]
     return combine(grads, [weight], [zeros[:, None, None]])[0], torch.stack(dots)
+
+
+def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get each channel's mean and (biased) variance over images and positions, ``[C]``.
+
+    Args:
+        x: ``[N, C, H, W]``.
+    """
+    mean, var = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.)
+    return mean, var
+
+
+def norm_act_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        mean: torch.Tensor,
+        invstd: torch.Tensor,
+        training: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Differentiate ``y = relu(weight * (x - mean) * invstd + bias)``.
+
+    Args:
+        grad: The gradient of y, ``[N, C, H, W]``; it may be overwritten.
+        x: ``[N, C, H, W]``.
+        y: ``[N, C, H, W]``.
+        weight: ``[C]``.
+        bias: ``[C]``.
+        mean: ``[C]``.
+        invstd: 1 / standard deviation, ``[C]``.
+        training: Whether mean and standard deviation are those of x.
+
+    Returns:
+        The gradients of x, weight and bias.
+    """
+    torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
+    return torch.ops.aten.native_batch_norm_backward(
+        grad.to(x.dtype), x, weight, mean, invstd ** -2, mean, invstd, training, 0., [True, True, True])

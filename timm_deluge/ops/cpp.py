@@ -1,6 +1,6 @@
-"""The two sums over layers as C++ loops for a CPU: every layer is read once, and all sums run in float32.
+"""The sums over layers and over positions as C++ loops for a CPU: a layer is read once, all arithmetic is in float32.
 
-Importing this module compiles `kernels.cpp` for the processor at hand, in two or three seconds, with the C++ compiler
+Importing this module compiles `kernels.cpp` for the processor at hand, in four seconds or five, with the C++ compiler
 that `torch.compile` would take. The loops run in PyTorch's own OpenMP threads.
 """
 import ctypes
@@ -16,7 +16,7 @@ import torch
 
 from .layout import same_layout
 
-__all__ = ['combine', 'combine_backward']
+__all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 
 def _compile(source: Path) -> ctypes.CDLL:
@@ -55,9 +55,7 @@ def combine(
     layers, inner = same_layout(layers)
     outs = [torch.empty_like(layers[0]) for _ in weights] if outs is None else list(outs)
     weights, biases = ([p.float().contiguous() for p in parameters] for parameters in (weights, biases))
-    _call(
-        'combine', layers, inner, _addresses(weights), _addresses(biases), _addresses(outs),
-        ctypes.c_int64(len(outs)), ctypes.c_int(relu))
+    _call('combine', layers[0], inner, layers, len(layers), weights, biases, outs, len(outs), relu)
     return outs
 
 
@@ -71,28 +69,68 @@ def combine_backward(
     (layer, *grads), inner = same_layout([layer, *grads])
     out = torch.empty_like(layer)
     dots = torch.zeros(torch.get_num_threads(), len(grads), layer.shape[1], dtype=torch.float64)
-    weight, mean = weight.float().contiguous(), mean.float().contiguous()
     _call(
-        'combine_backward', grads, inner,
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, layer, mean, out, dots)))
+        'combine_backward', layer, inner, grads, len(grads), weight.float().contiguous(), layer,
+        mean.float().contiguous(), out, dots)
     return out, dots.sum(0).float()
 
 
-def _addresses(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get each channel's mean and variance: see `timm_deluge.ops.aten.moments`."""
+    [x], inner = same_layout([x])
+    origin = x[0, :, 0, 0].float().contiguous()  # the squares of a large mean would swallow a small variance
+    sums = torch.zeros(torch.get_num_threads(), 2, x.shape[1], dtype=torch.float64)
+    _call('moments', x, inner, x, origin, sums)
+    distance, square = sums.sum(0) / (x.numel() // x.shape[1])
+    return (origin + distance).float(), (square - distance ** 2).clamp_(min=0).float()
 
 
-def _call(name: str, layers: list[torch.Tensor], inner: int, *arguments: Any) -> None:
-    if layers[0].numel() == 0:
+def norm_act_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        mean: torch.Tensor,
+        invstd: torch.Tensor,
+        training: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Differentiate batch normalisation with ReLU: see `timm_deluge.ops.aten.norm_act_backward`."""
+    (x, grad), inner = same_layout([x, grad])
+    mean, invstd = mean.float().contiguous(), invstd.float()
+    scale = weight.float() * invstd
+    shift = bias.float() - scale * mean
+    sums = torch.zeros(torch.get_num_threads(), 2, x.shape[1], dtype=torch.float64)
+    _call('norm_act_backward_sums', x, inner, grad, x, scale, shift, mean, sums)
+    grad_bias, dot = sums.sum(0).float()
+    x_scale = offset = torch.zeros_like(scale)
+    if training:
+        count = x.numel() // x.shape[1]
+        x_scale = -scale * invstd ** 2 * dot / count
+        offset = -scale * grad_bias / count - x_scale * mean
+    out = torch.empty_like(x)
+    _call('norm_act_backward', x, inner, grad, x, scale, shift, x_scale, offset, out)
+    return out, dot * invstd, grad_bias
+
+
+def _call(name: str, like: torch.Tensor, inner: int, *arguments: Any) -> None:
+    """Call a function of the library on tensors in one layout, that of `like`."""
+    if like.numel() == 0:
         return
-    channels = layers[0].shape[1]
+    channels = like.shape[1]
     columns = channels if inner == 1 else inner
-    dtype = str(layers[0].dtype).removeprefix('torch.')
+    dtype = str(like.dtype).removeprefix('torch.')
     _LIBRARY[f'{name}_{dtype}'](
-        _addresses(layers),
-        ctypes.c_int64(len(layers)),
-        *arguments,
-        (ctypes.c_int64 * 3)(layers[0].numel() // columns, columns, channels),
+        *map(_c_argument, arguments),
+        (ctypes.c_int64 * 3)(like.numel() // columns, columns, channels),
         ctypes.c_int(inner == 1),
         ctypes.c_int(torch.get_num_threads()),
     )
+
+
+def _c_argument(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, list):
+        return (ctypes.c_void_p * len(value))(*(tensor.data_ptr() for tensor in value))
+    return ctypes.c_int64(value)

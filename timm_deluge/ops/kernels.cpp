@@ -1,4 +1,4 @@
-// The two sums over layers for a CPU: every layer is read once, in tiles that stay in a core's first cache.
+// The sums over layers and over positions for a CPU: a layer is read once, in tiles that stay in a core's first cache.
 //
 // A layer is a matrix. In channels_last memory its rows are positions and its columns are channels (BY_COLUMN); in
 // contiguous memory its rows are the channels of one image after the other and its columns are positions.
@@ -33,6 +33,10 @@ struct Shape {
 
 struct Tile {
     int64_t row, end_row, column, columns;
+};
+
+struct Pair {
+    float first, second;
 };
 
 template <class Work>
@@ -149,11 +153,80 @@ void combine_backward(const T* const* grads, int64_t num_grads, const float* wei
     });
 }
 
+// Adds two terms of every element, terms(position, channel), to their channels' sums, [threads, 2, channels].
+template <bool BY_COLUMN, class Terms>
+void channel_sums(double* sums, const Shape& shape, int threads, const Terms& terms) {
+    for_each_tile(shape, threads, [=](const Tile& tile, int thread) {
+        double *first = sums + thread * 2 * shape.channels, *second = first + shape.channels;
+        float column_first[TILE], column_second[TILE];
+        std::fill_n(column_first, BY_COLUMN ? tile.columns : 0, 0.f);
+        std::fill_n(column_second, BY_COLUMN ? tile.columns : 0, 0.f);
+        for (int64_t r = tile.row; r < tile.end_row; r++) {
+            const int64_t channel = BY_COLUMN ? tile.column : r % shape.channels;
+            const int64_t offset = r * shape.columns + tile.column;
+            float row_first = 0, row_second = 0;
+#pragma omp simd reduction(+ : row_first, row_second)
+            for (int64_t c = 0; c < tile.columns; c++) {
+                const Pair pair = terms(offset + c, channel + (BY_COLUMN ? c : 0));
+                (BY_COLUMN ? column_first[c] : row_first) += pair.first;
+                (BY_COLUMN ? column_second[c] : row_second) += pair.second;
+            }
+            if (BY_COLUMN) continue;
+            first[channel] += row_first;
+            second[channel] += row_second;
+        }
+        for (int64_t c = 0; BY_COLUMN && c < tile.columns; c++) {
+            first[tile.column + c] += column_first[c];
+            second[tile.column + c] += column_second[c];
+        }
+    });
+}
+
+// sums: of the distances from each channel's origin, and of their squares
+template <bool BY_COLUMN, class T>
+void moments(const T* x, const float* origin, double* sums, const Shape& shape, int threads) {
+    channel_sums<BY_COLUMN>(sums, shape, threads, [=](int64_t i, int64_t k) {
+        const float distance = x[i] - origin[k];
+        return Pair{distance, distance * distance};
+    });
+}
+
+template <class T>
+float relu_grad(float grad, const T& x, float scale, float shift) {
+    return shift + scale * x <= 0 ? 0 : grad;
+}
+
+// sums: of a ReLU's gradients, and of their products with the distances from the mean
+template <bool BY_COLUMN, class T>
+void norm_act_backward_sums(const T* grads, const T* x, const float* scale, const float* shift, const float* mean,
+                            double* sums, const Shape& shape, int threads) {
+    channel_sums<BY_COLUMN>(sums, shape, threads, [=](int64_t i, int64_t k) {
+        const float grad = relu_grad(grads[i], x[i], scale[k], shift[k]);
+        return Pair{grad, grad * (x[i] - mean[k])};
+    });
+}
+
+template <bool BY_COLUMN, class T>
+void norm_act_backward(const T* grads, const T* x, const float* scale, const float* shift, const float* x_scale,
+                       const float* offset, T* out, const Shape& shape, int threads) {
+    for_each_tile(shape, threads, [=](const Tile& tile, int) {
+        for (int64_t r = tile.row; r < tile.end_row; r++) {
+            const int64_t channel = BY_COLUMN ? tile.column : r % shape.channels;
+            const int64_t begin = r * shape.columns + tile.column;
+#pragma omp simd
+            for (int64_t c = 0; c < tile.columns; c++) {
+                const int64_t i = begin + c, k = channel + (BY_COLUMN ? c : 0);
+                out[i] = scale[k] * relu_grad(grads[i], x[i], scale[k], shift[k]) + x_scale[k] * x[i] + offset[k];
+            }
+        }
+    });
+}
+
 }  // namespace
 
 #define EXPORT(DTYPE, T)                                                                                           \
     void combine_##DTYPE(const T* const* layers, int64_t num_layers, const float* const* weights,                  \
-                         const float* const* biases, T* const* outs, int64_t num_results, int relu,                \
+                         const float* const* biases, T* const* outs, int64_t num_results, int64_t relu,            \
                          const Shape* shape, int by_column, int threads) {                                         \
         (by_column ? combine<true, T> : combine<false, T>)(                                                        \
             layers, num_layers, weights, biases, outs, num_results, relu, *shape, threads);                        \
@@ -163,6 +236,22 @@ void combine_backward(const T* const* grads, int64_t num_grads, const float* wei
                                   int threads) {                                                                   \
         (by_column ? combine_backward<true, T> : combine_backward<false, T>)(                                      \
             grads, num_grads, weight, layer, mean, out, dots, *shape, threads);                                    \
+    }                                                                                                              \
+    void moments_##DTYPE(const T* x, const float* origin, double* sums, const Shape* shape, int by_column,         \
+                         int threads) {                                                                            \
+        (by_column ? moments<true, T> : moments<false, T>)(x, origin, sums, *shape, threads);                      \
+    }                                                                                                              \
+    void norm_act_backward_sums_##DTYPE(const T* grads, const T* x, const float* scale, const float* shift,        \
+                                        const float* mean, double* sums, const Shape* shape, int by_column,        \
+                                        int threads) {                                                             \
+        (by_column ? norm_act_backward_sums<true, T> : norm_act_backward_sums<false, T>)(                          \
+            grads, x, scale, shift, mean, sums, *shape, threads);                                                  \
+    }                                                                                                              \
+    void norm_act_backward_##DTYPE(const T* grads, const T* x, const float* scale, const float* shift,             \
+                                   const float* x_scale, const float* offset, T* out, const Shape* shape,          \
+                                   int by_column, int threads) {                                                   \
+        (by_column ? norm_act_backward<true, T> : norm_act_backward<false, T>)(                                    \
+            grads, x, scale, shift, x_scale, offset, out, *shape, threads);                                        \
     }
 
 extern "C" {

@@ -47,7 +47,10 @@ def statistics(
         running_mean, running_var, training, momentum, eps: See `norm_args`.
     """
     if training:
-        mean, var = torch.ops.aten.batch_norm_update_stats(x, running_mean, running_var, momentum)
+        mean, var = kernels(x).moments(x)
+        count = x.numel() / x.shape[1]
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
     else:
         mean, var = running_mean.clone(), running_var
     return mean, (var + eps).rsqrt()
@@ -92,9 +95,8 @@ class _NormActConv(LeanFunction):
         grad_y, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad, y, weight.to(grad.dtype), None, *ctx.conv_args, False, [0, 0], 1,
             [True, ctx.needs_input_grad[3], False])
-        torch.ops.aten.threshold_backward.grad_input(grad_y, y, 0, grad_input=grad_y)
-        grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_batch_norm_backward(
-            grad_y.to(x.dtype), x, norm_weight, mean, invstd ** -2, mean, invstd, ctx.training, 0., [True, True, True])
+        grad_x, grad_norm_weight, grad_norm_bias = kernels(x).norm_act_backward(
+            grad_y, x, y, norm_weight, norm_bias, mean, invstd, ctx.training)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 8

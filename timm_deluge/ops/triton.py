@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .aten import moments, norm_act_backward
 from .layout import same_layout
 
-__all__ = ['combine', 'combine_backward']
+__all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 TILE = 8192  # elements of a layer that a program works on
 
