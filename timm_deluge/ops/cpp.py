@@ -78,11 +78,9 @@ def combine_backward(
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Get each channel's mean and variance: see `timm_deluge.ops.aten.moments`."""
     [x], inner = same_layout([x])
-    origin = x[0, :, 0, 0].float().contiguous()  # the squares of a large mean would swallow a small variance
-    sums = torch.zeros(torch.get_num_threads(), 2, x.shape[1], dtype=torch.float64)
-    _call('moments', x, inner, x, origin, sums)
-    distance, square = sums.sum(0) / (x.numel() // x.shape[1])
-    return (origin + distance).float(), (square - distance ** 2).clamp_(min=0).float()
+    mean, var = torch.empty(2, x.shape[1])
+    _call('moments', x, inner, x, mean, var)
+    return mean, var
 
 
 def norm_act_backward(
@@ -97,20 +95,10 @@ def norm_act_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Differentiate batch normalisation with ReLU: see `timm_deluge.ops.aten.norm_act_backward`."""
     (x, grad), inner = same_layout([x, grad])
-    mean, invstd = mean.float().contiguous(), invstd.float()
-    scale = weight.float() * invstd
-    shift = bias.float() - scale * mean
-    sums = torch.zeros(torch.get_num_threads(), 2, x.shape[1], dtype=torch.float64)
-    _call('norm_act_backward_sums', x, inner, grad, x, scale, shift, mean, sums)
-    grad_bias, dot = sums.sum(0).float()
-    x_scale = offset = torch.zeros_like(scale)
-    if training:
-        count = x.numel() // x.shape[1]
-        x_scale = -scale * invstd ** 2 * dot / count
-        offset = -scale * grad_bias / count - x_scale * mean
-    out = torch.empty_like(x)
-    _call('norm_act_backward', x, inner, grad, x, scale, shift, x_scale, offset, out)
-    return out, dot * invstd, grad_bias
+    out, (weight_grad, bias_grad) = torch.empty_like(x), torch.empty(2, x.shape[1])
+    parameters = [p.float().contiguous() for p in (weight, bias, mean, invstd)]
+    _call('norm_act_backward', x, inner, grad, x, *parameters, training, out, weight_grad, bias_grad)
+    return out, weight_grad, bias_grad
 
 
 def _call(name: str, like: torch.Tensor, inner: int, *arguments: Any) -> None:

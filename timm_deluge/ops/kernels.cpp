@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 namespace {
 
@@ -153,11 +154,12 @@ void combine_backward(const T* const* grads, int64_t num_grads, const float* wei
     });
 }
 
-// Adds two terms of every element, terms(position, channel), to their channels' sums, [threads, 2, channels].
+// Sums two terms of every element, terms(position, channel), over its channel: [2, channels].
 template <bool BY_COLUMN, class Terms>
-void channel_sums(double* sums, const Shape& shape, int threads, const Terms& terms) {
-    for_each_tile(shape, threads, [=](const Tile& tile, int thread) {
-        double *first = sums + thread * 2 * shape.channels, *second = first + shape.channels;
+std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& terms) {
+    std::vector<double> sums(threads * 2 * shape.channels);
+    for_each_tile(shape, threads, [=, &sums](const Tile& tile, int thread) {
+        double *first = &sums[thread * 2 * shape.channels], *second = first + shape.channels;
         float column_first[TILE], column_second[TILE];
         std::fill_n(column_first, BY_COLUMN ? tile.columns : 0, 0.f);
         std::fill_n(column_second, BY_COLUMN ? tile.columns : 0, 0.f);
@@ -180,15 +182,26 @@ void channel_sums(double* sums, const Shape& shape, int threads, const Terms& te
             second[tile.column + c] += column_second[c];
         }
     });
+    for (int64_t i = 2 * shape.channels; i < int64_t(sums.size()); i++) sums[i % (2 * shape.channels)] += sums[i];
+    return sums;
 }
 
-// sums: of the distances from each channel's origin, and of their squares
 template <bool BY_COLUMN, class T>
-void moments(const T* x, const float* origin, double* sums, const Shape& shape, int threads) {
-    channel_sums<BY_COLUMN>(sums, shape, threads, [=](int64_t i, int64_t k) {
-        const float distance = x[i] - origin[k];
+void moments(const T* x, float* mean, float* var, const Shape& shape, int threads) {
+    // of distances from one element, since the squares of a large mean would swallow a small variance
+    std::vector<float> origin(shape.channels);
+    for (int64_t k = 0; k < shape.channels; k++) origin[k] = x[BY_COLUMN ? k : k * shape.columns];
+    const float* from = origin.data();
+    const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](int64_t i, int64_t k) {
+        const float distance = x[i] - from[k];
         return Pair{distance, distance * distance};
     });
+    const double count = double(shape.rows) * shape.columns / shape.channels;
+    for (int64_t k = 0; k < shape.channels; k++) {
+        const double distance = sums[k] / count, square = sums[shape.channels + k] / count;
+        mean[k] = origin[k] + distance;
+        var[k] = std::max(square - distance * distance, 0.);
+    }
 }
 
 template <class T>
@@ -196,19 +209,29 @@ float relu_grad(float grad, const T& x, float scale, float shift) {
     return shift + scale * x <= 0 ? 0 : grad;
 }
 
-// sums: of a ReLU's gradients, and of their products with the distances from the mean
 template <bool BY_COLUMN, class T>
-void norm_act_backward_sums(const T* grads, const T* x, const float* scale, const float* shift, const float* mean,
-                            double* sums, const Shape& shape, int threads) {
-    channel_sums<BY_COLUMN>(sums, shape, threads, [=](int64_t i, int64_t k) {
+void norm_act_backward(const T* grads, const T* x, const float* weight, const float* bias, const float* mean,
+                       const float* invstd, bool training, T* out, float* weight_grad, float* bias_grad,
+                       const Shape& shape, int threads) {
+    std::vector<float> affine(4 * shape.channels);
+    float *scale = affine.data(), *shift = scale + shape.channels;
+    float *x_scale = shift + shape.channels, *offset = x_scale + shape.channels;
+    for (int64_t k = 0; k < shape.channels; k++) {
+        scale[k] = weight[k] * invstd[k];
+        shift[k] = bias[k] - scale[k] * mean[k];
+    }
+    const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](int64_t i, int64_t k) {
         const float grad = relu_grad(grads[i], x[i], scale[k], shift[k]);
         return Pair{grad, grad * (x[i] - mean[k])};
     });
-}
-
-template <bool BY_COLUMN, class T>
-void norm_act_backward(const T* grads, const T* x, const float* scale, const float* shift, const float* x_scale,
-                       const float* offset, T* out, const Shape& shape, int threads) {
+    const double count = double(shape.rows) * shape.columns / shape.channels;
+    for (int64_t k = 0; k < shape.channels; k++) {
+        bias_grad[k] = sums[k];
+        weight_grad[k] = sums[shape.channels + k] * invstd[k];
+        if (!training) continue;
+        x_scale[k] = -scale[k] * invstd[k] * weight_grad[k] / count;
+        offset[k] = -scale[k] * bias_grad[k] / count - x_scale[k] * mean[k];
+    }
     for_each_tile(shape, threads, [=](const Tile& tile, int) {
         for (int64_t r = tile.row; r < tile.end_row; r++) {
             const int64_t channel = BY_COLUMN ? tile.column : r % shape.channels;
@@ -237,21 +260,15 @@ void norm_act_backward(const T* grads, const T* x, const float* scale, const flo
         (by_column ? combine_backward<true, T> : combine_backward<false, T>)(                                      \
             grads, num_grads, weight, layer, mean, out, dots, *shape, threads);                                    \
     }                                                                                                              \
-    void moments_##DTYPE(const T* x, const float* origin, double* sums, const Shape* shape, int by_column,         \
-                         int threads) {                                                                            \
-        (by_column ? moments<true, T> : moments<false, T>)(x, origin, sums, *shape, threads);                      \
+    void moments_##DTYPE(const T* x, float* mean, float* var, const Shape* shape, int by_column, int threads) {    \
+        (by_column ? moments<true, T> : moments<false, T>)(x, mean, var, *shape, threads);                         \
     }                                                                                                              \
-    void norm_act_backward_sums_##DTYPE(const T* grads, const T* x, const float* scale, const float* shift,        \
-                                        const float* mean, double* sums, const Shape* shape, int by_column,        \
-                                        int threads) {                                                             \
-        (by_column ? norm_act_backward_sums<true, T> : norm_act_backward_sums<false, T>)(                          \
-            grads, x, scale, shift, mean, sums, *shape, threads);                                                  \
-    }                                                                                                              \
-    void norm_act_backward_##DTYPE(const T* grads, const T* x, const float* scale, const float* shift,             \
-                                   const float* x_scale, const float* offset, T* out, const Shape* shape,          \
-                                   int by_column, int threads) {                                                   \
+    void norm_act_backward_##DTYPE(const T* grads, const T* x, const float* weight, const float* bias,             \
+                                   const float* mean, const float* invstd, int64_t training, T* out,               \
+                                   float* weight_grad, float* bias_grad, const Shape* shape, int by_column,        \
+                                   int threads) {                                                                  \
         (by_column ? norm_act_backward<true, T> : norm_act_backward<false, T>)(                                    \
-            grads, x, scale, shift, x_scale, offset, out, *shape, threads);                                        \
+            grads, x, weight, bias, mean, invstd, training, out, weight_grad, bias_grad, *shape, threads);         \
     }
 
 extern "C" {
