@@ -1,7 +1,7 @@
 """The sums over layers and over positions as C++ loops for a CPU: a layer is read once, all arithmetic is in float32.
 
-Importing this module compiles `kernels.cpp` for the processor at hand, in four seconds or five, with the C++ compiler
-that `torch.compile` would take. The loops run in PyTorch's own OpenMP threads.
+`kernels.cpp` is compiled for the processor at hand, in about three seconds, by the C++ compiler that `torch.compile`
+would take: when this module is imported, and for bfloat16 at its first use. The loops run in PyTorch's own threads.
 """
 import ctypes
 import os
@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,21 @@ from .layout import same_layout
 __all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 
-def _compile(source: Path) -> ctypes.CDLL:
-    """Compile a C++ file and load it.
+@cache
+def _library(element: str) -> ctypes.CDLL:
+    """Compile the loops for one type of elements and load them.
 
     Raises:
         ImportError: If there is no compiler, or it cannot make a library for PyTorch's OpenMP.
     """
     compiler = shlex.split(os.environ.get('CXX', 'c++'))
+    source = Path(__file__).with_name('kernels.cpp')
+    options = ['-std=c++17', '-O3', '-march=native', '-fPIC', '-fopenmp', f'-DELEMENT={element}']
     with tempfile.TemporaryDirectory() as folder:
         compiled, library = f'{folder}/kernels.o', f'{folder}/kernels.so'
         try:
             # linked without -fopenmp: a second OpenMP beside PyTorch's would fight it for the cores
-            for arguments in (
-                ['-std=c++17', '-O3', '-march=native', '-fPIC', '-fopenmp', '-c', str(source), '-o', compiled],
-                ['-shared', compiled, '-o', library],
-            ):
+            for arguments in ([*options, '-c', str(source), '-o', compiled], ['-shared', compiled, '-o', library]):
                 subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True)
             return ctypes.CDLL(library)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -41,7 +42,8 @@ def _compile(source: Path) -> ctypes.CDLL:
             raise ImportError(f'{source.name} cannot be compiled with {compiler[0]!r}: {reason}') from error
 
 
-_LIBRARY = _compile(Path(__file__).with_name('kernels.cpp'))
+_ELEMENTS = {torch.float32: 'float', torch.bfloat16: 'bfloat16'}
+_library(_ELEMENTS[torch.float32])
 
 
 def combine(
@@ -107,8 +109,7 @@ def _call(name: str, like: torch.Tensor, inner: int, *arguments: Any) -> None:
         return
     channels = like.shape[1]
     columns = channels if inner == 1 else inner
-    dtype = str(like.dtype).removeprefix('torch.')
-    _LIBRARY[f'{name}_{dtype}'](
+    _library(_ELEMENTS[like.dtype])[name](
         *map(_c_argument, arguments),
         (ctypes.c_int64 * 3)(like.numel() // columns, columns, channels),
         ctypes.c_int(inner == 1),

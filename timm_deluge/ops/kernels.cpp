@@ -247,31 +247,31 @@ void norm_act_backward(const T* grads, const T* x, const float* weight, const fl
 
 }  // namespace
 
-#define EXPORT(DTYPE, T)                                                                                           \
-    void combine_##DTYPE(const T* const* layers, int64_t num_layers, const float* const* weights,                  \
-                         const float* const* biases, T* const* outs, int64_t num_results, int64_t relu,            \
-                         const Shape* shape, int by_column, int threads) {                                         \
-        (by_column ? combine<true, T> : combine<false, T>)(                                                        \
-            layers, num_layers, weights, biases, outs, num_results, relu, *shape, threads);                        \
-    }                                                                                                              \
-    void combine_backward_##DTYPE(const T* const* grads, int64_t num_grads, const float* weight, const T* layer,   \
-                                  const float* mean, T* out, double* dots, const Shape* shape, int by_column,      \
-                                  int threads) {                                                                   \
-        (by_column ? combine_backward<true, T> : combine_backward<false, T>)(                                      \
-            grads, num_grads, weight, layer, mean, out, dots, *shape, threads);                                    \
-    }                                                                                                              \
-    void moments_##DTYPE(const T* x, float* mean, float* var, const Shape* shape, int by_column, int threads) {    \
-        (by_column ? moments<true, T> : moments<false, T>)(x, mean, var, *shape, threads);                         \
-    }                                                                                                              \
-    void norm_act_backward_##DTYPE(const T* grads, const T* x, const float* weight, const float* bias,             \
-                                   const float* mean, const float* invstd, int64_t training, T* out,               \
-                                   float* weight_grad, float* bias_grad, const Shape* shape, int by_column,        \
-                                   int threads) {                                                                  \
-        (by_column ? norm_act_backward<true, T> : norm_act_backward<false, T>)(                                    \
-            grads, x, weight, bias, mean, invstd, training, out, weight_grad, bias_grad, *shape, threads);         \
-    }
+using Element = ELEMENT;  // float or bfloat16, given by the compiler's caller
 
 extern "C" {
-EXPORT(float32, float)
-EXPORT(bfloat16, bfloat16)
+
+void combine(const Element* const* layers, int64_t num_layers, const float* const* weights, const float* const* biases,
+             Element* const* outs, int64_t num_results, int64_t relu, const Shape* shape, int by_column, int threads) {
+    (by_column ? combine<true, Element> : combine<false, Element>)(
+        layers, num_layers, weights, biases, outs, num_results, relu, *shape, threads);
+}
+
+void combine_backward(const Element* const* grads, int64_t num_grads, const float* weight, const Element* layer,
+                      const float* mean, Element* out, double* dots, const Shape* shape, int by_column, int threads) {
+    (by_column ? combine_backward<true, Element> : combine_backward<false, Element>)(
+        grads, num_grads, weight, layer, mean, out, dots, *shape, threads);
+}
+
+void moments(const Element* x, float* mean, float* var, const Shape* shape, int by_column, int threads) {
+    (by_column ? moments<true, Element> : moments<false, Element>)(x, mean, var, *shape, threads);
+}
+
+void norm_act_backward(const Element* grads, const Element* x, const float* weight, const float* bias,
+                       const float* mean, const float* invstd, int64_t training, Element* out, float* weight_grad,
+                       float* bias_grad, const Shape* shape, int by_column, int threads) {
+    (by_column ? norm_act_backward<true, Element> : norm_act_backward<false, Element>)(
+        grads, x, weight, bias, mean, invstd, training, out, weight_grad, bias_grad, *shape, threads);
+}
+
 }
