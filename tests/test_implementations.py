@@ -17,7 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import timm_deluge
 from timm_deluge.delugenet import DelugeBlock, DelugeNet
-from timm_deluge.ops import LayerOutputs, aten, cross_layer_depthwise_conv, norm_act_conv, set_implementation
+from timm_deluge.ops import (
+    LayerOutputs,
+    aten,
+    cross_layer_depthwise_conv,
+    norm_act_conv,
+    running_sums,
+    set_implementation,
+)
 
 LAYOUTS = {
     'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -454,3 +461,64 @@ def test_fast_kernels_take_layers_of_several_dtypes(name):
     layers = [torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3).bfloat16()]
     weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
     torch.testing.assert_close(kernels.combine(layers, [weight], [bias]), aten.combine(layers, [weight], [bias]))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('name', FAST[1:])
+def test_fast_kernels_give_moments_and_the_gradient_of_batch_norm_and_relu(name, layout, dtype):
+    kernels = importlib.import_module(f'timm_deluge.ops.{name}')
+    torch.manual_seed(0)
+    x, grad = (LAYOUTS[layout](torch.randn(3, 70, 8, 9).to(dtype)) for _ in range(2))
+    exact = x.double().requires_grad_()
+    mean, var = kernels.moments(x)
+    assert_near(mean, exact.mean((0, 2, 3)), 1e-5)
+    assert_near(var, exact.var((0, 2, 3), correction=0), 1e-5)
+
+    weight, bias = (torch.randn(70, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for training in (True, False):
+        y = torch.relu(nn.functional.batch_norm(exact, mean.double(), var.double(), weight, bias, training, eps=1e-12))
+        expected = torch.autograd.grad(y, (exact, weight, bias), grad.double())
+        actual = kernels.norm_act_backward(
+            grad.clone(memory_format=torch.preserve_format), x, y.detach().to(dtype), weight.detach().float(),
+            bias.detach().float(), mean, var.rsqrt(), training)
+        for a, e in zip(actual, expected):
+            assert_near(a, e, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('name', FAST)
+def test_a_large_mean_leaves_the_variance_exact(name):
+    x = 1000 + torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    _, var = importlib.import_module(f'timm_deluge.ops.{name}').moments(x)
+    torch.testing.assert_close(var, x.double().var((0, 2, 3), correction=0).float(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize('implementation', FAST)
+@pytest.mark.parametrize('num_sums', [1, 4, 5, 11])
+@pytest.mark.parametrize('relu', [True, False])
+def test_running_sums_are_sums_of_all_layers_so_far(implementation, num_sums, relu):
+    set_implementation(implementation)
+    torch.manual_seed(0)
+    layers = list(torch.randn(num_sums, 2, 6, 3, 4))
+    weights, biases = torch.randn(num_sums, num_sums, 6, 1, 1), torch.randn(num_sums, 6, 1, 1)
+    outs = list(torch.full((num_sums, 2, 6, 3, 4), float('nan')))
+
+    def terms(i, start, stop):
+        return weights[i, start:stop], biases[i] * (start == 0)
+
+    for memory in (None, outs):
+        known = layers[:1]
+        for i, actual in enumerate(running_sums(known, num_sums, terms, memory, relu)):
+            expected = biases[i] + sum(weight * layer for weight, layer in zip(weights[i], layers[:i + 1]))
+            torch.testing.assert_close(actual, expected.relu() if relu else expected)
+            known += layers[i + 1:i + 2]
+
+
+def test_running_sums_read_each_layer_once_for_four_sums(monkeypatch):
+    set_implementation('aten')
+    layers, reads = [torch.randn(1, 2, 3, 3)], []
+    combine = aten.combine
+    monkeypatch.setattr(aten, 'combine', lambda layers, *args: reads.append(len(layers)) or combine(layers, *args))
+    for _ in running_sums(layers, 8, lambda i, start, stop: (torch.ones(stop - start, 2, 1, 1), torch.zeros(2, 1, 1))):
+        layers.append(torch.randn(1, 2, 3, 3))
+    assert reads == [1, 2, 3, 4, 5, 2, 3, 4]

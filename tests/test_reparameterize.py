@@ -1,5 +1,6 @@
 """A reparameterised model is the same function without batch normalisation, and as useful as before."""
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -64,9 +65,45 @@ def test_registered_models(name):
 
 
 def test_every_group_of_images_counts(monkeypatch):
+    model = trained().to(memory_format=torch.channels_last)
+    fused, x = reparameterize_model(model), torch.randn(5, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    sizes = []
+    combine = FusedDelugeBlock.combine_layers
+    monkeypatch.setattr(
+        FusedDelugeBlock, 'combine_layers', lambda self, h, *outs: sizes.append(len(h)) or combine(self, h, *outs))
+    assert_same_function(fused, model, x)
+    assert sizes == [5, 5]
     monkeypatch.setattr('timm_deluge.ops.memory.KEPT_BYTES', 1)
-    model = trained()
-    assert_same_function(reparameterize_model(model), model, torch.randn(3, 3, 16, 16))
+    assert_same_function(fused, model, x)
+    assert sizes[2:] == [1] * 10
+
+
+def test_kept_memory_holds_nothing_that_anyone_has():
+    model = reparameterize_model(trained()).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    seen = []
+    with torch.no_grad():
+        features = model.forward_intermediates(x, intermediates_only=True)
+        before = [feature.clone() for feature in features]
+        model(-x)
+        torch.testing.assert_close(features, before, rtol=0, atol=0)
+        for layer in model.stages[0].layers:
+            layer.register_forward_hook(lambda layer, args, output: seen.append((output, output.clone())))
+        model(x)
+    assert len(seen) == 2
+    for output, then in seen:
+        torch.testing.assert_close(output, then, rtol=0, atol=0)
+
+
+def test_threads_do_not_share_kept_memory():
+    model = reparameterize_model(trained()).to(memory_format=torch.channels_last)
+    xs = [torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last) for _ in range(8)]
+    with torch.inference_mode():
+        expected = [model(x) for x in xs]
+    infer = torch.inference_mode()(model.forward)
+    with ThreadPoolExecutor(4) as pool:
+        for actual, x in zip(pool.map(infer, xs * 4), expected * 4):
+            torch.testing.assert_close(actual, x)
 
 
 def test_reordered_weights_follow_the_parameters(tmp_path):

@@ -233,11 +233,14 @@ _PLAIN_TYPES = (
 )
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether only a module's parameters matter: it was not replaced, and nobody listens to its calls."""
-    if type(module) not in _PLAIN_TYPES or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if module._backward_hooks or module._backward_pre_hooks:
+    if type(module) not in _PLAIN_TYPES or _has_hooks(module):
         return False
     return not isinstance(module, nn.BatchNorm2d) or (module.track_running_stats and module.momentum is not None)
 
@@ -410,6 +413,8 @@ class FusedDelugeBlock(nn.Module):
     def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
         """From h_0 on, the same with several sums from one pass over the layers."""
         if x.device.type != 'cpu' or not x.is_contiguous(memory_format=torch.channels_last):
+            return self.combine_layers(x)
+        if any(_has_hooks(module) for module in self.layers.modules()):  # hooks may keep what they see
             return self.combine_layers(x)
         results = []
         for h in split_batch(x, len(self.layers)):

@@ -68,7 +68,10 @@ def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Args:
         x: ``[N, C, H, W]``.
     """
-    mean, var = torch.ops.aten.batch_norm_update_stats(x, None, None, 0.)
+    # running statistics that stay as they are, for the results to have their dtype
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    running = torch.zeros(2, x.shape[1], device=x.device, dtype=dtype)
+    mean, var = torch.ops.aten.batch_norm_update_stats(x, *running, 0.)
     return mean, var
 
 
