@@ -101,11 +101,13 @@ class InferenceConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def reordered(self, size: tuple[int, ...], reorder: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Get the weight as reordered for an input size, at the last call or now."""
         version = None if self.weight.is_inference() else self.weight._version
         key = self.weight.data_ptr(), version, size
-        if self._reordered is None or self._reordered[0] != key:
-            self._reordered = key, reorder(self.weight)
-        return self._reordered[1]
+        kept = self._reordered  # once: another thread may replace it
+        if kept is None or kept[0] != key:
+            kept = self._reordered = key, reorder(self.weight)
+        return kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_reordered': None}
