@@ -22,9 +22,9 @@ def set_implementation(name: str) -> None:
     Args:
         name: One of
 
-            * 'auto': the lean training path and, in a reparameterised model, one pass over all layers; by Triton's
-              kernels on a CUDA device where Triton is installed, by C++ loops on a CPU where they compile, else by
-              ATen's operators. The default.
+            * 'auto': the lean training path and, in a reparameterised model, several sums from a pass over layers;
+              by Triton's kernels on a CUDA device where Triton is installed, by C++ loops on a CPU where they compile,
+              else by ATen's operators. The default.
             * 'reference': differentiable operators only, layer by layer: for debugging, second derivatives and
               forward-mode differentiation.
             * 'aten', 'cpp', 'triton': as 'auto', with these kernels wherever they can run.
@@ -61,7 +61,7 @@ def is_lean(x: torch.Tensor) -> bool:
 
 
 def kernels(x: torch.Tensor) -> ModuleType:
-    """Get the module whose `combine` and `combine_backward` serve a tensor."""
+    """Get the module whose functions, those of `timm_deluge.ops.aten`, serve a tensor."""
     if _implementation in ('auto', 'cpp') and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
         return _cpp() or aten
     wanted = _implementation == 'triton' or (_implementation == 'auto' and x.is_cuda and _has_triton())
