@@ -97,10 +97,10 @@ def norm_act_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Differentiate batch normalisation with ReLU: see `timm_deluge.ops.aten.norm_act_backward`."""
     (x, grad), inner = same_layout([x, grad])
-    out, (weight_grad, bias_grad) = torch.empty_like(x), torch.empty(2, x.shape[1])
+    weight_grad, bias_grad = torch.empty(2, x.shape[1])
     parameters = [p.float().contiguous() for p in (weight, bias, mean, invstd)]
-    _call('norm_act_backward', x, inner, grad, x, *parameters, training, out, weight_grad, bias_grad)
-    return out, weight_grad, bias_grad
+    _call('norm_act_backward', x, inner, grad, x, *parameters, training, grad, weight_grad, bias_grad)
+    return grad, weight_grad, bias_grad
 
 
 def _call(name: str, like: torch.Tensor, inner: int, *arguments: Any) -> None:

@@ -130,7 +130,7 @@ class _LayerOutput(LeanFunction):
             projection = invstd ** 2 / count * (weight * weight_grad).sum(0)
             scale = torch.stack([torch.ones_like(projection), -projection])
             shift = projection * mean - total
-            [grad] = kernels(output).combine([grad, output], [scale[..., None, None]], [shift[:, None, None]])
+            [grad] = kernels(output).combine([grad, output], [scale[..., None, None]], [shift[:, None, None]], [grad])
         if direct_grad is not None:
             grad += direct_grad
         parameter_grads = []
