@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ops import is_lean
+from .ops import is_lean, rows
 
 __all__ = ['ChannelAffine', 'InferenceConv2d', 'affine_of', 'fold_into_conv']
 
@@ -96,7 +96,7 @@ class InferenceConv2d(nn.Conv2d):
     def forward_matmul(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """A 1x1 convolution as a matrix product, which can write where it is told to, as oneDNN's operators cannot."""
         weight = self.reordered((), lambda weight: weight.flatten(1).t().contiguous())
-        torch.mm(_rows(x), weight, out=_rows(out))
+        torch.mm(rows(x), weight, out=rows(out))
         return out
 
     @torch.jit.ignore
@@ -111,10 +111,6 @@ class InferenceConv2d(nn.Conv2d):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_reordered': None}
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv2d:

@@ -1,5 +1,6 @@
 """The cross-layer depthwise convolution: `reference` is its definition, everything else gives the same, leaner."""
 from .implementation import get_implementation, is_lean, kernels, set_implementation
+from .layout import rows
 from .lean import LayerOutputs
 from .memory import kept_memory, split_batch
 from .norm_act_conv import norm_act_conv
@@ -8,5 +9,5 @@ from .running_sums import running_sums
 
 __all__ = [
     'LayerOutputs', 'cross_layer_depthwise_conv', 'get_implementation', 'is_lean', 'kept_memory', 'kernels',
-    'norm_act_conv', 'running_sums', 'set_implementation', 'split_batch',
+    'norm_act_conv', 'rows', 'running_sums', 'set_implementation', 'split_batch',
 ]

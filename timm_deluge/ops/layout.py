@@ -1,9 +1,9 @@
-"""The memory layouts that the kernels over several layers know."""
+"""The memory layouts that the fast implementations know."""
 from collections.abc import Sequence
 
 import torch
 
-__all__ = ['same_layout']
+__all__ = ['rows', 'same_layout']
 
 
 def same_layout(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
@@ -19,3 +19,8 @@ def same_layout(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     inner = 1 if channels_last else layers[0].shape[2] * layers[0].shape[3]
     return [layer.to(layers[0].dtype).contiguous(memory_format=memory_format) for layer in layers], inner
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """View a tensor ``[N, C, H, W]`` in channels_last as a matrix ``[N * H * W, C]``, a row for each position."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])

@@ -158,7 +158,8 @@ class _CrossLayer(LeanFunction):
             grad = torch.empty_like(output).copy_(grad)
         ctx.state.grads.append(grad)
         ctx.state.weights.append(weight)
-        ctx.state.bias_grads.append(grad.sum((0, 2, 3), dtype=ctx.state.weights[-1].dtype))
+        mean, _ = kernels(grad).moments(grad)
+        ctx.state.bias_grads.append(mean * (grad.numel() / grad.shape[1]))
         return (None,) * len(ctx.needs_input_grad)
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .implementation import kernels
+from .layout import rows
 
 __all__ = ['LeanFunction', 'norm_act_conv', 'norm_args', 'statistics']
 
@@ -92,9 +93,7 @@ class _NormActConv(LeanFunction):
         LeanFunction.check_first_derivative()
         x, norm_weight, norm_bias, weight, mean, invstd = ctx.saved_tensors
         y = _norm_act(x, norm_weight, norm_bias, mean, invstd).to(grad.dtype)
-        grad_y, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, y, weight.to(grad.dtype), None, *ctx.conv_args, False, [0, 0], 1,
-            [True, ctx.needs_input_grad[3], False])
+        grad_y, grad_weight = _conv_backward(grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
         grad_x, grad_norm_weight, grad_norm_bias = kernels(x).norm_act_backward(
             grad_y, x, y, norm_weight, norm_bias, mean, invstd, ctx.training)
         if grad_weight is not None:
@@ -106,3 +105,16 @@ def _norm_act(x, weight, bias, mean, invstd) -> torch.Tensor:
     scale = weight * invstd
     [y] = kernels(x).combine([x], [scale[None, :, None, None]], [(bias - scale * mean)[:, None, None]], relu=True)
     return y
+
+
+def _conv_backward(grad, x, weight, conv_args, needs_weight_grad) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Get the gradients of a convolution's input and, if needed, of its weight."""
+    is_matmul = weight.shape[2:] == (1, 1) and conv_args == ((1, 1), (0, 0), (1, 1)) and x.device.type == 'cpu'
+    if is_matmul and all(t.is_contiguous(memory_format=torch.channels_last) for t in (grad, x)):
+        # matrix products are faster than oneDNN's gradients of a 1x1 convolution
+        n, c, h, w = x.shape
+        grad_x = torch.mm(rows(grad), weight.flatten(1)).view(n, h, w, c).permute(0, 3, 1, 2)
+        return grad_x, torch.mm(rows(grad).t(), rows(x)).view_as(weight) if needs_weight_grad else None
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *conv_args, False, [0, 0], 1, [True, needs_weight_grad, False])
+    return grad_x, grad_weight
