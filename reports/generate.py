@@ -1,7 +1,8 @@
-"""Write everything that is generated: the reports here, MODEL_CARD.md and the README's figures.
+"""Write everything that is generated: the reports here, their learning curves, MODEL_CARD.md and the README's figures.
 
     python reports/generate.py
 """
+import csv
 import json
 import os
 import re
@@ -9,9 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 from tabulate import tabulate
 
-from timm_deluge.card import model_card, model_table
+from timm_deluge.card import checkpoint_table, model_card, model_table
 from timm_deluge.paper import PUBLISHED
 from timm_deluge.report import create_report, format_reports
 from timm_deluge.weights import list_checkpoints
@@ -31,6 +33,7 @@ def generate() -> dict[Path, str]:
     zoo, peers = ([create_report(name) for name in names] for names in (PUBLISHED, PEERS))
     readme = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
     readme = _replace_block(readme, 'models', model_table(zoo, checkpoints))
+    readme = _replace_block(readme, 'checkpoints', checkpoint_table(checkpoints))
     if checkpoints:
         readme = _replace_block(readme, 'predict', f'```\n{_predict()}\n```')
     readme = _replace_block(readme, 'performance', _performance())
@@ -44,6 +47,28 @@ def generate() -> dict[Path, str]:
 def _replace_block(text: str, name: str, content: str) -> str:
     begin, end = f'<!-- {name}: written by reports/generate.py -->', f'<!-- end of {name} -->'
     return re.sub(f'{begin}.*?{end}', lambda _: f'{begin}\n{content}\n{end}', text, flags=re.DOTALL)
+
+
+def draw_learning_curves(path: Path) -> None:
+    """Plot each checkpoint's loss and error over the epochs of its training log.
+
+    Args:
+        path: PNG file to write.
+    """
+    figure, (loss, error) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+    for checkpoint in list_checkpoints():
+        with (REPORTS / 'training' / f'{checkpoint.name}.csv').open(newline='') as f:
+            rows = list(csv.DictReader(f))
+        epochs = [1 + int(row['epoch']) for row in rows]
+        loss.plot(epochs, [float(row['train_loss']) for row in rows], marker='o', label=checkpoint.name)
+        error.plot(epochs, [100 - float(row['eval_top1']) for row in rows], marker='o', label=checkpoint.name)
+    loss.set(title='training loss', xlabel='epoch')
+    error.set(title='error on the test images, %', xlabel='epoch')
+    for axis in (loss, error):
+        axis.set_ylim(bottom=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    error.legend()
+    figure.savefig(path, dpi=150)
 
 
 def _performance() -> str:
@@ -96,3 +121,4 @@ if __name__ == '__main__':
     for path, text in generate().items():
         path.write_text(text, encoding='utf-8')
         print(path.relative_to(REPOSITORY))
+    draw_learning_curves(REPORTS / 'training' / 'learning_curves.png')

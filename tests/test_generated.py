@@ -1,10 +1,12 @@
 """What is generated is up to date: README, model card and reports say what the code and the manifest say."""
+import csv
 import re
 import runpy
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from timm_deluge.weights import list_checkpoints
 
@@ -40,3 +42,21 @@ def test_model_card_is_in_hugging_face_form(texts):
     for checkpoint in list_checkpoints():
         assert (f'Top-1 accuracy, {checkpoint.name}', checkpoint.metrics['top1']) in measured
         assert checkpoint.sha256 in card.text
+
+
+@pytest.mark.parametrize('checkpoint', list_checkpoints(), ids=lambda c: c.name)
+def test_training_log_ends_with_the_published_accuracy(checkpoint):
+    with (REPOSITORY / 'reports' / 'training' / f'{checkpoint.name}.csv').open(newline='') as f:
+        epochs = list(csv.DictReader(f))
+    assert [int(e['epoch']) for e in epochs] == list(range(checkpoint.epochs))
+    # logged from float32 weights, and in the run's own arithmetic
+    assert float(epochs[-1]['eval_top1']) == pytest.approx(checkpoint.metrics['top1'], abs=0.3)
+    assert all(float(e['train_loss']) > 0 for e in epochs)
+
+
+def test_learning_curves_are_drawn(tmp_path):
+    draw = runpy.run_path(str(REPOSITORY / 'reports' / 'generate.py'))['draw_learning_curves']
+    draw(tmp_path / 'curves.png')
+    with Image.open(tmp_path / 'curves.png') as drawn, \
+            Image.open(REPOSITORY / 'reports' / 'training' / 'learning_curves.png') as published:
+        assert drawn.size == published.size

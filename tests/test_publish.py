@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from timm_deluge import cli, weights
 from timm_deluge.publish import add_checkpoint
-from timm_deluge.validate import create_validation_loader, validate
+from timm_deluge.validate import accuracy, create_validation_loader, rank_targets
 
 PROVENANCE = dict(recipe='cifar100_delugenet146', dataset_name='Noise', provenance='numpy', hardware='none')
 
@@ -52,13 +52,20 @@ def weights_dir(tmp_path, monkeypatch):
     (folder / 'manifest.json').write_text('{"checkpoints": []}')
     monkeypatch.setattr(weights, 'weights_dir', lambda: folder)
     monkeypatch.setattr('timm_deluge.publish.weights_dir', lambda: folder)
+    monkeypatch.setattr('timm_deluge.publish.LOGS', tmp_path / 'reports' / 'training')
+    (tmp_path / 'reports').mkdir()
     return folder
 
 
 def test_accuracy_counts_right_answers():
     logits = torch.eye(10)[[0, 1, 2, 3]] + torch.tensor([0.] * 5 + [-1.] * 5)
-    accuracy = validate(torch.nn.Identity(), [(logits[:2], torch.tensor([0, 2])), (logits[2:], torch.tensor([9, 3]))])
-    assert (accuracy.top1, accuracy.top5, accuracy.num_images) == (50, 75, 4)
+    ranks = rank_targets(
+        torch.nn.Identity(), [(logits[:2], torch.tensor([0, 2])), (logits[2:], torch.tensor([9, 3]))])
+    assert accuracy(ranks) == dict(top1=50, top5=75, num_images=4)
+    names = ['a.png', 'b.png', 'c.png', 'd.png']
+    exact = dict(top1=66.67, top5=100, num_images=3)
+    assert accuracy(ranks, names, ['c.png']) == dict(top1=50, top5=75, num_images=4, exact=exact)
+    assert 'exact' not in accuracy(ranks, names, ['c.png', 'absent.png'])
 
 
 def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
@@ -87,9 +94,40 @@ def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
     assert weights.list_checkpoints() == [again]
 
 
+def test_log_of_a_resumed_run_has_every_epoch_once(run_dir, data_dir, weights_dir, tmp_path):
+    first = tmp_path / 'first'
+    first.mkdir()
+    for name in ('args.yaml', 'last.pth.tar'):
+        (first / name).write_bytes((run_dir / name).read_bytes())
+    (first / 'summary.csv').write_text('epoch,train_loss\n5,1.7\n6,1.6\n')
+    add_checkpoint([first, run_dir], 'test_noise', data_dir, **PROVENANCE)
+    log = tmp_path / 'reports' / 'training' / 'resnetlike146_1x1.test_noise.csv'
+    assert log.read_text() == 'epoch,train_loss\n5,1.7\n6,1.5\n7,1.4\n'
+
+
+def test_accuracy_without_inexact_images(run_dir, data_dir, weights_dir):
+    inexact = ['class_5/3.png', 'class_0/0.png']
+    checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE, inexact=inexact)
+    assert checkpoint.dataset['inexact'] == sorted(inexact)
+    assert (checkpoint.metrics['num_images'], checkpoint.metrics['exact']['num_images']) == (21, 19)
+    with pytest.raises(ValueError, match="no image 'class_5/99.png', .* such as 'class_0/0.png'"):
+        add_checkpoint([run_dir], 'test_other', data_dir, **PROVENANCE, inexact=['class_5/99.png'])
+    assert weights.list_checkpoints() == [checkpoint]
+
+
+def test_checkpoint_that_training_started_from_is_recorded(run_dir, data_dir, weights_dir):
+    base = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
+    assert base.base_model is None
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': base.name, 'pretrained': True}))
+    tuned = add_checkpoint([run_dir], 'test_noise_ft_noise', data_dir, **PROVENANCE)
+    assert (tuned.model, tuned.base_model) == ('resnetlike146_1x1', 'resnetlike146_1x1.test_noise')
+
+
 def test_hours_of_a_resumed_run_add_up(run_dir, data_dir, weights_dir, tmp_path):
     parts = [tmp_path / 'first', run_dir]
     parts[0].mkdir()
+    (parts[0] / 'summary.csv').write_text('epoch,train_loss\n6,1.5\n')
     for folder, started, ended in zip(parts, (0, 9000), (3600, 10800)):
         for name, time in (('args.yaml', started), ('last.pth.tar', ended)):
             (folder / name).touch()
@@ -127,7 +165,7 @@ def test_wrong_folders_are_named(data_dir):
         create_validation_loader(model, data_dir / 'validation', 4, 0)
 
 
-def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_dir, data_dir, weights_dir):
+def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_dir, data_dir, weights_dir, monkeypatch):
     published = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
 
@@ -141,9 +179,16 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
 
     refuse(ValueError, 'run of resnet18', model='resnet18')
     refuse(ValueError, "model_kwargs {'aggregation': 'residual'}", model_kwargs={'aggregation': 'residual'})
+    refuse(ValueError, 'started from mine.pth', initial_checkpoint='mine.pth')
+    refuse(weights.CheckpointError, "no checkpoint with the tag 'absent'",
+           model='resnetlike146_1x1.absent', pretrained=True)
     refuse(ValueError, '8 of 9 epochs are done; resume', epochs=9)
     refuse(RuntimeError, 'Error.s. in loading state_dict', model='delugenet146')
     refuse(ValueError, 'absent: no such folder', val_split='absent')
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
+    monkeypatch.setattr('timm_deluge.publish.LOGS', data_dir / 'absent' / 'training')
+    with pytest.raises(FileNotFoundError, match='publish from a checkout'):
+        add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     with pytest.raises(LookupError, match="no recipe 'nonsense'"):
         add_checkpoint([run_dir], 'test_noise', data_dir, **{**PROVENANCE, 'recipe': 'nonsense'})
 

@@ -1,12 +1,15 @@
 """timm's unmodified scripts train, resume and measure these models."""
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from timm_deluge.recipes import list_recipes, recipe_path
@@ -36,10 +39,16 @@ def run(*command) -> str:
     return result.stdout + result.stderr
 
 
+def train_command(recipe, images, output, *options) -> list[str]:
+    """timm's train.py for a few steps of four images."""
+    command = [SCRIPTS / 'train.py', '--config', recipe_path(recipe), '--data-dir', images, '--output', output,
+               '--experiment', 'run', '--device', 'cpu', '--batch-size', 4, '--workers', 1, *options]
+    return list(map(str, command))
+
+
 def train(recipe, images, output, *options) -> list[dict[str, str]]:
-    """Train for a few steps of four images; return the epochs' summaries."""
-    run(SCRIPTS / 'train.py', '--config', recipe_path(recipe), '--data-dir', images, '--output', output,
-        '--experiment', 'run', '--device', 'cpu', '--batch-size', 4, '--workers', 1, *options)
+    """Train; return the epochs' summaries."""
+    run(*train_command(recipe, images, output, *options))
     return list(csv.DictReader((output / 'run' / 'summary.csv').open()))
 
 
@@ -55,6 +64,21 @@ def test_training_resumes_after_its_last_epoch(images, tmp_path):
     checkpoint = tmp_path / 'out' / 'run' / 'checkpoint-1.pth.tar'
     resumed = train('cifar100_delugenet146', images, tmp_path / 'resumed', *options, '--resume', checkpoint)
     assert [e['epoch'] for e in first] == ['0', '1', '2'] and [e['epoch'] for e in resumed] == ['2']
+
+
+def test_killed_training_loses_only_its_current_epoch(images, tmp_path):
+    options = ('--epochs', 3, '--warmup-epochs', 0)
+    last = tmp_path / 'out' / 'run' / 'last.pth.tar'
+    command = train_command('cifar100_delugenet146', images, tmp_path / 'out', *options)
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = torch.load(last, weights_only=False)['epoch']
+    assert done < 2
+    resumed = train('cifar100_delugenet146', images, tmp_path / 'resumed', *options, '--resume', last)
+    assert [int(e['epoch']) for e in resumed] == list(range(done + 1, 3))
 
 
 @pytest.mark.skipif(not list_checkpoints(), reason='no checkpoint is published yet')

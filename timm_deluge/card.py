@@ -8,7 +8,7 @@ from .paper import PUBLISHED
 from .report import ModelReport
 from .weights import Checkpoint
 
-__all__ = ['model_card', 'model_table']
+__all__ = ['checkpoint_table', 'model_card', 'model_table']
 
 CITATION = '''```bibtex
 @inproceedings{kuen2017delugenets,
@@ -22,6 +22,15 @@ CITATION = '''```bibtex
 
 def _error(checkpoint: Checkpoint) -> str:
     return f'{100 - checkpoint.metrics["top1"]:.2f}'
+
+
+def _published_error(checkpoint: Checkpoint) -> str:
+    error = PUBLISHED[checkpoint.model].top1_error.get(_data_set(checkpoint))
+    return f'{error:.2f}' if error else ''
+
+
+def _start(checkpoint: Checkpoint) -> str:
+    return f'`{checkpoint.base_model}`' if checkpoint.base_model else 'scratch'
 
 
 def _data_set(checkpoint: Checkpoint) -> str:
@@ -54,6 +63,27 @@ def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint
             'paper: error %': ', '.join(f'{e:.2f} ({d})' for d, e in published.top1_error.items()),
         })
     return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
+
+
+def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> str:
+    """The checkpoints' errors beside the paper's, and what they cost, in Markdown.
+
+    Args:
+        checkpoints: The manifest.
+
+    Returns:
+        The table.
+    """
+    return tabulate([{
+        'checkpoint': f'`{c.name}`',
+        'data': c.dataset['name'],
+        'error %': _error(c),
+        'paper: error %': _published_error(c),
+        'started from': _start(c),
+        'epochs': c.epochs,
+        'hours': c.hours,
+        'hardware': c.hardware,
+    } for c in checkpoints], headers='keys', tablefmt='github', disable_numparse=True)
 
 
 def model_card(checkpoints: Sequence[Checkpoint]) -> str:
@@ -111,14 +141,17 @@ def model_card(checkpoints: Sequence[Checkpoint]) -> str:
 
 
 def _checkpoint_section(checkpoint: Checkpoint) -> str:
-    published = PUBLISHED[checkpoint.model].top1_error.get(_data_set(checkpoint))
-    paper = f' The paper reports an error of {published:.2f} %.' if published else ''
+    published, exact = _published_error(checkpoint), checkpoint.metrics.get('exact')
+    paper = f' The paper reports an error of {published} %.' if published else ''
+    without = (f' On the {exact["num_images"]:,} of them that are exact copies of the published ones: '
+               f'{100 - exact["top1"]:.2f} %.') if exact else ''
     rows = [
         ('architecture', f'`{checkpoint.model}`, {checkpoint.num_params:,} parameters'),
         ('data', f'{checkpoint.dataset["name"]}, {checkpoint.dataset["train_images"]:,} images; '
                  f'{checkpoint.dataset["provenance"]}'),
-        ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epochs, seed {checkpoint.seed}, '
-                     f'{checkpoint.hours} hours on {checkpoint.hardware}'),
+        ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epochs from {_start(checkpoint)}, '
+                     f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; '
+                     f'[log](reports/training/{checkpoint.name}.csv)'),
         ('input', f'{"×".join(map(str, checkpoint.input_size))}, {checkpoint.interpolation} interpolation, '
                   f'mean {tuple(checkpoint.mean)}, std {tuple(checkpoint.std)}'),
         ('file', f'`{checkpoint.file}`, {checkpoint.bytes:,} bytes, SHA-256 `{checkpoint.sha256}`'),
@@ -127,6 +160,6 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
     return '\n\n'.join([
         f'### {checkpoint.name}',
         f'Error on {checkpoint.metrics["num_images"]:,} test images: {_error(checkpoint)} % (top-5: '
-        f'{100 - checkpoint.metrics["top5"]:.2f} %), measured from the published fp16 file.{paper}',
+        f'{100 - checkpoint.metrics["top5"]:.2f} %), measured from the published fp16 file.{without}{paper}',
         tabulate(rows, headers=('', checkpoint.tag), tablefmt='github', disable_numparse=True),
     ])

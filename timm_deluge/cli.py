@@ -21,7 +21,7 @@ from .predict import Prediction, predict
 from .publish import add_checkpoint
 from .recipes import list_recipes, recipe_path
 from .report import create_report, format_reports
-from .validate import create_validation_loader, validate
+from .validate import accuracy, create_validation_loader, image_names, rank_targets
 from .weights import Checkpoint, CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help='DelugeNets for timm.')
@@ -149,10 +149,10 @@ def validate_command(
         loader = create_validation_loader(model, data_dir, batch_size, workers)
     except (RuntimeError, ValueError) as error:
         _fail(error)
-    accuracy = validate(model, _show_progress(loader, len(loader), 'batches'), device)
-    figures = {'checkpoint': checkpoint.name, 'measured': asdict(accuracy), 'manifest': checkpoint.metrics}
-    print(json.dumps(figures, indent=2))
-    differing = any(abs(getattr(accuracy, key) - checkpoint.metrics[key]) > 0.1 for key in ('top1', 'top5'))
+    ranks = rank_targets(model, _show_progress(loader, len(loader), 'batches'), device)
+    measured = accuracy(ranks, image_names(loader), checkpoint.dataset.get('inexact', ()))
+    print(json.dumps({'checkpoint': checkpoint.name, 'measured': measured, 'manifest': checkpoint.metrics}, indent=2))
+    differing = any(abs(measured[key] - checkpoint.metrics[key]) > 0.1 for key in ('top1', 'top5'))
     raise typer.Exit(int(differing))
 
 
@@ -166,10 +166,14 @@ def weights_add(
         dataset_name: Annotated[str, typer.Option('--dataset', help='Name of the data set.')],
         provenance: Annotated[str, typer.Option(help='Where exactly the images come from.')],
         hardware: Annotated[str, typer.Option(help='What it was trained on.')],
+        inexact: Annotated[Path | None, typer.Option(
+            help='Text file: names of test images, one a line, that differ from the published ones.')] = None,
 ) -> None:
-    """Publish a training run: write the fp16 file, measure its accuracy, add it to the manifest."""
+    """Publish a training run: write the fp16 file and the log, measure the accuracy, add all to the manifest."""
     try:
-        checkpoint = add_checkpoint(run_dirs, tag, data_dir, recipe_name, dataset_name, provenance, hardware)
+        checkpoint = add_checkpoint(
+            run_dirs, tag, data_dir, recipe_name, dataset_name, provenance, hardware,
+            inexact.read_text(encoding='utf-8').splitlines() if inexact else ())
     except (FileNotFoundError, LookupError, RuntimeError, ValueError) as error:
         _fail(error)
     console.print(f'{checkpoint.path}: {checkpoint.metrics}', markup=False)

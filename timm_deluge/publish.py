@@ -1,4 +1,4 @@
-"""Turn a run of timm's train.py into a checkpoint of the manifest."""
+"""Turn a run of timm's train.py into a checkpoint of the manifest, and its log into one of the reports."""
 import csv
 import hashlib
 from collections.abc import Sequence
@@ -12,10 +12,12 @@ from timm.data import create_dataset, resolve_data_config
 from timm.models import load_state_dict, resolve_pretrained_cfg
 
 from .recipes import recipe_path
-from .validate import create_validation_loader, list_classes, validate
-from .weights import Checkpoint, list_checkpoints, weights_dir, write_manifest
+from .validate import accuracy, create_validation_loader, image_names, list_classes, rank_targets
+from .weights import Checkpoint, find_checkpoint, list_checkpoints, weights_dir, write_manifest
 
 __all__ = ['add_checkpoint']
+
+LOGS = Path(__file__).resolve().parent.parent / 'reports' / 'training'
 
 
 def add_checkpoint(
@@ -26,8 +28,9 @@ def add_checkpoint(
         dataset_name: str,
         provenance: str,
         hardware: str,
+        inexact: Sequence[str] = (),
 ) -> Checkpoint:
-    """Publish the last checkpoint of a training run: fp16 file, measured accuracy, manifest entry.
+    """Publish the last checkpoint of a training run: fp16 file, measured accuracy, log, manifest entry.
 
     The last epoch's weights are taken, not those with the best accuracy on the test images.
 
@@ -40,23 +43,32 @@ def add_checkpoint(
         dataset_name: Name of the data set.
         provenance: Where exactly the images come from.
         hardware: What it was trained on.
+        inexact: Test images, named from the validation folder on, that are not pixel by pixel those of the data set's
+            authors; the accuracy is measured with and without them.
 
     Returns:
         The new entry, already written; one of the same name is replaced.
 
     Raises:
-        FileNotFoundError: If a file of the run or the data set is missing.
+        FileNotFoundError: If a file of the run or the data set is missing, or there is no checkout to publish to.
         ValueError: If the run is not complete, or of a model that is not the package's as it stands.
         LookupError: If there is no such recipe.
     """
     recipe_path(recipe)
+    if not LOGS.parent.is_dir():
+        raise FileNotFoundError(f'{LOGS.parent}: no such folder; publish from a checkout (`pip install -e .`)')
     run_dir = run_dirs[-1]
     args: dict[str, Any] = yaml.safe_load((run_dir / 'args.yaml').read_text())
-    if args['model'] not in timm.list_models(module='delugenet') or args.get('model_kwargs'):
+    model_name, _, base_tag = args['model'].partition('.')
+    if model_name not in timm.list_models(module='delugenet') or args.get('model_kwargs'):
         raise ValueError(f'{run_dir}: a run of {args["model"]} with model_kwargs {args.get("model_kwargs")}; only '
                          f'models of this package, without further arguments, can be published')
-    with (run_dir / 'summary.csv').open() as f:
-        epochs_done = 1 + int(list(csv.DictReader(f))[-1]['epoch'])
+    if args.get('initial_checkpoint'):
+        raise ValueError(f'{run_dir}: the run started from {args["initial_checkpoint"]}, which is not published; '
+                         f'publish it, and start from it with --pretrained')
+    base_model = find_checkpoint(model_name, base_tag).name if args.get('pretrained') else None
+    log = _read_log(run_dirs)
+    epochs_done = 1 + max(log)
     if epochs_done < args['epochs']:
         raise ValueError(f'{run_dir}: {epochs_done} of {args["epochs"]} epochs are done; resume the run with '
                          f'train.py --resume {run_dir / "last.pth.tar"}')
@@ -64,27 +76,33 @@ def add_checkpoint(
     state_dict = load_state_dict(str(run_dir / 'last.pth.tar'))
     train_set = create_dataset('', root=str(data_dir / args['train_split']))
     class_names = list_classes(train_set)
-    config = resolve_data_config(args, pretrained_cfg=resolve_pretrained_cfg(args['model']).to_dict())
+    config = resolve_data_config(args, pretrained_cfg=resolve_pretrained_cfg(model_name).to_dict())
     input_config = dict(
         input_size=list(config['input_size']), mean=list(config['mean']), std=list(config['std']),
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], label_names=class_names,
     )
-    path = weights_dir() / f'{args["model"]}.{tag}.safetensors'
+    path = weights_dir() / f'{model_name}.{tag}.safetensors'
     partial = path.with_suffix('.partial')
     safetensors.torch.save_file(
         {k: v.half().contiguous() if v.is_floating_point() else v for k, v in state_dict.items()}, partial)
     try:
-        model = timm.create_model(args['model'], num_classes=len(class_names), pretrained_cfg_overlay=input_config)
+        model = timm.create_model(model_name, num_classes=len(class_names), pretrained_cfg_overlay=input_config)
         model.load_state_dict(safetensors.torch.load_file(partial))
         loader = create_validation_loader(model, data_dir / args['val_split'], batch_size=250, workers=1)
-        accuracy = validate(model.eval(), loader)
+        test_images = image_names(loader)
+        missing = sorted(set(inexact) - set(test_images))
+        if missing:
+            raise ValueError(f'{data_dir / args["val_split"]}: no image {missing[0]!r}, which should be inexact; name '
+                             f'images from this folder on, such as {test_images[0]!r}')
+        metrics = accuracy(rank_targets(model.eval(), loader), test_images, inexact)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
+    _write_log(log, LOGS / f'{path.stem}.csv')
     data = path.read_bytes()
     checkpoint = Checkpoint(
-        model=args['model'],
+        model=model_name,
         tag=tag,
         file=path.name,
         bytes=len(data),
@@ -95,18 +113,37 @@ def add_checkpoint(
         dataset=dict(
             name=dataset_name,
             train_images=len(train_set),
-            test_images=accuracy.num_images,
+            test_images=len(test_images),
             provenance=provenance,
+            **(dict(inexact=sorted(inexact)) if inexact else {}),
         ),
+        base_model=base_model,
         recipe=recipe,
         epochs=args['epochs'],
         seed=args['seed'],
         hardware=hardware,
         hours=round(sum(
             (d / 'last.pth.tar').stat().st_mtime - (d / 'args.yaml').stat().st_mtime for d in run_dirs) / 3600, 2),
-        metrics=dict(top1=round(accuracy.top1, 2), top5=round(accuracy.top5, 2), num_images=accuracy.num_images),
-        command=f'timm-deluge validate {args["model"]}.{tag} --data-dir DIR/{args["val_split"]}',
+        metrics=metrics,
+        command=f'timm-deluge validate {path.stem} --data-dir DIR/{args["val_split"]}',
     )
     entries = {c.name: c for c in list_checkpoints()}
     write_manifest(list({**entries, checkpoint.name: checkpoint}.values()))
     return checkpoint
+
+
+def _read_log(run_dirs: Sequence[Path]) -> dict[int, dict[str, str]]:
+    """Read each epoch's row of train.py's summaries; a resumed run's later folder has the last word."""
+    log: dict[int, dict[str, str]] = {}
+    for run_dir in run_dirs:
+        with (run_dir / 'summary.csv').open(newline='') as f:
+            log.update((int(row['epoch']), row) for row in csv.DictReader(f))
+    return log
+
+
+def _write_log(log: dict[int, dict[str, str]], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open('w', newline='') as f:
+        writer = csv.DictWriter(f, list(next(iter(log.values()))), extrasaction='ignore', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(log[epoch] for epoch in sorted(log))

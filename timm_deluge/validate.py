@@ -1,6 +1,5 @@
 """Measure a checkpoint's accuracy on a labelled image folder."""
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,7 @@ from timm.data import ImageDataset, create_dataset, create_loader, resolve_data_
 from torch import nn
 from torch.utils.data import DataLoader
 
-__all__ = ['Accuracy', 'create_validation_loader', 'list_classes', 'validate']
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Accuracy on a data set.
-
-    Attributes:
-        top1: Images whose most probable class is the right one, in percent.
-        top5: Images whose five most probable classes contain the right one, in percent.
-        num_images: Number of images.
-    """
-    top1: float
-    top5: float
-    num_images: int
+__all__ = ['accuracy', 'create_validation_loader', 'image_names', 'list_classes', 'rank_targets']
 
 
 def list_classes(dataset: ImageDataset) -> list[str]:
@@ -71,9 +56,15 @@ def create_validation_loader(model: nn.Module, folder: Path, batch_size: int, wo
     )
 
 
+def image_names(loader: DataLoader) -> list[str]:
+    """Names of a validation loader's images, in its order, from its folder on."""
+    dataset: Any = loader.dataset
+    return dataset.filenames()
+
+
 @torch.inference_mode()
-def validate(model: nn.Module, batches: Iterable, device: str = 'cpu') -> Accuracy:
-    """Count right answers.
+def rank_targets(model: nn.Module, batches: Iterable, device: str = 'cpu') -> torch.Tensor:
+    """Find how many classes the model holds for more probable than the right one.
 
     Args:
         model: The model, in eval mode, on `device`.
@@ -81,14 +72,34 @@ def validate(model: nn.Module, batches: Iterable, device: str = 'cpu') -> Accura
         device: Where to run, such as 'cpu' or 'cuda'.
 
     Returns:
-        The accuracy.
+        For each image the right class's rank among the five most probable ones, from 0, or 5 if it is not among them.
     """
-    num_images = top1 = top5 = 0
+    ranks = []
     for images, targets in batches:
         logits = model(images.to(device))
         ranked = logits.topk(min(5, logits.shape[-1])).indices
         hits = ranked.eq(targets.to(device)[:, None])
-        top1 += int(hits[:, 0].sum())
-        top5 += int(hits.any(1).sum())
-        num_images += len(targets)
-    return Accuracy(100 * top1 / num_images, 100 * top5 / num_images, num_images)
+        ranks.append(torch.where(hits.any(1), hits.int().argmax(1), 5).cpu())
+    return torch.cat(ranks)
+
+
+def accuracy(ranks: torch.Tensor, names: Sequence[str] = (), inexact: Collection[str] = ()) -> dict[str, Any]:
+    """Count right answers.
+
+    Args:
+        ranks: Of the right classes, see `rank_targets`.
+        names: Each image's.
+        inexact: Names of images that are not what the data set's authors published.
+
+    Returns:
+        `top1` and `top5`, the images whose most probable class, or one of the five most probable, is the right one, in
+        percent; `num_images`; and in `exact` the same without the inexact images, if there are any and all are there.
+    """
+    figures: dict[str, Any] = {
+        'top1': round(100 * (ranks < 1).double().mean().item(), 2),
+        'top5': round(100 * (ranks < 5).double().mean().item(), 2),
+        'num_images': len(ranks),
+    }
+    if inexact and set(inexact) <= set(names):
+        figures['exact'] = accuracy(ranks[torch.tensor([name not in inexact for name in names])])
+    return figures

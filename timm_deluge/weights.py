@@ -36,13 +36,16 @@ class Checkpoint:
         std: Channel standard deviations, likewise.
         interpolation: Interpolation the images are resized with.
         crop_pct: Side of the centre crop over that of the resized image.
-        dataset: `name`, `train_images`, `test_images` and `provenance` of the data.
+        dataset: `name`, `train_images`, `test_images` and `provenance` of the data; `inexact` names the test images
+            that are not pixel by pixel what the data set's authors published.
+        base_model: Name of the checkpoint that training started from, or None.
         recipe: Name of the recipe, see `timm-deluge recipe`.
         epochs: Passes over the training images.
         seed: Random seed.
         hardware: What it was trained on.
         hours: Wall-clock hours of training.
-        metrics: `top1` and `top5` accuracy in percent and `num_images` they were measured on.
+        metrics: `top1` and `top5` accuracy in percent and `num_images` they were measured on; in `exact` the same
+            without the inexact images.
         command: The command that reproduces the metrics.
     """
     model: str
@@ -58,6 +61,7 @@ class Checkpoint:
     interpolation: str
     crop_pct: float
     dataset: dict[str, Any]
+    base_model: str | None
     recipe: str
     epochs: int
     seed: int
