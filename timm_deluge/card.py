@@ -86,17 +86,19 @@ def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> str:
     } for c in checkpoints], headers='keys', tablefmt='github', disable_numparse=True)
 
 
-def model_card(checkpoints: Sequence[Checkpoint]) -> str:
-    """The model card of the whole zoo, in the Hugging Face form.
+def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) -> str:
+    """The model card of the whole zoo, or of a repository on the Hugging Face Hub, in the Hub's form.
 
     Args:
-        checkpoints: The manifest.
+        checkpoints: The manifest, or the checkpoint that the repository holds.
+        repo_id: The repository, `USER/REPO`.
 
     Returns:
         YAML header with a model-index, and Markdown.
     """
+    name = f'hf-hub:{repo_id}' if repo_id else checkpoints[0].name if checkpoints else ''
     data = ModelCardData(
-        model_name='timm-deluge',
+        model_name=checkpoints[0].name if repo_id else 'timm-deluge',
         license='apache-2.0',
         library_name='timm',
         pipeline_tag='image-classification',
@@ -127,7 +129,7 @@ def model_card(checkpoints: Sequence[Checkpoint]) -> str:
         *(_checkpoint_section(c) for c in checkpoints),
         '## Use',
         '```python\nimport timm, timm_deluge\n\n'
-        f"model = timm.create_model('{checkpoints[0].name}', pretrained=True).eval()\n```"
+        f"model = timm.create_model('{name}', pretrained=True).eval()\n```"
         if checkpoints else 'No checkpoint is published yet.',
         '## Intended use and limits',
         'For research on how layers connect, for feature extraction and fine-tuning on small images, and as a '
@@ -151,7 +153,7 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
                  f'{checkpoint.dataset["provenance"]}'),
         ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epochs from {_start(checkpoint)}, '
                      f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; '
-                     f'[log](reports/training/{checkpoint.name}.csv)'),
+                     f'log in `reports/training/{checkpoint.name}.csv`'),
         ('input', f'{"×".join(map(str, checkpoint.input_size))}, {checkpoint.interpolation} interpolation, '
                   f'mean {tuple(checkpoint.mean)}, std {tuple(checkpoint.std)}'),
         ('file', f'`{checkpoint.file}`, {checkpoint.bytes:,} bytes, SHA-256 `{checkpoint.sha256}`'),

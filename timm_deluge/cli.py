@@ -1,4 +1,4 @@
-"""The command line: `timm-deluge predict | report | validate | weights | recipe`."""
+"""The command line: `timm-deluge predict | report | validate | weights | publish | recipe`."""
 import json
 import os
 import sys
@@ -11,11 +11,13 @@ from typing import Annotated, NoReturn, TypeVar
 import timm
 import torch
 import typer
+from huggingface_hub.errors import HFValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .hub import hub_files, push_to_hub
 from .images import find_images
 from .predict import Prediction, predict
 from .publish import add_checkpoint
@@ -210,6 +212,30 @@ def weights_verify() -> None:
 def weights_show(name: Annotated[str, typer.Argument(help='Model, or model.tag.')]) -> None:
     """Print what the manifest says of one checkpoint, as JSON."""
     print(json.dumps(asdict(_find(name)), indent=2))
+
+
+@app.command()
+def publish(
+        name: Annotated[str, typer.Argument(help='Model, or model.tag.')],
+        repo_id: Annotated[str, typer.Option(help='Where to: USER/REPO on the Hugging Face Hub.')],
+        dry_run: Annotated[bool, typer.Option('--dry-run', help='Show every file, and publish nothing.')] = False,
+) -> None:
+    """Publish a checkpoint on the Hugging Face Hub, as `hf auth login` or HF_TOKEN identifies you."""
+    checkpoint = _find(name)
+    try:
+        if not dry_run:
+            console.print(push_to_hub(checkpoint, repo_id), markup=False)
+            return
+        for path, content in hub_files(checkpoint, repo_id).items():
+            size = content.stat().st_size if isinstance(content, Path) else len(content)
+            console.rule(f'{repo_id}/{path}, {size:,} bytes', align='left')
+            text = f'SHA-256 {checkpoint.sha256}' if isinstance(content, Path) else content.decode()
+            console.print(text, markup=False)
+    except (CheckpointError, HFValidationError) as error:
+        _fail(error)
+    except Exception as error:  # the Hub's client passes its HTTP library's errors on, and changes the library
+        _fail(f'{error} Nothing was published; run this again, and what was uploaded will not be uploaded once more. '
+              f'Do you need to log in (`hf auth login`, or HF_TOKEN), or another repository?')
 
 
 def _find(name: str) -> Checkpoint:

@@ -42,7 +42,7 @@ from .ops import (
     split_batch,
 )
 from .reparameterize import ChannelAffine, InferenceConv2d, affine_of, fold_into_conv
-from .weights import CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
+from .weights import HUB_FILE, CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint, verify_download
 
 __all__ = ['DelugeNet']
 
@@ -763,9 +763,11 @@ def _create_delugenet(variant: str, pretrained: bool = False, **kwargs) -> Delug
         if isinstance(cfg, str) and not own_source:
             verify_checkpoint(find_checkpoint(variant, cfg))
         else:
-            file = resolve_pretrained_cfg(variant, cfg, overlay).file
+            source = resolve_pretrained_cfg(variant, cfg, overlay)
+            if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):
+                verify_download(source.hf_hub_id, source.hf_hub_filename or HUB_FILE, kwargs.get('cache_dir'))
             for checkpoint in list_checkpoints():
-                if file == str(checkpoint.path):
+                if source.file == str(checkpoint.path):
                     verify_checkpoint(checkpoint)
     return build_model_with_cfg(
         DelugeNet,

@@ -126,6 +126,7 @@ def add_checkpoint(
             (d / 'last.pth.tar').stat().st_mtime - (d / 'args.yaml').stat().st_mtime for d in run_dirs) / 3600, 2),
         metrics=metrics,
         command=f'timm-deluge validate {path.stem} --data-dir DIR/{args["val_split"]}',
+        hf_hub_id=None,
     )
     entries = {c.name: c for c in list_checkpoints()}
     write_manifest(list({**entries, checkpoint.name: checkpoint}.values()))

@@ -5,14 +5,21 @@ accuracies are derived from it, and every file is held against its SHA-256 befor
 """
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ['Checkpoint', 'CheckpointError', 'find_checkpoint', 'list_checkpoints', 'verify_checkpoint', 'weights_dir']
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+__all__ = [
+    'Checkpoint', 'CheckpointError', 'find_checkpoint', 'list_checkpoints', 'verify_checkpoint', 'verify_download',
+    'weights_dir',
+]
 
 MANIFEST = 'manifest.json'
+HUB_FILE = 'model.safetensors'  # timm's name of a checkpoint in a repository of the Hugging Face Hub
 
 
 class CheckpointError(RuntimeError):
@@ -47,6 +54,7 @@ class Checkpoint:
         metrics: `top1` and `top5` accuracy in percent and `num_images` they were measured on; in `exact` the same
             without the inexact images.
         command: The command that reproduces the metrics.
+        hf_hub_id: Repository of the Hugging Face Hub that it was published in, or None.
     """
     model: str
     tag: str
@@ -69,6 +77,7 @@ class Checkpoint:
     hours: float
     metrics: dict[str, Any]
     command: str
+    hf_hub_id: str | None
 
     @property
     def name(self) -> str:
@@ -166,6 +175,29 @@ def verify_checkpoint(checkpoint: Checkpoint) -> None:
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha256 != checkpoint.sha256:
         raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {checkpoint.sha256}. {remedy}')
+
+
+def verify_download(hf_hub_id: str, filename: str = HUB_FILE, cache_dir: str | Path | None = None) -> None:
+    """Hold a file from the Hugging Face Hub against the manifest, or else against what the Hub says of it.
+
+    Args:
+        hf_hub_id: Repository, `USER/REPO` or `USER/REPO@REVISION`; its file is downloaded unless it is in the cache.
+        filename: File in the repository.
+        cache_dir: The Hub's cache on this machine, if it is not the usual one.
+
+    Raises:
+        CheckpointError: If the file is truncated or altered.
+        huggingface_hub.errors.HfHubHTTPError: If there is no such file.
+    """
+    repo_id, _, revision = hf_hub_id.partition('@')
+    path = Path(hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache_dir))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    expected = next((c.sha256 for c in list_checkpoints() if c.hf_hub_id == repo_id), path.resolve().name)
+    if not re.fullmatch('[0-9a-f]{64}', expected):  # the cache names files by their hash where it can make links
+        expected = str(get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision or None)).etag)
+    if sha256 != expected:
+        raise CheckpointError(f'{path}: SHA-256 {sha256} instead of {expected}. This is not what was published as '
+                              f'{repo_id}: do not use it, delete {path.resolve()} and load the model again.')
 
 
 def write_manifest(checkpoints: Sequence[Checkpoint]) -> None:

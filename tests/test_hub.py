@@ -1,0 +1,134 @@
+"""A checkpoint goes to the Hugging Face Hub and comes back as it was, or not at all; the real client on our side."""
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import safetensors.torch
+from hub_server import TOKEN, HubServer
+from huggingface_hub import ModelCard
+
+from timm_deluge import weights
+from timm_deluge.hub import hub_files
+
+REPO = 'somebody/delugenet146'
+
+
+@pytest.fixture
+def server():
+    with HubServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def call(server, scratch_weights, tmp_path):
+    """Run Python where the Hub is our server, and the checkpoints are the scratch one."""
+    def call(code: str, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ, 'HF_ENDPOINT': server.url, 'HF_TOKEN': token, 'HF_HOME': str(tmp_path / 'cache'),
+            'HF_HUB_DISABLE_XET': '1', 'CUDA_VISIBLE_DEVICES': '', 'COLUMNS': '200'}
+        prologue = (f'import pathlib, sys, timm, torch, timm_deluge.weights\n'
+                    f'timm_deluge.weights.weights_dir = lambda: pathlib.Path({str(scratch_weights.parent)!r})\n')
+        result = subprocess.run(
+            [sys.executable, '-c', prologue + code, *arguments], env=environment, capture_output=True, text=True)
+        assert TOKEN not in result.stdout + result.stderr
+        return result
+    return call
+
+
+@pytest.fixture
+def publish(call):
+    def publish(*options: str, **kwargs):
+        return call('from timm_deluge.cli import app; app()',
+                    'publish', 'delugenet146', '--repo-id', REPO, *options, **kwargs)
+    return publish
+
+
+LOAD = f"""
+model = timm.create_model('hf-hub:{REPO}', pretrained=True).eval()
+print(model.pretrained_cfg['label_names'][7], *model.pretrained_cfg['mean'], float(model.stem.conv.weight.sum()))
+"""
+
+
+def test_checkpoint_comes_back_as_it_was(server, call, publish, scratch_weights):
+    result = publish()
+    assert result.returncode == 0, result.stderr
+    assert f'{server.url}/{REPO}/commit/' in result.stdout
+    files = server.repos[REPO]
+    assert files.keys() == {'README.md', 'config.json', 'model.safetensors'}
+    assert files['model.safetensors'] == scratch_weights.read_bytes()
+    assert weights.find_checkpoint('delugenet146').hf_hub_id == REPO
+
+    loaded = call(LOAD)
+    assert loaded.returncode == 0, loaded.stderr
+    total = safetensors.torch.load_file(scratch_weights)['stem.conv.weight'].float().sum()
+    assert loaded.stdout.split() == ['class_7', '0.5', '0.5', '0.5', str(float(total))]
+
+
+def test_config_and_card_are_those_of_the_checkpoint(scratch_weights):
+    checkpoint = weights.find_checkpoint('delugenet146')
+    files = hub_files(checkpoint, REPO)
+    config = json.loads(files['config.json'])
+    assert (config['architecture'], config['num_classes']) == ('delugenet146', 100)
+    assert config['label_names'] == checkpoint.class_names and config['pretrained_cfg']['tag'] == 'test_random'
+    assert not config['pretrained_cfg'].keys() & {'file', 'url'}
+    assert 'model_args' not in config  # transformers' wrapper of timm would pass them twice
+    card = ModelCard(files['README.md'].decode())
+    assert card.data.library_name == 'timm' and f"'hf-hub:{REPO}', pretrained=True" in card.text
+
+
+def test_dry_run_shows_every_file_and_publishes_nothing(server, publish, scratch_weights):
+    result = publish('--dry-run')
+    assert result.returncode == 0, result.stderr
+    for shown in (f'{REPO}/README.md', f'{REPO}/config.json', '"architecture": "delugenet146"',
+                  f'{REPO}/model.safetensors, {scratch_weights.stat().st_size:,} bytes',
+                  weights.find_checkpoint('delugenet146').sha256):
+        assert shown in result.stdout
+    assert not server.repos and not server.requests
+
+
+def test_interrupted_publishing_uploads_nothing_twice(server, publish):
+    server.drop_commits = 1
+    result = publish()
+    assert result.returncode == 2 and 'Nothing was published; run this again' in result.stderr
+    assert server.repos[REPO] == {} and weights.find_checkpoint('delugenet146').hf_hub_id is None
+    result = publish()
+    assert result.returncode == 0, result.stderr
+    assert server.requests == {'upload': 1, 'commit': 1}
+
+
+def test_wrong_token_is_refused_with_advice(server, publish):
+    result = publish(token='hf_wrong')
+    assert result.returncode == 2 and 'hf auth login' in result.stderr and 'hf_wrong' not in result.stderr
+    assert not server.repos
+
+
+def test_altered_checkpoint_is_not_published(server, publish, scratch_weights):
+    scratch_weights.write_bytes(scratch_weights.read_bytes()[:-1] + b'\0')
+    result = publish()
+    assert result.returncode == 2 and 'SHA-256' in result.stderr
+    assert not server.repos
+
+
+@pytest.mark.parametrize('known', [True, False], ids=['in the manifest', 'known to the hub alone'])
+def test_tampered_download_is_refused(server, call, publish, scratch_weights, known):
+    assert publish().returncode == 0
+    if not known:
+        manifest = scratch_weights.parent / 'manifest.json'
+        manifest.write_text(manifest.read_text().replace(REPO, 'somebody/else'))
+    server.tamper = True
+    result = call(LOAD)
+    assert result.returncode == 1 and 'class_7' not in result.stdout
+    assert 'CheckpointError' in result.stderr and 'not what was published' in result.stderr
+
+
+def test_replaced_file_is_refused_by_the_manifest(server, call, publish):
+    assert publish().returncode == 0
+    content = server.repos[REPO]['model.safetensors']
+    server.repos[REPO]['model.safetensors'] = content[:-1] + bytes([content[-1] ^ 1])  # and the hub's hash with it
+    result = call(LOAD)
+    assert result.returncode == 1 and 'CheckpointError' in result.stderr

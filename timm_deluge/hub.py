@@ -1,0 +1,72 @@
+"""A checkpoint in a repository of the Hugging Face Hub, as timm and transformers' wrapper of it load one."""
+import json
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import timm
+from huggingface_hub import CommitOperationAdd, HfApi
+from timm.models._hub import save_config_for_hf
+
+from .card import model_card
+from .weights import HUB_FILE, Checkpoint, list_checkpoints, verify_checkpoint, write_manifest
+
+__all__ = ['hub_files', 'push_to_hub']
+
+
+def hub_files(checkpoint: Checkpoint, repo_id: str) -> dict[str, bytes | Path]:
+    """Gather a repository's files.
+
+    Args:
+        checkpoint: The manifest's entry.
+        repo_id: The repository, `USER/REPO`.
+
+    Returns:
+        Content, or the file that has it, by name: the configuration, the model card and the weights.
+
+    Raises:
+        CheckpointError: If the checkpoint's file is not what the manifest says.
+    """
+    verify_checkpoint(checkpoint)
+    model = timm.create_model(
+        checkpoint.model, num_classes=len(checkpoint.class_names),
+        pretrained_cfg_overlay={**checkpoint.pretrained_cfg(), 'tag': checkpoint.tag})
+    with TemporaryDirectory() as folder:
+        path = Path(folder, 'config.json')
+        save_config_for_hf(model, str(path), model_config={'label_names': list(checkpoint.class_names)})
+        config = json.loads(path.read_text(encoding='utf-8'))
+    config.pop('model_args', None)  # the architecture's own, which transformers would pass twice
+    return {
+        'README.md': model_card([checkpoint], repo_id).encode(),
+        'config.json': json.dumps(config, indent=2).encode(),
+        HUB_FILE: checkpoint.path,
+    }
+
+
+def push_to_hub(checkpoint: Checkpoint, repo_id: str) -> str:
+    """Publish a checkpoint in one commit, in a repository that is created if need be.
+
+    What an interrupted call has uploaded is not uploaded again. The token is that of `hf auth login`, or `HF_TOKEN`.
+
+    Args:
+        checkpoint: The manifest's entry; it takes down the repository.
+        repo_id: The repository, `USER/REPO`.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        CheckpointError: If the checkpoint's file is not what the manifest says.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
+    """
+    files = hub_files(checkpoint, repo_id)
+    api = HfApi()
+    api.create_repo(repo_id, exist_ok=True)
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, content) for name, content in files.items()],
+        commit_message=f'Publish {checkpoint.name}',
+    )
+    published = replace(checkpoint, hf_hub_id=repo_id)
+    write_manifest([published if c.name == checkpoint.name else c for c in list_checkpoints()])
+    return str(commit.commit_url)
