@@ -67,7 +67,7 @@ def draw_learning_curves(path: Path) -> None:
     for axis in (loss, error):
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    error.legend()
+    figure.legend(*error.get_legend_handles_labels(), loc='outside lower center', ncols=2)
     figure.savefig(path, dpi=150)
 
 
