@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import timm
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -32,8 +33,8 @@ def hub_files(checkpoint: Checkpoint, repo_id: str) -> dict[str, bytes | Path]:
         checkpoint.model, num_classes=len(checkpoint.class_names),
         pretrained_cfg_overlay={**checkpoint.pretrained_cfg(), 'tag': checkpoint.tag})
     with TemporaryDirectory() as folder:
-        path = Path(folder, 'config.json')
-        save_config_for_hf(model, str(path), model_config={'label_names': list(checkpoint.class_names)})
+        path: Any = Path(folder, 'config.json')  # timm says a string, and some of its versions open a path
+        save_config_for_hf(model, path, model_config={'label_names': list(checkpoint.class_names)})
         config = json.loads(path.read_text(encoding='utf-8'))
     config.pop('model_args', None)  # the architecture's own, which transformers would pass twice
     return {
