@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 
 import timm_deluge  # noqa: F401 registers the models
-from timm_deluge import weights
+from timm_deluge import publish, weights
 
 
 @pytest.fixture
@@ -29,6 +29,20 @@ def scratch_weights(tmp_path, monkeypatch) -> Path:
     return path
 
 
+@pytest.fixture
+def split_weights(scratch_weights, monkeypatch) -> list[Path]:
+    """The same checkpoint in parts of at most 4 MiB; their paths."""
+    folder = scratch_weights.parent
+    monkeypatch.setattr(publish, 'weights_dir', lambda: folder)
+    monkeypatch.setattr(publish, 'PART_BYTES', 4 * 2 ** 20)
+    files = publish.write_weights(safetensors.torch.load_file(scratch_weights), scratch_weights.stem)
+    scratch_weights.unlink()
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    manifest['checkpoints'][0].update(files)
+    (folder / 'manifest.json').write_text(json.dumps(manifest))
+    return sorted(folder.glob('*-of-*.safetensors'))
+
+
 def write_entry(path: Path) -> None:
     """Make the manifest beside a checkpoint describe the file as it is now."""
     import hashlib
@@ -36,7 +50,8 @@ def write_entry(path: Path) -> None:
     data = path.read_bytes()
     entry = dict(
         model='delugenet146', tag='test_random', file=path.name, bytes=len(data), num_params=6_709_380,
-        sha256=hashlib.sha256(data).hexdigest(), class_names=[f'class_{i}' for i in range(100)],
+        sha256=hashlib.sha256(data).hexdigest(), parts=[], class_names=[f'class_{i}' for i in range(100)],
+        class_descriptions={f'class_{i}': f'number {i}' for i in range(100)},
         input_size=[3, 32, 32], mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], interpolation='bilinear', crop_pct=1.0,
         dataset=dict(name='none', train_images=0, test_images=0, provenance='none'), base_model=None,
         recipe='none', epochs=0, seed=0, hardware='none', hours=0.0, command='none', hf_hub_id=None,

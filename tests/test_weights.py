@@ -1,16 +1,29 @@
 """A checkpoint is loaded only when it is what the manifest says, and every refusal says why."""
 import hashlib
 import json
+import logging
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 from conftest import write_entry
+from huggingface_hub import save_torch_state_dict
 from timm.models import adapt_input_conv
 
 from timm_deluge import weights
-from timm_deluge.weights import CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint, write_manifest
+from timm_deluge.paper import PUBLISHED
+from timm_deluge.weights import (
+    CheckpointError,
+    find_checkpoint,
+    joined_bytes,
+    list_checkpoints,
+    load_checkpoint,
+    verify_checkpoint,
+    write_manifest,
+)
 
 CHECKPOINTS = list_checkpoints()
 
@@ -28,8 +41,8 @@ def create_by_name(**kwargs):
 @pytest.mark.parametrize('checkpoint', CHECKPOINTS, ids=lambda c: c.name)
 def test_published_file_is_what_the_manifest_says(checkpoint):
     verify_checkpoint(checkpoint)
-    assert checkpoint.bytes <= 45 * 2 ** 20
-    state_dict = safetensors.torch.load_file(checkpoint.path)
+    assert all(part['bytes'] <= 45 * 2 ** 20 for part in checkpoint.parts or [{'bytes': checkpoint.bytes}])
+    state_dict = load_checkpoint(checkpoint)
     assert {v.dtype for v in state_dict.values()} == {torch.float16, torch.int64}
     model = timm.create_model(checkpoint.name, pretrained=True)
     assert state_dict.keys() == model.state_dict().keys()
@@ -49,7 +62,7 @@ def test_pretrained_cfg_is_the_manifests(checkpoint):
 
 @pytest.mark.parametrize('checkpoint', CHECKPOINTS, ids=lambda c: c.name)
 def test_pretrained_weights_adapt_to_other_classes_and_channels(checkpoint):
-    original = safetensors.torch.load_file(checkpoint.path)
+    original = load_checkpoint(checkpoint)
     adapted = timm.create_model(checkpoint.name, pretrained=True, num_classes=7, in_chans=1).state_dict()
     assert torch.equal(adapted['stem.conv.weight'], adapt_input_conv(1, original['stem.conv.weight']).float())
     assert adapted['head.fc.weight'].shape[0] == 7
@@ -66,6 +79,83 @@ def test_sound_checkpoint_loads(scratch_weights):
 def test_scratch_checkpoint_adapts_to_other_classes_and_channels(scratch_weights):
     model = create_from_scratch_checkpoint(num_classes=7, in_chans=1, global_pool='catavgmax')
     assert model(torch.randn(1, 1, 32, 32)).shape == (1, 7)
+
+
+def test_parts_follow_the_hubs_convention_and_the_manifest_knows_each(split_weights):
+    checkpoint = find_checkpoint('delugenet146')
+    assert [part['file'] for part in checkpoint.parts] == [path.name for path in split_weights]
+    assert split_weights[0].name == 'delugenet146.test_random-00001-of-00004.safetensors' and len(split_weights) == 4
+    index = json.loads((split_weights[0].parent / 'delugenet146.test_random.safetensors.index.json').read_text())
+    for part, path in zip(checkpoint.parts, split_weights):
+        data = path.read_bytes()
+        assert (part['bytes'], part['sha256']) == (len(data), hashlib.sha256(data).hexdigest())
+        tensors = safetensors.torch.load_file(path)
+        assert tensors.keys() == {name for name, file in index['weight_map'].items() if file == path.name}
+    assert index['weight_map'].keys() == load_checkpoint(checkpoint).keys()
+    assert checkpoint.sha256 == hashlib.sha256(joined_bytes(load_checkpoint(checkpoint))).hexdigest()
+
+
+def test_parts_are_joined_on_loading(split_weights):
+    state_dict = load_checkpoint(find_checkpoint('delugenet146'))
+    model = create_from_scratch_checkpoint()
+    assert all(torch.equal(v, state_dict[k].to(v.dtype)) for k, v in model.state_dict().items())
+    assert create_from_scratch_checkpoint(num_classes=7, in_chans=1)(torch.randn(1, 1, 32, 32)).shape == (1, 7)
+    assert len(create_from_scratch_checkpoint(features_only=True)(torch.randn(1, 3, 32, 32))) == 4
+
+
+@pytest.mark.parametrize('create', [create_by_name, create_from_scratch_checkpoint])
+def test_missing_or_altered_part_is_named(split_weights, create):
+    data = split_weights[2].read_bytes()
+    split_weights[2].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match='00003-of-00004.safetensors: SHA-256 .* but the manifest says'):
+        create()
+    split_weights[2].unlink()
+    with pytest.raises(CheckpointError, match='00003-of-00004.safetensors: the file of .* is missing'):
+        create()
+
+
+def test_joining_parts_takes_no_more_memory_than_one_file(tmp_path):
+    """Peak of a process that loads 256 MiB of fp16 tensors into a model, from one file and from eight parts."""
+    state_dict = {f'{i}.weight': torch.full((2048, 4096), i, dtype=torch.float16) for i in range(16)}
+    safetensors.torch.save_file(state_dict, tmp_path / 'one.safetensors')
+    save_torch_state_dict(
+        state_dict, tmp_path, filename_pattern='many{suffix}.safetensors', max_shard_size=32 * 2 ** 20)
+    code = ('import resource, sys, torch; from safetensors.torch import load_file\n'
+            'from timm_deluge.weights import join_parts\n'
+            'model = torch.nn.Sequential(*(torch.nn.Linear(4096, 2048, bias=False) for _ in range(16)))\n'
+            'before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n'
+            'model.load_state_dict(join_parts(load_file(sys.argv[1]), sys.argv[1]))\n'
+            'assert all(float(m.weight[-1, -1]) == i for i, m in enumerate(model))\n'
+            'print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)')
+
+    def peak(file: str) -> float:
+        command = [sys.executable, '-c', code, str(tmp_path / file)]
+        return float(subprocess.run(command, check=True, capture_output=True).stdout)
+
+    one, many = peak('one.safetensors'), peak('many-00001-of-00008.safetensors')
+    assert many < one + 32, f'{many} MiB instead of {one}'
+
+
+def test_first_load_says_once_what_the_weights_are(scratch_weights, caplog):
+    manifest = scratch_weights.parent / 'manifest.json'
+    for tag, level in (('once_cifar100', logging.INFO), ('once_tinyin', logging.WARNING)):
+        entry = json.loads(manifest.read_text())['checkpoints'][0]
+        manifest.write_text(json.dumps({'checkpoints': [{**entry, 'tag': tag}]}))
+        caplog.clear()
+        with caplog.at_level(logging.INFO, 'timm_deluge.delugenet'):
+            for _ in range(2):
+                create_from_scratch_checkpoint()
+        (record,) = (r for r in caplog.records if r.name == 'timm_deluge.delugenet')
+        assert record.levelno == level
+        assert record.message.startswith(f'delugenet146.{tag} knows the 100 classes of none')
+
+
+@pytest.mark.parametrize('checkpoint', CHECKPOINTS, ids=lambda c: c.name)
+def test_without_weights_a_model_is_the_papers(checkpoint):
+    model = timm.create_model(checkpoint.model)
+    imagenet = 'imagenet' in PUBLISHED[checkpoint.model].top1_error
+    assert model.num_classes == (1000 if imagenet else 100) and 'file' not in model.pretrained_cfg
+    assert model.pretrained_cfg['input_size'] == ((3, 224, 224) if imagenet else (3, 32, 32))
 
 
 def test_model_without_checkpoint_says_what_there_is_and_how_to_train():

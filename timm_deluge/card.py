@@ -25,16 +25,12 @@ def _error(checkpoint: Checkpoint) -> str:
 
 
 def _published_error(checkpoint: Checkpoint) -> str:
-    error = PUBLISHED[checkpoint.model].top1_error.get(_data_set(checkpoint))
+    error = PUBLISHED[checkpoint.model].top1_error.get(checkpoint.data_set)
     return f'{error:.2f}' if error else ''
 
 
 def _start(checkpoint: Checkpoint) -> str:
     return f'`{checkpoint.base_model}`' if checkpoint.base_model else 'scratch'
-
-
-def _data_set(checkpoint: Checkpoint) -> str:
-    return checkpoint.tag.rsplit('_', 1)[-1]
 
 
 def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint]) -> str:
@@ -50,7 +46,7 @@ def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint
     rows = []
     for report in reports:
         published = PUBLISHED[report.name]
-        ours = {_data_set(c): _error(c) for c in checkpoints if c.model == report.name}
+        ours = {c.data_set: _error(c) for c in checkpoints if c.model == report.name}
         rows.append({
             'model': f'`{report.name}`',
             'input': f'{report.input_size[1]}²',
@@ -103,10 +99,10 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['timm', 'image-classification', 'delugenet'],
-        datasets=sorted({_data_set(c) for c in checkpoints}),
+        datasets=sorted({c.data_set for c in checkpoints}),
         eval_results=[
             EvalResult(
-                task_type='image-classification', dataset_type=_data_set(c), dataset_name=c.dataset['name'],
+                task_type='image-classification', dataset_type=c.data_set, dataset_name=c.dataset['name'],
                 dataset_split='test', metric_type=metric_type, metric_name=f'{metric_name}, {c.name}',
                 metric_value=c.metrics[key],
             )

@@ -1,4 +1,5 @@
 """The command line: `timm-deluge predict | report | validate | weights | publish | recipe`."""
+import csv
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ from .publish import add_checkpoint
 from .recipes import list_recipes, recipe_path
 from .report import create_report, format_reports
 from .validate import accuracy, create_validation_loader, image_names, rank_targets
-from .weights import Checkpoint, CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
+from .weights import HUB_FILE, Checkpoint, CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help='DelugeNets for timm.')
 weights_app = typer.Typer(no_args_is_help=True, help='The pretrained checkpoints.')
@@ -170,12 +171,18 @@ def weights_add(
         hardware: Annotated[str, typer.Option(help='What it was trained on.')],
         inexact: Annotated[Path | None, typer.Option(
             help='Text file: names of test images, one a line, that differ from the published ones.')] = None,
+        descriptions: Annotated[Path | None, typer.Option(
+            '--class-descriptions',
+            help="Text file: a class folder's name, a tab and what it stands for on each line, as in WordNet's "
+                 'words.txt.')] = None,
 ) -> None:
     """Publish a training run: write the fp16 file and the log, measure the accuracy, add all to the manifest."""
     try:
         checkpoint = add_checkpoint(
             run_dirs, tag, data_dir, recipe_name, dataset_name, provenance, hardware,
-            inexact.read_text(encoding='utf-8').splitlines() if inexact else ())
+            inexact.read_text(encoding='utf-8').splitlines() if inexact else (),
+            dict(csv.reader(descriptions.open(encoding='utf-8'), delimiter='\t', quoting=csv.QUOTE_NONE))
+            if descriptions else None)
     except (FileNotFoundError, LookupError, RuntimeError, ValueError) as error:
         _fail(error)
     console.print(f'{checkpoint.path}: {checkpoint.metrics}', markup=False)
@@ -229,8 +236,10 @@ def publish(
         for path, content in hub_files(checkpoint, repo_id).items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
             console.rule(f'{repo_id}/{path}, {size:,} bytes', align='left')
-            text = f'SHA-256 {checkpoint.sha256}' if isinstance(content, Path) else content.decode()
-            console.print(text, markup=False)
+            if isinstance(content, Path) or path == HUB_FILE:
+                console.print(f'SHA-256 {checkpoint.sha256}', markup=False)
+            else:
+                console.print(content.decode(), markup=False)
     except (CheckpointError, HFValidationError) as error:
         _fail(error)
     except Exception as error:  # the Hub's client passes its HTTP library's errors on, and changes the library

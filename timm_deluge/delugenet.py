@@ -19,8 +19,10 @@ transition (BN, strided 3x3 convolution), or after the last block to BN, ReLU, p
 Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows`
     - https://arxiv.org/abs/1611.05552 (Kuen, Kong, Wang and Tan, ICCV workshops 2017)
 """
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,10 +43,21 @@ from .ops import (
     running_sums,
     split_batch,
 )
+from .paper import PUBLISHED
 from .reparameterize import ChannelAffine, InferenceConv2d, affine_of, fold_into_conv
-from .weights import HUB_FILE, CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint, verify_download
+from .weights import (
+    HUB_FILE,
+    CheckpointError,
+    find_checkpoint,
+    join_parts,
+    list_checkpoints,
+    verify_checkpoint,
+    verify_download,
+)
 
 __all__ = ['DelugeNet']
+
+_logger = logging.getLogger(__name__)
 
 CIFAR100_MEAN = (0.5071, 0.4866, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
@@ -689,9 +702,11 @@ def _check_option(name: str, value: int | str, choices: tuple[int | str, ...]) -
         raise ValueError(f'{name}={value!r}: must be one of {", ".join(map(repr, choices))}')
 
 
-def _cfg(**kwargs) -> dict[str, Any]:
+def _cfg(reduction: int = 32, **kwargs) -> dict[str, Any]:
+    input_size = kwargs.get('input_size', (3, 224, 224))
     return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
+        'num_classes': 1000, 'input_size': input_size, 'pool_size': tuple(size // reduction for size in input_size[1:]),
+        'crop_pct': 0.875,
         'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.conv', 'classifier': 'head.fc', 'license': 'apache-2.0',
         'paper_ids': 'arXiv:1611.05552', 'paper_name': 'DelugeNets: Deep Networks with Efficient and Flexible '
@@ -701,8 +716,8 @@ def _cfg(**kwargs) -> dict[str, Any]:
 
 
 def _cfg_cifar(**kwargs) -> dict[str, Any]:
-    return _cfg(**{
-        'num_classes': 100, 'input_size': (3, 32, 32), 'pool_size': (8, 8), 'crop_pct': 1.0,
+    return _cfg(reduction=4, **{
+        'num_classes': 100, 'input_size': (3, 32, 32), 'crop_pct': 1.0,
         'mean': CIFAR100_MEAN, 'std': CIFAR100_STD, **kwargs,
     })
 
@@ -724,18 +739,21 @@ default_cfgs = generate_default_cfgs({
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Hold a checkpoint's tensors against the model before any is copied.
+    """Join a checkpoint's parts, and hold its tensors against the model before any is copied.
 
     Args:
-        state_dict: The checkpoint.
+        state_dict: The checkpoint, or its first part.
         model: The model it is meant for; its number of classes and of input channels may differ.
 
     Returns:
-        The checkpoint as it is.
+        The whole checkpoint.
 
     Raises:
         CheckpointError: If a tensor is missing, superfluous or of another shape.
     """
+    cfg: Any = model.pretrained_cfg
+    if cfg.get('file'):
+        state_dict = join_parts(state_dict, cfg['file'])
     other_head = model.num_classes != len(state_dict.get('head.fc.weight', ()))
 
     def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int | str, ...]]:
@@ -756,12 +774,25 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return state_dict
 
 
+@cache
+def _say_what_it_is(name: str) -> None:
+    """Log once what a checkpoint is; so that it is seen if its data are not those that the model is known for."""
+    checkpoint = find_checkpoint(*name.split('.', 1))
+    level = logging.INFO if checkpoint.data_set in PUBLISHED[checkpoint.model].top1_error else logging.WARNING
+    _logger.log(
+        level, '%s knows the %d classes of %s and takes %dx%d pixels; %.2f %% of %d test images are classified right.',
+        name, len(checkpoint.class_names), checkpoint.dataset['name'], *checkpoint.input_size[:0:-1],
+        checkpoint.metrics['top1'], checkpoint.metrics['num_images'])
+
+
 def _create_delugenet(variant: str, pretrained: bool = False, **kwargs) -> DelugeNet:
     if pretrained:
         cfg, overlay = kwargs.get('pretrained_cfg') or '', kwargs.get('pretrained_cfg_overlay') or {}
         own_source = overlay.keys() & {'file', 'url', 'hf_hub_id', 'state_dict'}
         if isinstance(cfg, str) and not own_source:
-            verify_checkpoint(find_checkpoint(variant, cfg))
+            checkpoint = find_checkpoint(variant, cfg)
+            verify_checkpoint(checkpoint)
+            _say_what_it_is(checkpoint.name)
         else:
             source = resolve_pretrained_cfg(variant, cfg, overlay)
             if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):
@@ -769,6 +800,9 @@ def _create_delugenet(variant: str, pretrained: bool = False, **kwargs) -> Delug
             for checkpoint in list_checkpoints():
                 if source.file == str(checkpoint.path):
                     verify_checkpoint(checkpoint)
+                    _say_what_it_is(checkpoint.name)
+    elif not kwargs.get('pretrained_cfg'):
+        kwargs['pretrained_cfg'] = _CFG_FNS[variant]()  # the paper's classes and input, whatever a checkpoint's are
     return build_model_with_cfg(
         DelugeNet,
         variant,

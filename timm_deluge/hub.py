@@ -1,4 +1,5 @@
 """A checkpoint in a repository of the Hugging Face Hub, as timm and transformers' wrapper of it load one."""
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,15 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from timm.models._hub import save_config_for_hf
 
 from .card import model_card
-from .weights import HUB_FILE, Checkpoint, list_checkpoints, verify_checkpoint, write_manifest
+from .weights import (
+    HUB_FILE,
+    Checkpoint,
+    CheckpointError,
+    joined_bytes,
+    list_checkpoints,
+    load_checkpoint,
+    write_manifest,
+)
 
 __all__ = ['hub_files', 'push_to_hub']
 
@@ -28,20 +37,34 @@ def hub_files(checkpoint: Checkpoint, repo_id: str) -> dict[str, bytes | Path]:
     Raises:
         CheckpointError: If the checkpoint's file is not what the manifest says.
     """
-    verify_checkpoint(checkpoint)
+    weights = _one_file(checkpoint)
     model = timm.create_model(
         checkpoint.model, num_classes=len(checkpoint.class_names),
         pretrained_cfg_overlay={**checkpoint.pretrained_cfg(), 'tag': checkpoint.tag})
     with TemporaryDirectory() as folder:
         path: Any = Path(folder, 'config.json')  # timm says a string, and some of its versions open a path
-        save_config_for_hf(model, path, model_config={'label_names': list(checkpoint.class_names)})
+        save_config_for_hf(model, path, model_config={
+            'label_names': list(checkpoint.class_names), 'label_descriptions': checkpoint.class_descriptions})
         config = json.loads(path.read_text(encoding='utf-8'))
     config.pop('model_args', None)  # the architecture's own, which transformers would pass twice
     return {
         'README.md': model_card([checkpoint], repo_id).encode(),
         'config.json': json.dumps(config, indent=2).encode(),
-        HUB_FILE: checkpoint.path,
+        HUB_FILE: weights,
     }
+
+
+def _one_file(checkpoint: Checkpoint) -> bytes | Path:
+    """Join a checkpoint's parts, if it has any: timm looks for one file on the Hub."""
+    state_dict = load_checkpoint(checkpoint)
+    if not checkpoint.parts:
+        return checkpoint.path
+    data = joined_bytes(state_dict)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != checkpoint.sha256:
+        raise CheckpointError(f'{checkpoint.file}: joined, the parts have the SHA-256 {sha256}, but the manifest says '
+                              f'{checkpoint.sha256}. Join them with the safetensors version that split them.')
+    return data
 
 
 def push_to_hub(checkpoint: Checkpoint, repo_id: str) -> str:

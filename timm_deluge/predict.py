@@ -53,6 +53,7 @@ def predict(
     checkpoint = find_checkpoint(*model_name.split('.', 1))
     model = timm.create_model(checkpoint.name, pretrained=True).eval().to(device)
     transform = create_transform(**resolve_data_config(model=model))
+    descriptions = checkpoint.class_descriptions or {}
     top = min(top, len(checkpoint.class_names))
     paths = iter(paths)
     while batch := list(islice(paths, batch_size)):
@@ -69,6 +70,7 @@ def predict(
                 probabilities = model(torch.stack(list(inputs.values())).to(device)).softmax(-1).cpu()
             for path, values, indices in zip(inputs, *probabilities.topk(top), strict=True):
                 names = [checkpoint.class_names[i] for i in indices.tolist()]
+                names = [descriptions.get(name, name) for name in names]
                 classes[path] = list(zip(names, values.tolist(), strict=True))
         for path in batch:
             yield Prediction(str(path), classes.get(path, []), errors.get(path))

@@ -3,20 +3,23 @@ import csv
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import safetensors.torch
 import timm
+import torch
 import yaml
+from huggingface_hub import save_torch_state_dict
 from timm.data import create_dataset, resolve_data_config
-from timm.models import load_state_dict, resolve_pretrained_cfg
+from timm.models import load_state_dict
 
 from .recipes import recipe_path
 from .validate import accuracy, create_validation_loader, image_names, list_classes, rank_targets
-from .weights import Checkpoint, find_checkpoint, list_checkpoints, weights_dir, write_manifest
+from .weights import Checkpoint, find_checkpoint, joined_bytes, list_checkpoints, weights_dir, write_manifest
 
-__all__ = ['add_checkpoint']
+__all__ = ['add_checkpoint', 'write_weights']
 
+PART_BYTES = 44 * 2 ** 20  # of tensors: with its header, a file stays below 45 MiB
 LOGS = Path(__file__).resolve().parent.parent / 'reports' / 'training'
 
 
@@ -29,10 +32,12 @@ def add_checkpoint(
         provenance: str,
         hardware: str,
         inexact: Sequence[str] = (),
+        class_descriptions: dict[str, str] | None = None,
 ) -> Checkpoint:
     """Publish the last checkpoint of a training run: fp16 file, measured accuracy, log, manifest entry.
 
-    The last epoch's weights are taken, not those with the best accuracy on the test images.
+    The last epoch's weights are taken, not those with the best accuracy on the test images. A file larger than 45 MiB
+    is split, by the Hugging Face Hub's convention.
 
     Args:
         run_dirs: Output folder of train.py, with `args.yaml`, `summary.csv` and `last.pth.tar`; several for a run that
@@ -45,13 +50,15 @@ def add_checkpoint(
         hardware: What it was trained on.
         inexact: Test images, named from the validation folder on, that are not pixel by pixel those of the data set's
             authors; the accuracy is measured with and without them.
+        class_descriptions: What the names of the class folders stand for; may know more names than there are.
 
     Returns:
         The new entry, already written; one of the same name is replaced.
 
     Raises:
         FileNotFoundError: If a file of the run or the data set is missing, or there is no checkout to publish to.
-        ValueError: If the run is not complete, or of a model that is not the package's as it stands.
+        ValueError: If the run is not complete, or of a model that is not the package's as it stands, or if a class has
+            no description.
         LookupError: If there is no such recipe.
     """
     recipe_path(recipe)
@@ -76,39 +83,37 @@ def add_checkpoint(
     state_dict = load_state_dict(str(run_dir / 'last.pth.tar'))
     train_set = create_dataset('', root=str(data_dir / args['train_split']))
     class_names = list_classes(train_set)
-    config = resolve_data_config(args, pretrained_cfg=resolve_pretrained_cfg(model_name).to_dict())
+    model: Any = timm.create_model(base_model or args['model'], num_classes=len(class_names))
+    config = resolve_data_config(args, model=model)
     input_config = dict(
         input_size=list(config['input_size']), mean=list(config['mean']), std=list(config['std']),
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], label_names=class_names,
     )
-    path = weights_dir() / f'{model_name}.{tag}.safetensors'
-    partial = path.with_suffix('.partial')
-    safetensors.torch.save_file(
-        {k: v.half().contiguous() if v.is_floating_point() else v for k, v in state_dict.items()}, partial)
-    try:
-        model = timm.create_model(model_name, num_classes=len(class_names), pretrained_cfg_overlay=input_config)
-        model.load_state_dict(safetensors.torch.load_file(partial))
-        loader = create_validation_loader(model, data_dir / args['val_split'], batch_size=250, workers=1)
-        test_images = image_names(loader)
-        missing = sorted(set(inexact) - set(test_images))
-        if missing:
-            raise ValueError(f'{data_dir / args["val_split"]}: no image {missing[0]!r}, which should be inexact; name '
-                             f'images from this folder on, such as {test_images[0]!r}')
-        metrics = accuracy(rank_targets(model.eval(), loader), test_images, inexact)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if class_descriptions is not None:
+        try:
+            class_descriptions = {name: class_descriptions[name] for name in class_names}
+        except KeyError as error:
+            raise ValueError(f'the class folder {error} has no description') from None
+    published = {k: v.half() if v.is_floating_point() else v for k, v in state_dict.items()}
+    model.load_state_dict(published)
+    model.pretrained_cfg.update(input_config)
+    loader = create_validation_loader(model, data_dir / args['val_split'], batch_size=250, workers=1)
+    test_images = image_names(loader)
+    missing = sorted(set(inexact) - set(test_images))
+    if missing:
+        raise ValueError(f'{data_dir / args["val_split"]}: no image {missing[0]!r}, which should be inexact; name '
+                         f'images from this folder on, such as {test_images[0]!r}')
+    metrics = accuracy(rank_targets(model.eval(), loader), test_images, inexact)
 
-    _write_log(log, LOGS / f'{path.stem}.csv')
-    data = path.read_bytes()
+    name = f'{model_name}.{tag}'
+    _write_log(log, LOGS / f'{name}.csv')
     checkpoint = Checkpoint(
         model=model_name,
         tag=tag,
-        file=path.name,
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
+        **write_weights(published, name),
         num_params=sum(p.numel() for p in model.parameters()),
         class_names=input_config.pop('label_names'),
+        class_descriptions=class_descriptions,
         **input_config,
         dataset=dict(
             name=dataset_name,
@@ -125,12 +130,38 @@ def add_checkpoint(
         hours=round(sum(
             (d / 'last.pth.tar').stat().st_mtime - (d / 'args.yaml').stat().st_mtime for d in run_dirs) / 3600, 2),
         metrics=metrics,
-        command=f'timm-deluge validate {path.stem} --data-dir DIR/{args["val_split"]}',
+        command=f'timm-deluge validate {name} --data-dir DIR/{args["val_split"]}',
         hf_hub_id=None,
     )
     entries = {c.name: c for c in list_checkpoints()}
     write_manifest(list({**entries, checkpoint.name: checkpoint}.values()))
     return checkpoint
+
+
+def write_weights(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, Any]:
+    """Write tensors to the weights folder, in parts if they are large.
+
+    Args:
+        state_dict: The tensors by name.
+        name: Name of the checkpoint.
+
+    Returns:
+        The manifest's `file`, `bytes`, `sha256` and `parts`.
+    """
+    with TemporaryDirectory(dir=weights_dir()) as folder:
+        save_torch_state_dict(
+            state_dict, folder, filename_pattern=f'{name}{{suffix}}.safetensors', max_shard_size=PART_BYTES)
+        written = sorted(Path(folder).iterdir())
+        parts = [_account(path.name, path.read_bytes()) for path in written if path.suffix == '.safetensors']
+        for path in written:
+            path.replace(weights_dir() / path.name)
+    if len(parts) == 1:
+        return {**parts[0], 'parts': []}
+    return {**_account(f'{name}.safetensors', joined_bytes(state_dict)), 'parts': parts}
+
+
+def _account(file: str, data: bytes) -> dict[str, Any]:
+    return dict(file=file, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def _read_log(run_dirs: Sequence[Path]) -> dict[int, dict[str, str]]:

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from safetensors.torch import load_file, save
 
 __all__ = [
-    'Checkpoint', 'CheckpointError', 'find_checkpoint', 'list_checkpoints', 'verify_checkpoint', 'verify_download',
-    'weights_dir',
+    'Checkpoint', 'CheckpointError', 'find_checkpoint', 'join_parts', 'joined_bytes', 'list_checkpoints',
+    'load_checkpoint', 'verify_checkpoint', 'verify_download', 'weights_dir',
 ]
 
 MANIFEST = 'manifest.json'
@@ -33,11 +35,15 @@ class Checkpoint:
     Attributes:
         model: Name in timm's registry.
         tag: What timm calls the pretrained tag, `<recipe>_<dataset>`.
-        file: File name in the weights folder, safetensors.
-        bytes: Size of the file.
-        sha256: SHA-256 of the file.
+        file: Name of the safetensors file with all tensors: in the weights folder, or if there are `parts`, what they
+            are joined to on the Hugging Face Hub.
+        bytes: Size of that file.
+        sha256: SHA-256 of that file.
+        parts: `file`, `bytes` and `sha256` of each file of the weights folder that has some of the tensors; an index
+            in the Hub's form, `<file>.index.json`, says which. Empty if one file has them all.
         num_params: Number of parameters, buffers excluded.
         class_names: Name of each class, in the order of the logits.
+        class_descriptions: What each name stands for, such as WordNet's words for its identifiers, or None.
         input_size: Channels, height and width the metrics were measured at.
         mean: Channel means the input is normalised with, of values in [0, 1].
         std: Channel standard deviations, likewise.
@@ -61,8 +67,10 @@ class Checkpoint:
     file: str
     bytes: int
     sha256: str
+    parts: Sequence[dict[str, Any]]
     num_params: int
     class_names: Sequence[str]
+    class_descriptions: dict[str, str] | None
     input_size: Sequence[int]
     mean: Sequence[float]
     std: Sequence[float]
@@ -85,9 +93,14 @@ class Checkpoint:
         return f'{self.model}.{self.tag}'
 
     @property
+    def data_set(self) -> str:
+        """Short name of the data set, as the tag ends with it."""
+        return self.tag.rsplit('_', 1)[-1]
+
+    @property
     def path(self) -> Path:
-        """Where the file lies on this machine."""
-        return weights_dir() / self.file
+        """Where the file lies on this machine, or the first of its parts."""
+        return weights_dir() / (self.parts[0]['file'] if self.parts else self.file)
 
     def pretrained_cfg(self) -> dict[str, Any]:
         """The part of timm's pretrained configuration that the checkpoint decides."""
@@ -95,6 +108,7 @@ class Checkpoint:
             file=str(self.path),
             num_classes=len(self.class_names),
             label_names=tuple(self.class_names),
+            label_descriptions=self.class_descriptions,
             input_size=tuple(self.input_size),
             mean=tuple(self.mean),
             std=tuple(self.std),
@@ -157,24 +171,66 @@ def find_checkpoint(model: str, tag: str = '') -> Checkpoint:
 
 
 def verify_checkpoint(checkpoint: Checkpoint) -> None:
-    """Hold a checkpoint's file against the manifest.
+    """Hold a checkpoint's files against the manifest.
 
     Args:
         checkpoint: The manifest's entry.
 
     Raises:
-        CheckpointError: If the file is missing, truncated or altered.
+        CheckpointError: If a file is missing, truncated or altered.
     """
-    path = checkpoint.path
     remedy = 'Restore it with `git checkout` or reinstall timm-deluge.'
-    if not path.is_file():
-        raise CheckpointError(f'{path}: the file of {checkpoint.name} is missing. {remedy}')
-    size = path.stat().st_size
-    if size != checkpoint.bytes:
-        raise CheckpointError(f'{path}: {size} bytes, but the manifest says {checkpoint.bytes}. {remedy}')
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    if sha256 != checkpoint.sha256:
-        raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {checkpoint.sha256}. {remedy}')
+    for part in checkpoint.parts or [asdict(checkpoint)]:
+        path = weights_dir() / part['file']
+        if not path.is_file():
+            raise CheckpointError(f'{path}: the file of {checkpoint.name} is missing. {remedy}')
+        size = path.stat().st_size
+        if size != part['bytes']:
+            raise CheckpointError(f'{path}: {size} bytes, but the manifest says {part["bytes"]}. {remedy}')
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if sha256 != part['sha256']:
+            raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {part["sha256"]}. {remedy}')
+
+
+def load_checkpoint(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Read a checkpoint's tensors, as they are stored.
+
+    Args:
+        checkpoint: The manifest's entry.
+
+    Returns:
+        The tensors by name; they stay on the disk until they are used.
+
+    Raises:
+        CheckpointError: If a file is not what the manifest says.
+    """
+    verify_checkpoint(checkpoint)
+    return join_parts(load_file(checkpoint.path), checkpoint.path)
+
+
+def join_parts(state_dict: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
+    """Add what a file is short of because the checkpoint was split.
+
+    Args:
+        state_dict: The tensors of the file; gets those of the other parts.
+        path: The file. One named `<name>-<number>-of-<count>.safetensors` is a part, and the index beside it,
+            `<name>.safetensors.index.json`, says where the Hugging Face Hub's convention has put each tensor.
+
+    Returns:
+        The same dictionary. The tensors stay on the disk until they are used.
+    """
+    path = Path(path)
+    if part := re.fullmatch(r'(.+)-\d{5}-of-\d{5}', path.stem):
+        index = path.with_name(f'{part[1]}.safetensors.index.json')
+        weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+        for file in sorted({file for name, file in weight_map.items() if name not in state_dict}):
+            state_dict.update(load_file(path.with_name(file)))
+    return state_dict
+
+
+def joined_bytes(state_dict: dict[str, torch.Tensor]) -> bytes:
+    """Make the content of the one file, for the Hugging Face Hub, of a checkpoint that lies in parts here."""
+    return save(state_dict, metadata={'format': 'pt'})
 
 
 def verify_download(hf_hub_id: str, filename: str = HUB_FILE, cache_dir: str | Path | None = None) -> None:
