@@ -1,4 +1,5 @@
 """A checkpoint goes to the Hugging Face Hub and comes back as it was, or not at all; the real client on our side."""
+import hashlib
 import json
 import os
 import subprocess
@@ -69,12 +70,26 @@ def test_checkpoint_comes_back_as_it_was(server, call, publish, scratch_weights)
     assert loaded.stdout.split() == ['class_7', '0.5', '0.5', '0.5', str(float(total))]
 
 
+def test_parts_are_published_as_one_file(server, call, publish, split_weights):
+    checkpoint = weights.find_checkpoint('delugenet146')
+    total = weights.load_checkpoint(checkpoint)['stem.conv.weight'].float().sum()
+    result = publish()
+    assert result.returncode == 0, result.stderr
+    files = server.repos[REPO]
+    assert files.keys() == {'README.md', 'config.json', 'model.safetensors'}
+    assert hashlib.sha256(files['model.safetensors']).hexdigest() == checkpoint.sha256
+    loaded = call(LOAD)
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.split()[-1] == str(float(total))
+
+
 def test_config_and_card_are_those_of_the_checkpoint(scratch_weights):
     checkpoint = weights.find_checkpoint('delugenet146')
     files = hub_files(checkpoint, REPO)
     config = json.loads(files['config.json'])
     assert (config['architecture'], config['num_classes']) == ('delugenet146', 100)
     assert config['label_names'] == checkpoint.class_names and config['pretrained_cfg']['tag'] == 'test_random'
+    assert config['label_descriptions'] == checkpoint.class_descriptions
     assert not config['pretrained_cfg'].keys() & {'file', 'url'}
     assert 'model_args' not in config  # transformers' wrapper of timm would pass them twice
     card = ModelCard(files['README.md'].decode())

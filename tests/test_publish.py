@@ -115,6 +115,16 @@ def test_accuracy_without_inexact_images(run_dir, data_dir, weights_dir):
     assert weights.list_checkpoints() == [checkpoint]
 
 
+def test_class_descriptions_are_taken_from_a_list_of_words(run_dir, data_dir, weights_dir):
+    words = {'class_0': 'zero, nought', 'class_5': 'five', 'class_10': 'ten', 'class_99': 'of no class here'}
+    checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE, class_descriptions=words)
+    assert checkpoint.class_descriptions == {'class_0': 'zero, nought', 'class_5': 'five', 'class_10': 'ten'}
+    del words['class_5']
+    with pytest.raises(ValueError, match="the class folder 'class_5' has no description"):
+        add_checkpoint([run_dir], 'test_other', data_dir, **PROVENANCE, class_descriptions=words)
+    assert weights.list_checkpoints() == [checkpoint]
+
+
 def test_checkpoint_that_training_started_from_is_recorded(run_dir, data_dir, weights_dir):
     base = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert base.base_model is None

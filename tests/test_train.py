@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_deluge.cli import EXAMPLE_IMAGE
 from timm_deluge.recipes import list_recipes, recipe_path
 from timm_deluge.weights import list_checkpoints
 
 SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', ''))
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
 pytestmark = pytest.mark.skipif(
     not os.environ.get('TIMM_SCRIPTS'),
     reason="TIMM_SCRIPTS does not name a checkout of timm's repository, which has train.py and validate.py")
@@ -23,13 +25,15 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """Twelve pictures of noise in two classes."""
+    """Twelve pieces of a photograph in two classes."""
     rng = np.random.default_rng(0)
+    photograph = Image.open(EXAMPLE_IMAGE)
     for split in ('train', 'validation'):
         for i in range(12):
             path = tmp_path / 'images' / split / f'class_{i % 2}' / f'{i}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+            x, y = (int(rng.integers(size - 32)) for size in photograph.size)
+            photograph.crop((x, y, x + 32, y + 32)).save(path)
     return tmp_path / 'images'
 
 
@@ -39,22 +43,29 @@ def run(*command) -> str:
     return result.stdout + result.stderr
 
 
-def train_command(recipe, images, output, *options) -> list[str]:
+def train_command(recipe, images, output, *options, launcher=()) -> list[str]:
     """timm's train.py for a few steps of four images."""
-    command = [SCRIPTS / 'train.py', '--config', recipe_path(recipe), '--data-dir', images, '--output', output,
-               '--experiment', 'run', '--device', 'cpu', '--batch-size', 4, '--workers', 1, *options]
+    command = [
+        *launcher, SCRIPTS / 'train.py', '--config', recipe_path(recipe), '--data-dir', images, '--output', output,
+        '--experiment', 'run', '--device', 'cpu', '--batch-size', 4, '--workers', 1, *options]
     return list(map(str, command))
 
 
-def train(recipe, images, output, *options) -> list[dict[str, str]]:
+def train(recipe, images, output, *options, launcher=()) -> list[dict[str, str]]:
     """Train; return the epochs' summaries."""
-    run(*train_command(recipe, images, output, *options))
+    run(*train_command(recipe, images, output, *options, launcher=launcher))
     return list(csv.DictReader((output / 'run' / 'summary.csv').open()))
 
 
 @pytest.mark.parametrize('recipe', list_recipes())
 def test_recipe_trains(recipe, images, tmp_path):
     epochs = train(recipe, images, tmp_path / 'out', '--epochs', 1, '--warmup-epochs', 0)
+    assert len(epochs) == 1 and 0 < float(epochs[0]['train_loss']) < 20
+
+
+def test_recipe_trains_in_two_processes(images, tmp_path):
+    options = ('--epochs', 1, '--batch-size', 2)
+    epochs = train('imagenet_delugenet92', images, tmp_path / 'out', *options, launcher=TORCHRUN)
     assert len(epochs) == 1 and 0 < float(epochs[0]['train_loss']) < 20
 
 
@@ -66,18 +77,20 @@ def test_training_resumes_after_its_last_epoch(images, tmp_path):
     assert [e['epoch'] for e in first] == ['0', '1', '2'] and [e['epoch'] for e in resumed] == ['2']
 
 
-def test_killed_training_loses_only_its_current_epoch(images, tmp_path):
+@pytest.mark.parametrize('launcher', [[], TORCHRUN], ids=['one process', 'two processes'])
+def test_killed_training_loses_only_its_current_epoch(images, tmp_path, launcher):
     options = ('--epochs', 3, '--warmup-epochs', 0)
     last = tmp_path / 'out' / 'run' / 'last.pth.tar'
-    command = train_command('cifar100_delugenet146', images, tmp_path / 'out', *options)
+    command = train_command('cifar100_delugenet146', images, tmp_path / 'out', *options, launcher=launcher)
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not last.exists() and process.poll() is None:
         time.sleep(0.05)
-    process.kill()
+    subprocess.run(['pkill', '-KILL', '-f', str(tmp_path / 'out')], check=True)  # torchrun's workers, too
     assert process.wait() == -signal.SIGKILL
     done = torch.load(last, weights_only=False)['epoch']
     assert done < 2
-    resumed = train('cifar100_delugenet146', images, tmp_path / 'resumed', *options, '--resume', last)
+    options += ('--resume', last)
+    resumed = train('cifar100_delugenet146', images, tmp_path / 'resumed', *options, launcher=launcher)
     assert [int(e['epoch']) for e in resumed] == list(range(done + 1, 3))
 
 

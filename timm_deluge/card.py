@@ -143,6 +143,12 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
     paper = f' The paper reports an error of {published} %.' if published else ''
     without = (f' On the {exact["num_images"]:,} of them that are exact copies of the published ones: '
                f'{100 - exact["top1"]:.2f} %.') if exact else ''
+    other_data = [] if checkpoint.data_set in PUBLISHED[checkpoint.model].top1_error else [
+        f'Not the data that the paper trains `{checkpoint.model}` on: these weights know the '
+        f'{len(checkpoint.class_names)} classes of {checkpoint.dataset["name"]}, at '
+        f'{"×".join(map(str, checkpoint.input_size[1:]))} pixels. They are for trying the architecture, for features '
+        'of small images and as a start of fine-tuning; not for recognising photographs, nor a measure of what the '
+        'architecture can do.']
     rows = [
         ('architecture', f'`{checkpoint.model}`, {checkpoint.num_params:,} parameters'),
         ('data', f'{checkpoint.dataset["name"]}, {checkpoint.dataset["train_images"]:,} images; '
@@ -152,12 +158,16 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
                      f'log in `reports/training/{checkpoint.name}.csv`'),
         ('input', f'{"×".join(map(str, checkpoint.input_size))}, {checkpoint.interpolation} interpolation, '
                   f'mean {tuple(checkpoint.mean)}, std {tuple(checkpoint.std)}'),
-        ('file', f'`{checkpoint.file}`, {checkpoint.bytes:,} bytes, SHA-256 `{checkpoint.sha256}`'),
+        ('file', f'`{checkpoint.file}`, {checkpoint.bytes:,} bytes, SHA-256 `{checkpoint.sha256}`'
+                 + (', joined from the parts' if checkpoint.parts else '')),
+        *(('part', f'`{part["file"]}`, {part["bytes"]:,} bytes, SHA-256 `{part["sha256"]}`')
+          for part in checkpoint.parts),
         ('reproduce', f'`{checkpoint.command}`'),
     ]
     return '\n\n'.join([
         f'### {checkpoint.name}',
         f'Error on {checkpoint.metrics["num_images"]:,} test images: {_error(checkpoint)} % (top-5: '
         f'{100 - checkpoint.metrics["top5"]:.2f} %), measured from the published fp16 file.{without}{paper}',
+        *other_data,
         tabulate(rows, headers=('', checkpoint.tag), tablefmt='github', disable_numparse=True),
     ])
