@@ -17,14 +17,18 @@ import timm_deluge  # noqa: F401 registers the models
 
 
 def create_model(mode: str) -> nn.Module:
-    """The same model in every process; with `frozen`, batch normalisation uses its running statistics."""
+    """The same model in every process.
+
+    With `frozen`, batch normalisation uses its running statistics. With `synchronised`, where statistics are summed in
+    another order, float64 keeps 146 layers from turning the last digit's difference into a visible one.
+    """
     torch.manual_seed(0)
     model = timm.create_model('delugenet146', num_classes=3).to(memory_format=torch.channels_last)
-    return model.train(mode != 'frozen')
+    return model.to(torch.float64 if mode == 'synchronised' else torch.float32).train(mode != 'frozen')
 
 
 def normalise_over_processes(module: nn.SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
-    """What SyncBatchNorm computes; torch's own takes no tensors of a CPU."""
+    """What SyncBatchNorm computes; torch's own, and its DistributedDataParallel with it, insist on CUDA devices."""
     def mean(values: torch.Tensor) -> torch.Tensor:
         return all_reduce(values.mean((0, 2, 3), keepdim=True)) / dist.get_world_size()
 
@@ -38,9 +42,10 @@ def normalise_over_processes(module: nn.SyncBatchNorm, x: torch.Tensor) -> torch
 def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches) -> list[dict[str, torch.Tensor]]:
     """Train; return each step's gradients."""
     gradients = []
+    dtype = next(model.parameters()).dtype
     for images, targets in batches:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), targets).backward()
+        nn.functional.cross_entropy(model(images.to(dtype)), targets).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
         optimizer.step()
     return gradients
@@ -53,6 +58,7 @@ def main(mode: str, images_path: str, out_path: str) -> None:
     if mode == 'synchronised':
         model = convert_sync_batchnorm(model)
         nn.SyncBatchNorm.forward = normalise_over_processes
+        DistributedDataParallel._passing_sync_batchnorm_handle = lambda ddp, module: None
     model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     batches = torch.load(images_path)
