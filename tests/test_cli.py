@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from timm_deluge import cli
 from timm_deluge.recipes import list_recipes, recipe_path
+from timm_deluge.weights import find_checkpoint
 from timm_deluge.weights import list_checkpoints
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -42,6 +43,11 @@ def test_predict_without_an_image_shows_the_packaged_photograph():
 
 
 @needs_checkpoint
+def test_predict_shows_what_the_class_names_stand_for():
+    (prediction,) = json.loads(invoke('predict', '--model', 'delugenet92', '--json').stdout)
+    assert {c['name'] for c in prediction['classes']} <= set(find_checkpoint('delugenet92').class_descriptions.values())
+
+
 def test_predict_json_of_a_folder(photos):
     result = invoke('predict', photos, '--json', '--top', 3, '--batch-size', 2)
     assert result.exit_code == 0, result.output

@@ -34,7 +34,7 @@ def data_dir(tmp_path):
 def run_dir(tmp_path):
     """What timm's train.py leaves behind."""
     torch.manual_seed(0)
-    model = timm.create_model('resnetlike146_1x1', num_classes=3)
+    model = timm.create_model('resnetlike146_1x1', num_classes=3).to(memory_format=torch.channels_last)
     folder = tmp_path / 'run'
     folder.mkdir()
     args = dict(model='resnetlike146_1x1', train_split='train', val_split='validation', epochs=8, seed=42,
@@ -92,6 +92,17 @@ def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
 
     again = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert weights.list_checkpoints() == [again]
+
+
+def test_large_checkpoint_is_split(run_dir, data_dir, weights_dir, monkeypatch):
+    monkeypatch.setattr('timm_deluge.publish.PART_BYTES', 4 * 2 ** 20)
+    checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
+    assert len(checkpoint.parts) == 3
+    trained = torch.load(run_dir / 'last.pth.tar')['state_dict']
+    published = weights.load_checkpoint(checkpoint)
+    assert published.keys() == trained.keys()
+    assert all(torch.equal(v, trained[k].half() if trained[k].is_floating_point() else trained[k])
+               for k, v in published.items())
 
 
 def test_log_of_a_resumed_run_has_every_epoch_once(run_dir, data_dir, weights_dir, tmp_path):

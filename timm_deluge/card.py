@@ -147,8 +147,8 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
         f'Not the data that the paper trains `{checkpoint.model}` on: these weights know the '
         f'{len(checkpoint.class_names)} classes of {checkpoint.dataset["name"]}, at '
         f'{"×".join(map(str, checkpoint.input_size[1:]))} pixels. They are for trying the architecture, for features '
-        'of small images and as a start of fine-tuning; not for recognising photographs, nor a measure of what the '
-        'architecture can do.']
+        'of small images and as a start of fine-tuning, where their use has yet to be measured; not for recognising '
+        'photographs, nor a measure of what the architecture can do.']
     rows = [
         ('architecture', f'`{checkpoint.model}`, {checkpoint.num_params:,} parameters'),
         ('data', f'{checkpoint.dataset["name"]}, {checkpoint.dataset["train_images"]:,} images; '

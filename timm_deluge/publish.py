@@ -94,7 +94,7 @@ def add_checkpoint(
             class_descriptions = {name: class_descriptions[name] for name in class_names}
         except KeyError as error:
             raise ValueError(f'the class folder {error} has no description') from None
-    published = {k: v.half() if v.is_floating_point() else v for k, v in state_dict.items()}
+    published = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state_dict.items()}
     model.load_state_dict(published)
     model.pretrained_cfg.update(input_config)
     loader = create_validation_loader(model, data_dir / args['val_split'], batch_size=250, workers=1)
@@ -153,11 +153,11 @@ def write_weights(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, A
             state_dict, folder, filename_pattern=f'{name}{{suffix}}.safetensors', max_shard_size=PART_BYTES)
         written = sorted(Path(folder).iterdir())
         parts = [_account(path.name, path.read_bytes()) for path in written if path.suffix == '.safetensors']
+        split = len(parts) > 1
+        whole = _account(f'{name}.safetensors', joined_bytes(state_dict)) if split else parts[0]
         for path in written:
             path.replace(weights_dir() / path.name)
-    if len(parts) == 1:
-        return {**parts[0], 'parts': []}
-    return {**_account(f'{name}.safetensors', joined_bytes(state_dict)), 'parts': parts}
+    return {**whole, 'parts': parts if split else []}
 
 
 def _account(file: str, data: bytes) -> dict[str, Any]:
