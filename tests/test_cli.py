@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 from timm_deluge import cli
 from timm_deluge.recipes import list_recipes, recipe_path
-from timm_deluge.weights import find_checkpoint
-from timm_deluge.weights import list_checkpoints
+from timm_deluge.weights import find_checkpoint, list_checkpoints
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 needs_checkpoint = pytest.mark.skipif(not list_checkpoints(), reason='no checkpoint is published yet')
