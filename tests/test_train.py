@@ -17,7 +17,8 @@ from timm_deluge.recipes import list_recipes, recipe_path
 from timm_deluge.weights import list_checkpoints
 
 SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', ''))
-TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2']
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
+            Path(__file__).with_name('train_on_cpus.py')]
 pytestmark = pytest.mark.skipif(
     not os.environ.get('TIMM_SCRIPTS'),
     reason="TIMM_SCRIPTS does not name a checkout of timm's repository, which has train.py and validate.py")
