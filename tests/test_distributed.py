@@ -62,4 +62,4 @@ def test_gradients_are_those_of_the_double_batch(mode, batches, tmp_path):
         assert f.keys() == e.keys()
         for name in f:
             difference = (f[name] - e[name]).norm() / e[name].norm().clamp(min=1e-6)
-            assert difference < 1e-3, f'step {step}, {name}: {difference}'
+            assert difference < 1e-6, f'step {step}, {name}: {difference}'

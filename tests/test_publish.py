@@ -95,7 +95,7 @@ def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
 
 
 def test_large_checkpoint_is_split(run_dir, data_dir, weights_dir, monkeypatch):
-    monkeypatch.setattr('timm_deluge.publish.PART_BYTES', 4 * 2 ** 20)
+    monkeypatch.setattr('timm_deluge.publish.PART_BYTES', 5 * 2 ** 20)
     checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert len(checkpoint.parts) == 3
     trained = torch.load(run_dir / 'last.pth.tar')['state_dict']

@@ -73,7 +73,7 @@ def add_checkpoint(
     if args.get('initial_checkpoint'):
         raise ValueError(f'{run_dir}: the run started from {args["initial_checkpoint"]}, which is not published; '
                          f'publish it, and start from it with --pretrained')
-    base_model = find_checkpoint(model_name, base_tag).name if args.get('pretrained') else None
+    base = find_checkpoint(model_name, base_tag) if args.get('pretrained') else None
     log = _read_log(run_dirs)
     epochs_done = 1 + max(log)
     if epochs_done < args['epochs']:
@@ -83,7 +83,9 @@ def add_checkpoint(
     state_dict = load_state_dict(str(run_dir / 'last.pth.tar'))
     train_set = create_dataset('', root=str(data_dir / args['train_split']))
     class_names = list_classes(train_set)
-    model: Any = timm.create_model(base_model or args['model'], num_classes=len(class_names))
+    model: Any = timm.create_model(
+        model_name if base else args['model'], num_classes=len(class_names),
+        pretrained_cfg_overlay=base.pretrained_cfg() if base else None)
     config = resolve_data_config(args, model=model)
     input_config = dict(
         input_size=list(config['input_size']), mean=list(config['mean']), std=list(config['std']),
@@ -122,7 +124,7 @@ def add_checkpoint(
             provenance=provenance,
             **(dict(inexact=sorted(inexact)) if inexact else {}),
         ),
-        base_model=base_model,
+        base_model=base.name if base else None,
         recipe=recipe,
         epochs=args['epochs'],
         seed=args['seed'],
