@@ -2,12 +2,15 @@
 import csv
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from timm_deluge.card import model_table
+from timm_deluge.report import create_report
 from timm_deluge.weights import list_checkpoints
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -33,6 +36,14 @@ def test_readme_shows_the_model_table(texts):
     readme = texts[REPOSITORY / 'README.md']
     assert '| `delugenet122`' in readme and '63,620,392' in readme
     assert all(f'{100 - c.metrics["top1"]:.2f}' in readme for c in list_checkpoints())
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_model_table_shows_the_best_checkpoint_for_a_data_set(order):
+    checkpoint = list_checkpoints()[0]
+    better, worse = (replace(checkpoint, metrics={**checkpoint.metrics, 'top1': top1}) for top1 in (92.5, 90.25))
+    table = model_table([create_report(checkpoint.model)], [better, worse][::order])
+    assert f'7.50 ({checkpoint.data_set})' in table and '9.75' not in table
 
 
 def test_model_card_is_in_hugging_face_form(texts):

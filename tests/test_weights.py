@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -112,6 +113,13 @@ def test_missing_or_altered_part_is_named(split_weights, create):
     split_weights[2].unlink()
     with pytest.raises(CheckpointError, match='00003-of-00004.safetensors: the file of .* is missing'):
         create()
+
+
+@pytest.mark.parametrize('damage', [Path.unlink, lambda path: path.write_text('{'), lambda path: path.write_text('{}')])
+def test_missing_or_malformed_index_is_named(split_weights, damage):
+    damage(split_weights[0].parent / 'delugenet146.test_random.safetensors.index.json')
+    with pytest.raises(CheckpointError, match='safetensors.index.json: not an index of .*-00001-of-00004.safetensors'):
+        create_from_scratch_checkpoint()
 
 
 def test_joining_parts_takes_no_more_memory_than_one_file(tmp_path):

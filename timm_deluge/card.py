@@ -38,15 +38,16 @@ def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint
 
     Args:
         reports: A report of each model.
-        checkpoints: The manifest.
+        checkpoints: The manifest; of a model's checkpoints for one data set, the best is shown.
 
     Returns:
         The table.
     """
     rows = []
+    from_worst_to_best = sorted(checkpoints, key=lambda c: c.metrics['top1'])
     for report in reports:
         published = PUBLISHED[report.name]
-        ours = {c.data_set: _error(c) for c in checkpoints if c.model == report.name}
+        ours = {c.data_set: _error(c) for c in from_worst_to_best if c.model == report.name}
         rows.append({
             'model': f'`{report.name}`',
             'input': f'{report.input_size[1]}²',

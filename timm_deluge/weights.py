@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 MANIFEST = 'manifest.json'
+REMEDY = 'Restore it with `git checkout` or reinstall timm-deluge.'
 HUB_FILE = 'model.safetensors'  # timm's name of a checkpoint in a repository of the Hugging Face Hub
 
 
@@ -179,17 +180,16 @@ def verify_checkpoint(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: If a file is missing, truncated or altered.
     """
-    remedy = 'Restore it with `git checkout` or reinstall timm-deluge.'
     for part in checkpoint.parts or [asdict(checkpoint)]:
         path = weights_dir() / part['file']
         if not path.is_file():
-            raise CheckpointError(f'{path}: the file of {checkpoint.name} is missing. {remedy}')
+            raise CheckpointError(f'{path}: the file of {checkpoint.name} is missing. {REMEDY}')
         size = path.stat().st_size
         if size != part['bytes']:
-            raise CheckpointError(f'{path}: {size} bytes, but the manifest says {part["bytes"]}. {remedy}')
+            raise CheckpointError(f'{path}: {size} bytes, but the manifest says {part["bytes"]}. {REMEDY}')
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         if sha256 != part['sha256']:
-            raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {part["sha256"]}. {remedy}')
+            raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {part["sha256"]}. {REMEDY}')
 
 
 def load_checkpoint(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -218,11 +218,18 @@ def join_parts(state_dict: dict[str, torch.Tensor], path: str | Path) -> dict[st
 
     Returns:
         The same dictionary. The tensors stay on the disk until they are used.
+
+    Raises:
+        CheckpointError: If there is no index, or it is not one.
     """
     path = Path(path)
     if part := re.fullmatch(r'(.+)-\d{5}-of-\d{5}', path.stem):
         index = path.with_name(f'{part[1]}.safetensors.index.json')
-        weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+        try:
+            weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f'{index}: not an index of {path.name} and its other parts ({error}). '
+                                  f'{REMEDY}') from error
         for file in sorted({file for name, file in weight_map.items() if name not in state_dict}):
             state_dict.update(load_file(path.with_name(file)))
     return state_dict
