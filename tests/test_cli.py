@@ -162,7 +162,9 @@ def test_recipe_prints_a_path_and_nothing_else():
 def test_recipe_trains_a_model_of_ours(name):
     options = yaml.safe_load(recipe_path(name).read_text())
     assert options['device_modules'] == ['timm_deluge']
-    assert timm.is_model(options['model']) and options['model'] in timm.list_models(module='delugenet')
+    model, _, tag = options['model'].partition('.')
+    assert model in timm.list_models(module='delugenet')
+    assert not tag or find_checkpoint(model, tag)
 
 
 @pytest.mark.parametrize('name', ['delugenet122', 'resnetlike146_1x1'])
