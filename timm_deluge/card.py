@@ -56,7 +56,7 @@ def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint
             'GFLOPs, fvcore': f'{report.flops / 1e9:.2f}',
             'GFLOPs, paper’s way': f'{report.paper_flops / 1e9:.2f}',
             'paper: GFLOPs': f'{published.gflops:g}' if published.gflops else '',
-            'error %: ours': ', '.join(f'{e} ({d})' for d, e in ours.items()) or 'not trained yet',
+            'error %: ours': ', '.join(f'{e} ({d})' for d, e in sorted(ours.items())) or 'not trained yet',
             'paper: error %': ', '.join(f'{e:.2f} ({d})' for d, e in published.top1_error.items()),
         })
     return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
