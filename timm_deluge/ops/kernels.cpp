@@ -1,94 +1,151 @@
-// The sums over layers and over positions for a CPU: a layer is read once, in tiles that stay in a core's first cache.
+// The sums over layers and over positions for a CPU: every layer is read once, and all sums run in registers.
 //
 // A layer is a matrix. In channels_last memory its rows are positions and its columns are channels (BY_COLUMN); in
 // contiguous memory its rows are the channels of one image after the other and its columns are positions.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
 
-constexpr int64_t TILE = 2048;  // elements
+#ifdef __AVX512F__
+constexpr int WIDTH = 16;  // floats in a vector
+#else
+constexpr int WIDTH = 8;
+#endif
+constexpr int UNROLL = 4;        // vectors that share a weight
+constexpr int64_t ROWS = 64;     // whose products a float may sum
+constexpr int64_t COLUMNS = 2048;
 
-// GCC vectorises a store through an assignment, but not one through a constructor.
+using Floats = float __attribute__((vector_size(4 * WIDTH)));
+using Words = uint32_t __attribute__((vector_size(4 * WIDTH)));
+using HalfWords = uint16_t __attribute__((vector_size(2 * WIDTH)));
+
 struct bfloat16 {
     uint16_t bits;
-
-    bfloat16& operator=(float value) {
-        bits = round(value);
-        return *this;
-    }
-    operator float() const { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
-
-private:
-    static uint16_t round(float value) {  // to the nearest, ties to even
-        const uint32_t wide = __builtin_bit_cast(uint32_t, value);
-        return value == value ? (wide + 0x7fff + (wide >> 16 & 1)) >> 16 : 0x7fc0;
-    }
 };
+
+Floats widen(Floats values) { return values; }
+Floats widen(HalfWords bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
+
+void narrow(Floats values, Floats& to) { to = values; }
+void narrow(Floats values, HalfWords& to) {  // rounds to the nearest, ties to even
+    const Words wide = (Words)values, rounded = (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
+    to = __builtin_convertvector(values == values ? rounded : Words{} + 0x7fc0, HalfWords);
+}
+
+template <class T>
+using Vector = std::conditional_t<std::is_same_v<T, float>, Floats, HalfWords>;
+
+// WHOLE vectors have WIDTH elements, others the first `count`.
+template <bool WHOLE, class T>
+Floats load(const T* from, int count) {
+    Vector<T> values{};
+    std::memcpy(&values, from, WHOLE ? sizeof values : count * sizeof(T));
+    return widen(values);
+}
+
+template <bool WHOLE, class T>
+void store(Floats values, T* to, int count) {
+    Vector<T> narrowed;
+    narrow(values, narrowed);
+    std::memcpy(to, &narrowed, WHOLE ? sizeof narrowed : count * sizeof(T));
+}
 
 struct Shape {
     int64_t rows, columns, channels;
 };
 
 struct Tile {
-    int64_t row, end_row, column, columns;
+    int64_t row, end_row, column, end_column;
 };
 
-struct Pair {
-    float first, second;
+// M vectors of one matrix, and the channel that they are, or begin with, in each matrix.
+template <bool BY_COLUMN, int M, bool WHOLE>
+struct Vectors {
+    static constexpr int size = M;
+    int64_t offset, step, channel;
+    int count;
+
+    template <class T>
+    Floats load(const T* layer, int m) const {
+        return ::load<WHOLE>(layer + offset + m * step, count);
+    }
+    template <class T>
+    void store(Floats values, T* layer, int m) const {
+        ::store<WHOLE>(values, layer + offset + m * step, count);
+    }
+    Floats parameter(const float* of_channels) const {
+        const Floats of_one_channel = Floats{} + of_channels[channel];
+        return ::load<WHOLE>(
+            BY_COLUMN ? of_channels + channel : reinterpret_cast<const float*>(&of_one_channel), count);
+    }
 };
 
-template <class Work>
+template <bool BY_COLUMN, class Work>
 void for_each_tile(const Shape& shape, int threads, const Work& work) {
-    const int64_t width = std::min(shape.columns, TILE), across = (shape.columns + width - 1) / width;
-    const int64_t height = TILE / width, tiles = across * ((shape.rows + height - 1) / height);
+    const int64_t height = BY_COLUMN ? ROWS : 1, width = BY_COLUMN ? shape.columns : std::min(shape.columns, COLUMNS);
+    const int64_t across = (shape.columns + width - 1) / width, tiles = across * ((shape.rows + height - 1) / height);
 #pragma omp parallel for num_threads(threads)
     for (int thread = 0; thread < threads; thread++)
         for (int64_t i = tiles * thread / threads; i < tiles * (thread + 1) / threads; i++) {
             const int64_t row = i / across * height, column = i % across * width;
-            work(Tile{row, std::min(row + height, shape.rows), column, std::min(width, shape.columns - column)}, thread);
+            work(Tile{row, std::min(row + height, shape.rows), column, std::min(column + width, shape.columns)}, thread);
         }
 }
 
-// Adds N layers to the biases (FIRST) or to a tile's sums, of R results; these go out (LAST) or into the sums.
-template <bool BY_COLUMN, int N, int R, bool FIRST, bool LAST, class T>
-void add_layers(const T* const* layers, int64_t first_layer, const float* const* weights, const float* const* biases,
-                float* sums, T* const* outs, float floor, const Shape& shape, const Tile& tile) {
-    for (int64_t r = tile.row; r < tile.end_row; r++, sums += tile.columns) {
-        const int64_t channel = BY_COLUMN ? tile.column : r % shape.channels;
-        const int64_t offset = r * shape.columns + tile.column;
-#pragma omp simd
-        for (int64_t c = 0; c < tile.columns; c++) {
-            const int64_t k = channel + (BY_COLUMN ? c : 0);
-            float values[N];
-            for (int i = 0; i < N; i++) values[i] = layers[first_layer + i][offset + c];
-            for (int j = 0; j < R; j++) {
-                float sum = FIRST ? biases[j][k] : sums[j * TILE + c];
-                for (int i = 0; i < N; i++) sum += weights[j][(first_layer + i) * shape.channels + k] * values[i];
-                if (LAST) outs[j][offset + c] = j == 0 && sum < floor ? floor : sum;
-                else sums[j * TILE + c] = sum;
-            }
-        }
-    }
+template <bool BY_COLUMN, int M, class Work>
+void for_each_vectors_of_rows(const Shape& shape, const Tile& tile, int64_t row, const Work& work) {
+    constexpr int64_t across = BY_COLUMN ? WIDTH : M * WIDTH;
+    const int64_t step = BY_COLUMN ? shape.columns : WIDTH, first = row * shape.columns;
+    const int64_t channel = BY_COLUMN ? 0 : row % shape.channels;
+    int64_t c = tile.column;
+    for (; c + across <= tile.end_column; c += across)
+        work(Vectors<BY_COLUMN, M, true>{first + c, step, BY_COLUMN ? c : channel, WIDTH});
+    if constexpr (!BY_COLUMN)
+        for (; c + WIDTH <= tile.end_column; c += WIDTH)
+            work(Vectors<BY_COLUMN, 1, true>{first + c, step, channel, WIDTH});
+    if (c < tile.end_column)
+        work(Vectors<BY_COLUMN, BY_COLUMN ? M : 1, false>{
+            first + c, step, BY_COLUMN ? c : channel, int(tile.end_column - c)});
+}
+
+template <bool BY_COLUMN, class Work>
+void for_each_vectors(const Shape& shape, const Tile& tile, const Work& work) {
+    int64_t r = tile.row;
+    if constexpr (BY_COLUMN)
+        for (; r + UNROLL <= tile.end_row; r += UNROLL) for_each_vectors_of_rows<true, UNROLL>(shape, tile, r, work);
+    for (; r < tile.end_row; r++)
+        for_each_vectors_of_rows<BY_COLUMN, BY_COLUMN ? 1 : UNROLL>(shape, tile, r, work);
 }
 
 template <bool BY_COLUMN, int R, class T>
 void combine_results(const T* const* layers, int64_t num_layers, const float* const* weights,
                      const float* const* biases, T* const* outs, bool relu, const Shape& shape, int threads) {
-    const float floor = relu ? 0 : -std::numeric_limits<float>::infinity();
-    for_each_tile(shape, threads, [=](const Tile& tile, int) {
-        float sums[R * TILE];
-        const auto add = [&](auto add_layers, int64_t i) {
-            add_layers(layers, i, weights, biases, sums, outs, floor, shape, tile);
-        };
-        if (num_layers == 1) return add(add_layers<BY_COLUMN, 1, R, true, true, T>, 0);
-        add(add_layers<BY_COLUMN, 1, R, true, false, T>, 0);
-        int64_t i = 1;
-        for (; i + 4 < num_layers; i += 4) add(add_layers<BY_COLUMN, 4, R, false, false, T>, i);
-        for (; i + 1 < num_layers; i++) add(add_layers<BY_COLUMN, 1, R, false, false, T>, i);
-        add(add_layers<BY_COLUMN, 1, R, false, true, T>, i);
+    const Floats floor = Floats{} + (relu ? 0 : -std::numeric_limits<float>::infinity());
+    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& tile, int) {
+        for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
+            Floats sums[R][vectors.size];
+            for (int j = 0; j < R; j++) {
+                const Floats bias = vectors.parameter(biases[j]);
+                for (int m = 0; m < vectors.size; m++) sums[j][m] = bias;
+            }
+            for (int64_t i = 0; i < num_layers; i++) {
+                Floats values[vectors.size];
+                for (int m = 0; m < vectors.size; m++) values[m] = vectors.load(layers[i], m);
+                for (int j = 0; j < R; j++) {
+                    const Floats weight = vectors.parameter(weights[j] + i * shape.channels);
+                    for (int m = 0; m < vectors.size; m++) sums[j][m] += weight * values[m];
+                }
+            }
+            for (int m = 0; m < vectors.size; m++) {
+                vectors.store(sums[0][m] < floor ? floor : sums[0][m], outs[0], m);
+                for (int j = 1; j < R; j++) vectors.store(sums[j][m], outs[j], m);
+            }
+        });
     });
 }
 
@@ -104,96 +161,90 @@ void combine(const T* const* layers, int64_t num_layers, const float* const* wei
             layers, num_layers, weights + k, biases + k, outs + k, relu && k == 0, shape, threads);
 }
 
-// Adds N gradients to a tile's sums, and each one's products with the tile's values to its own dots.
-template <bool BY_COLUMN, int N, class T>
-void add_grads(const T* const* grads, const float* weight, const float* values, float* sums, double* dots,
-               const Shape& shape, const Tile& tile) {
-    float column_dots[N * TILE];
-    std::fill_n(column_dots, BY_COLUMN ? N * tile.columns : 0, 0.f);
-    for (int64_t r = tile.row; r < tile.end_row; r++, sums += tile.columns, values += tile.columns) {
-        const int64_t channel = BY_COLUMN ? tile.column : r % shape.channels;
-        const int64_t offset = r * shape.columns + tile.column;
-        float row_dots[N] = {};
-#pragma omp simd reduction(+ : row_dots)
-        for (int64_t c = 0; c < tile.columns; c++) {
-            float sum = sums[c];
-            for (int i = 0; i < N; i++) {
-                const float grad = grads[i][offset + c];
-                sum += weight[i * shape.channels + channel + (BY_COLUMN ? c : 0)] * grad;
-                (BY_COLUMN ? column_dots[i * tile.columns + c] : row_dots[i]) += grad * values[c];
-            }
-            sums[c] = sum;
-        }
-        for (int i = 0; !BY_COLUMN && i < N; i++) dots[i * shape.channels + channel] += row_dots[i];
+// Adds a tile's sums, one for each channel or the lanes of one channel's, to their totals, and clears them.
+template <bool BY_COLUMN>
+void move_sums(float* sums, double* totals, const Shape& shape, const Tile& tile) {
+    double* total = totals + (BY_COLUMN ? 0 : tile.row % shape.channels);
+    for (int64_t k = 0; k < (BY_COLUMN ? shape.channels : WIDTH); k++) {
+        total[BY_COLUMN ? k : 0] += sums[k];
+        sums[k] = 0;
     }
-    for (int i = 0; BY_COLUMN && i < N; i++)
-        for (int64_t c = 0; c < tile.columns; c++)
-            dots[i * shape.channels + tile.column + c] += column_dots[i * tile.columns + c];
 }
 
 // dots: zeros, [threads, num_grads, channels]
 template <bool BY_COLUMN, class T>
 void combine_backward(const T* const* grads, int64_t num_grads, const float* weight, const T* layer, const float* mean,
                       T* out, double* dots, const Shape& shape, int threads) {
-    for_each_tile(shape, threads, [=](const Tile& tile, int thread) {
-        float sums[TILE] = {}, values[TILE];
-        for (int64_t r = tile.row, k = 0; r < tile.end_row; r++)
-            for (int64_t c = 0; c < tile.columns; c++, k++)
-                values[k] = layer[r * shape.columns + tile.column + c]
-                    - mean[BY_COLUMN ? tile.column + c : r % shape.channels];
-        double* dot = dots + thread * num_grads * shape.channels;
-        int64_t i = 0;
-        for (; i + 4 <= num_grads; i += 4)
-            add_grads<BY_COLUMN, 4>(
-                grads + i, weight + i * shape.channels, values, sums, dot + i * shape.channels, shape, tile);
-        for (; i < num_grads; i++)
-            add_grads<BY_COLUMN, 1>(
-                grads + i, weight + i * shape.channels, values, sums, dot + i * shape.channels, shape, tile);
-        for (int64_t r = tile.row, k = 0; r < tile.end_row; r++, k += tile.columns)
-            std::copy_n(sums + k, tile.columns, out + r * shape.columns + tile.column);
+    const int64_t num_sums = BY_COLUMN ? (shape.channels + WIDTH - 1) / WIDTH * WIDTH : WIDTH;
+    std::vector<float> all_sums(threads * num_grads * num_sums);
+    float* const first_sums = all_sums.data();
+    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& tile, int thread) {
+        float* const sums = first_sums + thread * num_grads * num_sums;
+        for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
+            Floats values[vectors.size], results[vectors.size];
+            for (int m = 0; m < vectors.size; m++) {
+                values[m] = vectors.load(layer, m) - vectors.parameter(mean);
+                results[m] = Floats{};
+            }
+            for (int64_t i = 0; i < num_grads; i++) {
+                float* const sum = sums + i * num_sums + (BY_COLUMN ? vectors.channel : 0);
+                const Floats scale = vectors.parameter(weight + i * shape.channels);
+                Floats dot = load<true>(sum, WIDTH);
+                for (int m = 0; m < vectors.size; m++) {
+                    const Floats grad = vectors.load(grads[i], m);
+                    results[m] += scale * grad;
+                    dot += grad * values[m];
+                }
+                store<true>(dot, sum, WIDTH);
+            }
+            for (int m = 0; m < vectors.size; m++) vectors.store(results[m], out, m);
+        });
+        for (int64_t i = 0; i < num_grads; i++)
+            move_sums<BY_COLUMN>(
+                sums + i * num_sums, dots + (thread * num_grads + i) * shape.channels, shape, tile);
     });
 }
 
-// Sums two terms of every element, terms(position, channel), over its channel: [2, channels].
+struct Pair {
+    Floats first, second;
+};
+
+// Sums two terms of every element, terms(vectors, m), over its channel: [2, channels].
 template <bool BY_COLUMN, class Terms>
 std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& terms) {
-    std::vector<double> sums(threads * 2 * shape.channels);
-    for_each_tile(shape, threads, [=, &sums](const Tile& tile, int thread) {
-        double *first = &sums[thread * 2 * shape.channels], *second = first + shape.channels;
-        float column_first[TILE], column_second[TILE];
-        std::fill_n(column_first, BY_COLUMN ? tile.columns : 0, 0.f);
-        std::fill_n(column_second, BY_COLUMN ? tile.columns : 0, 0.f);
-        for (int64_t r = tile.row; r < tile.end_row; r++) {
-            const int64_t channel = BY_COLUMN ? tile.column : r % shape.channels;
-            const int64_t offset = r * shape.columns + tile.column;
-            float row_first = 0, row_second = 0;
-#pragma omp simd reduction(+ : row_first, row_second)
-            for (int64_t c = 0; c < tile.columns; c++) {
-                const Pair pair = terms(offset + c, channel + (BY_COLUMN ? c : 0));
-                (BY_COLUMN ? column_first[c] : row_first) += pair.first;
-                (BY_COLUMN ? column_second[c] : row_second) += pair.second;
+    const int64_t num_sums = BY_COLUMN ? (shape.channels + WIDTH - 1) / WIDTH * WIDTH : WIDTH;
+    std::vector<double> totals(threads * 2 * shape.channels);
+    std::vector<float> all_sums(threads * 2 * num_sums);
+    for_each_tile<BY_COLUMN>(shape, threads, [=, &totals, &all_sums](const Tile& tile, int thread) {
+        float *const first = &all_sums[thread * 2 * num_sums], *const second = first + num_sums;
+        for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
+            const int64_t k = BY_COLUMN ? vectors.channel : 0;
+            Floats first_sum = load<true>(first + k, WIDTH), second_sum = load<true>(second + k, WIDTH);
+            for (int m = 0; m < vectors.size; m++) {
+                const Pair pair = terms(vectors, m);
+                first_sum += pair.first;
+                second_sum += pair.second;
             }
-            if (BY_COLUMN) continue;
-            first[channel] += row_first;
-            second[channel] += row_second;
-        }
-        for (int64_t c = 0; BY_COLUMN && c < tile.columns; c++) {
-            first[tile.column + c] += column_first[c];
-            second[tile.column + c] += column_second[c];
-        }
+            store<true>(first_sum, first + k, WIDTH);
+            store<true>(second_sum, second + k, WIDTH);
+        });
+        double* const total = &totals[thread * 2 * shape.channels];
+        move_sums<BY_COLUMN>(first, total, shape, tile);
+        move_sums<BY_COLUMN>(second, total + shape.channels, shape, tile);
     });
-    for (int64_t i = 2 * shape.channels; i < int64_t(sums.size()); i++) sums[i % (2 * shape.channels)] += sums[i];
-    return sums;
+    for (int64_t i = 2 * shape.channels; i < int64_t(totals.size()); i++) totals[i % (2 * shape.channels)] += totals[i];
+    return totals;
 }
 
 template <bool BY_COLUMN, class T>
 void moments(const T* x, float* mean, float* var, const Shape& shape, int threads) {
     // of distances from one element, since the squares of a large mean would swallow a small variance
     std::vector<float> origin(shape.channels);
-    for (int64_t k = 0; k < shape.channels; k++) origin[k] = x[BY_COLUMN ? k : k * shape.columns];
+    for (int64_t k = 0; k < shape.channels; k++)
+        origin[k] = load<false>(x + (BY_COLUMN ? k : k * shape.columns), 1)[0];
     const float* from = origin.data();
-    const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](int64_t i, int64_t k) {
-        const float distance = x[i] - from[k];
+    const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](auto vectors, int m) {
+        const Floats distance = vectors.load(x, m) - vectors.parameter(from);
         return Pair{distance, distance * distance};
     });
     const double count = double(shape.rows) * shape.columns / shape.channels;
@@ -202,11 +253,6 @@ void moments(const T* x, float* mean, float* var, const Shape& shape, int thread
         mean[k] = origin[k] + distance;
         var[k] = std::max(square - distance * distance, 0.);
     }
-}
-
-template <class T>
-float relu_grad(float grad, const T& x, float scale, float shift) {
-    return shift + scale * x <= 0 ? 0 : grad;
 }
 
 template <bool BY_COLUMN, class T>
@@ -220,9 +266,13 @@ void norm_act_backward(const T* grads, const T* x, const float* weight, const fl
         scale[k] = weight[k] * invstd[k];
         shift[k] = bias[k] - scale[k] * mean[k];
     }
-    const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](int64_t i, int64_t k) {
-        const float grad = relu_grad(grads[i], x[i], scale[k], shift[k]);
-        return Pair{grad, grad * (x[i] - mean[k])};
+    const auto relu_grad = [=](auto vectors, int m, Floats values) {
+        const Floats result = vectors.parameter(shift) + vectors.parameter(scale) * values;
+        return result <= 0.f ? Floats{} : vectors.load(grads, m);
+    };
+    const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](auto vectors, int m) {
+        const Floats values = vectors.load(x, m), grad = relu_grad(vectors, m, values);
+        return Pair{grad, grad * (values - vectors.parameter(mean))};
     });
     const double count = double(shape.rows) * shape.columns / shape.channels;
     for (int64_t k = 0; k < shape.channels; k++) {
@@ -232,16 +282,14 @@ void norm_act_backward(const T* grads, const T* x, const float* weight, const fl
         x_scale[k] = -scale[k] * invstd[k] * weight_grad[k] / count;
         offset[k] = -scale[k] * bias_grad[k] / count - x_scale[k] * mean[k];
     }
-    for_each_tile(shape, threads, [=](const Tile& tile, int) {
-        for (int64_t r = tile.row; r < tile.end_row; r++) {
-            const int64_t channel = BY_COLUMN ? tile.column : r % shape.channels;
-            const int64_t begin = r * shape.columns + tile.column;
-#pragma omp simd
-            for (int64_t c = 0; c < tile.columns; c++) {
-                const int64_t i = begin + c, k = channel + (BY_COLUMN ? c : 0);
-                out[i] = scale[k] * relu_grad(grads[i], x[i], scale[k], shift[k]) + x_scale[k] * x[i] + offset[k];
+    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& tile, int) {
+        for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
+            for (int m = 0; m < vectors.size; m++) {
+                const Floats values = vectors.load(x, m), grad = relu_grad(vectors, m, values);
+                const Floats centred = vectors.parameter(x_scale) * values + vectors.parameter(offset);
+                vectors.store(vectors.parameter(scale) * grad + centred, out, m);
             }
-        }
+        });
     });
 }
 
