@@ -3,11 +3,15 @@
 // A layer is a matrix. In channels_last memory its rows are positions and its columns are channels (BY_COLUMN); in
 // contiguous memory its rows are the channels of one image after the other and its columns are positions.
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -18,11 +22,15 @@ constexpr int WIDTH = 8;
 #endif
 constexpr int UNROLL = 4;        // vectors that share a weight
 constexpr int64_t ROWS = 64;     // whose products a float may sum
-constexpr int64_t COLUMNS = 2048;
+constexpr int64_t VECTORS = 64;  // whose sums stay in a core's first cache
+constexpr int64_t COLUMNS = VECTORS / UNROLL * WIDTH;
 
 using Floats = float __attribute__((vector_size(4 * WIDTH)));
 using Words = uint32_t __attribute__((vector_size(4 * WIDTH)));
 using HalfWords = uint16_t __attribute__((vector_size(2 * WIDTH)));
+
+template <int value>
+using Int = std::integral_constant<int, value>;
 
 struct bfloat16 {
     uint16_t bits;
@@ -33,8 +41,12 @@ Floats widen(HalfWords bits) { return (Floats)(__builtin_convertvector(bits, Wor
 
 void narrow(Floats values, Floats& to) { to = values; }
 void narrow(Floats values, HalfWords& to) {  // rounds to the nearest, ties to even
+#ifdef __AVX512BF16__
+    to = (HalfWords)_mm512_cvtneps_pbh((__m512)values);
+#else
     const Words wide = (Words)values, rounded = (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
     to = __builtin_convertvector(values == values ? rounded : Words{} + 0x7fc0, HalfWords);
+#endif
 }
 
 template <class T>
@@ -78,6 +90,10 @@ struct Vectors {
     void store(Floats values, T* layer, int m) const {
         ::store<WHOLE>(values, layer + offset + m * step, count);
     }
+    template <class T>
+    void prefetch(const T* layer, int m) const {
+        __builtin_prefetch(layer + offset + m * step);
+    }
     Floats parameter(const float* of_channels) const {
         const Floats of_one_channel = Floats{} + of_channels[channel];
         return ::load<WHOLE>(
@@ -87,7 +103,7 @@ struct Vectors {
 
 template <bool BY_COLUMN, class Work>
 void for_each_tile(const Shape& shape, int threads, const Work& work) {
-    const int64_t height = BY_COLUMN ? ROWS : 1, width = BY_COLUMN ? shape.columns : std::min(shape.columns, COLUMNS);
+    const int64_t height = BY_COLUMN ? ROWS : 1, width = std::min(shape.columns, BY_COLUMN ? COLUMNS : VECTORS * WIDTH);
     const int64_t across = (shape.columns + width - 1) / width, tiles = across * ((shape.rows + height - 1) / height);
 #pragma omp parallel for num_threads(threads)
     for (int thread = 0; thread < threads; thread++)
@@ -97,8 +113,18 @@ void for_each_tile(const Shape& shape, int threads, const Work& work) {
         }
 }
 
+// Splits a tile into parts of at most VECTORS vectors; the next one is `distance` elements away.
+template <bool BY_COLUMN, class Work>
+void for_each_part(const Shape& shape, const Tile& tile, const Work& work) {
+    const int64_t across = (tile.end_column - tile.column + WIDTH - 1) / WIDTH;
+    const int64_t height = std::max<int64_t>(VECTORS / 2 / across, UNROLL);
+    const int64_t distance = BY_COLUMN ? height * shape.columns : tile.end_column - tile.column;
+    for (int64_t row = tile.row; row < tile.end_row; row += height)
+        work(Tile{row, std::min(row + height, tile.end_row), tile.column, tile.end_column}, distance);
+}
+
 template <bool BY_COLUMN, int M, class Work>
-void for_each_vectors_of_rows(const Shape& shape, const Tile& tile, int64_t row, const Work& work) {
+void for_each_vectors_of_rows(const Shape& shape, const Tile& tile, int64_t row, Work& work) {
     constexpr int64_t across = BY_COLUMN ? WIDTH : M * WIDTH;
     const int64_t step = BY_COLUMN ? shape.columns : WIDTH, first = row * shape.columns;
     const int64_t channel = BY_COLUMN ? 0 : row % shape.channels;
@@ -114,7 +140,7 @@ void for_each_vectors_of_rows(const Shape& shape, const Tile& tile, int64_t row,
 }
 
 template <bool BY_COLUMN, class Work>
-void for_each_vectors(const Shape& shape, const Tile& tile, const Work& work) {
+void for_each_vectors(const Shape& shape, const Tile& tile, Work work) {
     int64_t r = tile.row;
     if constexpr (BY_COLUMN)
         for (; r + UNROLL <= tile.end_row; r += UNROLL) for_each_vectors_of_rows<true, UNROLL>(shape, tile, r, work);
@@ -122,29 +148,67 @@ void for_each_vectors(const Shape& shape, const Tile& tile, const Work& work) {
         for_each_vectors_of_rows<BY_COLUMN, BY_COLUMN ? 1 : UNROLL>(shape, tile, r, work);
 }
 
+// The four layers from one on, or the first ones in the next part of a tile: what the caches are to fetch meanwhile, for
+// the processor follows few streams, and all layers may begin at the same place in its caches.
+template <class T>
+std::array<const T*, 4> layers_ahead(const T* const* layers, int64_t num_layers, int64_t from, int64_t distance) {
+    std::array<const T*, 4> ahead;
+    for (int64_t i = 0; i < 4; i++)
+        ahead[i] = from + i < num_layers ? layers[from + i] : layers[i % num_layers] + distance;
+    return ahead;
+}
+
+// Adds N layers to the biases (FIRST) or to a tile's sums, of R results; these go out (LAST) or into the sums.
+template <bool BY_COLUMN, int N, int R, bool FIRST, bool LAST, class T>
+void add_layers(const T* const* layers, const T* const* next, const float* const* weights, int64_t first_weight,
+                const float* const* biases, Floats* sums, T* const* outs, Floats floor, const Shape& shape,
+                const Tile& tile) {
+    for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) mutable {
+        Floats results[R][vectors.size], values[N][vectors.size];
+        for (int i = 0; i < N; i++)
+            for (int m = 0; m < vectors.size; m++) {
+                vectors.prefetch(next[i], m);
+                values[i][m] = vectors.load(layers[i], m);
+            }
+        for (int j = 0; j < R; j++) {
+            for (int m = 0; FIRST && m < vectors.size; m++) vectors.prefetch(outs[j], m);
+            for (int m = 0; m < vectors.size; m++)
+                results[j][m] = FIRST ? vectors.parameter(biases[j]) : sums[j * vectors.size + m];
+            for (int i = 0; i < N; i++) {
+                const Floats weight = vectors.parameter(weights[j] + first_weight + i * shape.channels);
+                for (int m = 0; m < vectors.size; m++) results[j][m] += weight * values[i][m];
+            }
+            for (int m = 0; m < vectors.size; m++)
+                if (!LAST) sums[j * vectors.size + m] = results[j][m];
+                else vectors.store(j == 0 && results[j][m] < floor ? floor : results[j][m], outs[j], m);
+        }
+        sums += R * vectors.size;
+    });
+}
+
 template <bool BY_COLUMN, int R, class T>
 void combine_results(const T* const* layers, int64_t num_layers, const float* const* weights,
                      const float* const* biases, T* const* outs, bool relu, const Shape& shape, int threads) {
     const Floats floor = Floats{} + (relu ? 0 : -std::numeric_limits<float>::infinity());
-    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& tile, int) {
-        for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
-            Floats sums[R][vectors.size];
-            for (int j = 0; j < R; j++) {
-                const Floats bias = vectors.parameter(biases[j]);
-                for (int m = 0; m < vectors.size; m++) sums[j][m] = bias;
-            }
-            for (int64_t i = 0; i < num_layers; i++) {
-                Floats values[vectors.size];
-                for (int m = 0; m < vectors.size; m++) values[m] = vectors.load(layers[i], m);
-                for (int j = 0; j < R; j++) {
-                    const Floats weight = vectors.parameter(weights[j] + i * shape.channels);
-                    for (int m = 0; m < vectors.size; m++) sums[j][m] += weight * values[m];
-                }
-            }
-            for (int m = 0; m < vectors.size; m++) {
-                vectors.store(sums[0][m] < floor ? floor : sums[0][m], outs[0], m);
-                for (int j = 1; j < R; j++) vectors.store(sums[j][m], outs[j], m);
-            }
+    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& whole, int) {
+        for_each_part<BY_COLUMN>(shape, whole, [=](const Tile& tile, int64_t distance) {
+            Floats sums[R * VECTORS];
+            const auto add = [&](auto number, auto is_first, auto is_last, int64_t i) {
+                const auto next = layers_ahead<T>(layers, num_layers, i + number, distance);
+                add_layers<BY_COLUMN, number, R, is_first, is_last>(
+                    layers + i, next.data(), weights, i * shape.channels, biases, sums, outs, floor, shape, tile);
+            };
+            const auto add_few = [&](auto is_first, int64_t i) {
+                if (num_layers - i == 4) add(Int<4>{}, is_first, std::true_type{}, i);
+                if (num_layers - i == 3) add(Int<3>{}, is_first, std::true_type{}, i);
+                if (num_layers - i == 2) add(Int<2>{}, is_first, std::true_type{}, i);
+                if (num_layers - i == 1) add(Int<1>{}, is_first, std::true_type{}, i);
+            };
+            if (num_layers <= 4) return add_few(std::true_type{}, 0);
+            add(Int<4>{}, std::true_type{}, std::false_type{}, 0);
+            int64_t i = 4;
+            for (; i + 4 < num_layers; i += 4) add(Int<4>{}, std::false_type{}, std::false_type{}, i);
+            add_few(std::false_type{}, i);
         });
     });
 }
@@ -165,10 +229,34 @@ void combine(const T* const* layers, int64_t num_layers, const float* const* wei
 template <bool BY_COLUMN>
 void move_sums(float* sums, double* totals, const Shape& shape, const Tile& tile) {
     double* total = totals + (BY_COLUMN ? 0 : tile.row % shape.channels);
-    for (int64_t k = 0; k < (BY_COLUMN ? shape.channels : WIDTH); k++) {
+    for (int64_t k = BY_COLUMN ? tile.column : 0; k < (BY_COLUMN ? tile.end_column : WIDTH); k++) {
         total[BY_COLUMN ? k : 0] += sums[k];
         sums[k] = 0;
     }
+}
+
+// Adds N gradients to a tile's results, and each one's products with the tile's values to its own sums.
+template <bool BY_COLUMN, int N, class T>
+void add_grads(const T* const* grads, const T* const* next, const float* weight, const Floats* values, Floats* results,
+               float* sums, int64_t num_sums, const Shape& shape, const Tile& tile) {
+    for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) mutable {
+        Floats totals[vectors.size];
+        std::copy_n(results, vectors.size, totals);
+        for (int i = 0; i < N; i++) {
+            float* const sum = sums + i * num_sums + (BY_COLUMN ? vectors.channel : 0);
+            const Floats scale = vectors.parameter(weight + i * shape.channels);
+            Floats dot = load<true>(sum, WIDTH);
+            for (int m = 0; m < vectors.size; m++) {
+                vectors.prefetch(next[i], m);
+                const Floats grad = vectors.load(grads[i], m);
+                totals[m] += scale * grad;
+                dot += grad * values[m];
+            }
+            store<true>(dot, sum, WIDTH);
+        }
+        results = std::copy_n(totals, vectors.size, results);
+        values += vectors.size;
+    });
 }
 
 // dots: zeros, [threads, num_grads, channels]
@@ -178,30 +266,34 @@ void combine_backward(const T* const* grads, int64_t num_grads, const float* wei
     const int64_t num_sums = BY_COLUMN ? (shape.channels + WIDTH - 1) / WIDTH * WIDTH : WIDTH;
     std::vector<float> all_sums(threads * num_grads * num_sums);
     float* const first_sums = all_sums.data();
-    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& tile, int thread) {
+    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& whole, int thread) {
         float* const sums = first_sums + thread * num_grads * num_sums;
-        for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
-            Floats values[vectors.size], results[vectors.size];
-            for (int m = 0; m < vectors.size; m++) {
-                values[m] = vectors.load(layer, m) - vectors.parameter(mean);
-                results[m] = Floats{};
-            }
-            for (int64_t i = 0; i < num_grads; i++) {
-                float* const sum = sums + i * num_sums + (BY_COLUMN ? vectors.channel : 0);
-                const Floats scale = vectors.parameter(weight + i * shape.channels);
-                Floats dot = load<true>(sum, WIDTH);
-                for (int m = 0; m < vectors.size; m++) {
-                    const Floats grad = vectors.load(grads[i], m);
-                    results[m] += scale * grad;
-                    dot += grad * values[m];
+        for_each_part<BY_COLUMN>(shape, whole, [=](const Tile& tile, int64_t distance) {
+            Floats values[VECTORS], results[VECTORS] = {};
+            for_each_vectors<BY_COLUMN>(shape, tile, [=, to = values](auto vectors) mutable {
+                for (int m = 0; m < vectors.size; m++)
+                    {
+                    vectors.prefetch(layer + distance, m);
+                    vectors.prefetch(out, m);
+                    *to++ = vectors.load(layer, m) - vectors.parameter(mean);
                 }
-                store<true>(dot, sum, WIDTH);
-            }
-            for (int m = 0; m < vectors.size; m++) vectors.store(results[m], out, m);
+            });
+            const auto add = [&](auto number, int64_t i) {
+                const auto next = layers_ahead<T>(grads, num_grads, i + number, distance);
+                add_grads<BY_COLUMN, number>(
+                    grads + i, next.data(), weight + i * shape.channels, values, results, sums + i * num_sums, num_sums,
+                    shape, tile);
+            };
+            int64_t i = 0;
+            for (; i + 4 <= num_grads; i += 4) add(Int<4>{}, i);
+            for (; i < num_grads; i++) add(Int<1>{}, i);
+            for_each_vectors<BY_COLUMN>(shape, tile, [=, from = results](auto vectors) mutable {
+                for (int m = 0; m < vectors.size; m++) vectors.store(*from++, out, m);
+            });
         });
         for (int64_t i = 0; i < num_grads; i++)
             move_sums<BY_COLUMN>(
-                sums + i * num_sums, dots + (thread * num_grads + i) * shape.channels, shape, tile);
+                sums + i * num_sums, dots + (thread * num_grads + i) * shape.channels, shape, whole);
     });
 }
 
