@@ -208,9 +208,7 @@ def measure(task: tuple[str, str, int, int]) -> dict[str, Any]:
     }[kind](subject)
 
 
-def processor() -> str:
-    if DEVICE == 'cuda':
-        return torch.cuda.get_device_name()
+def cpu_name() -> str:
     for line in Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []:
         if line.startswith('model name'):
             return line.partition(':')[2].strip()
@@ -248,7 +246,9 @@ def main(
     with multiprocessing.get_context('spawn').Pool(1, maxtasksperchild=1) as pool:
         results = list(track(pool.imap(measure, tasks), description='Measuring', total=len(tasks)))
     report: dict[str, Any] = {
-        'date': str(date.today()), 'device': DEVICE, 'machine': processor(), 'threads': threads, 'rounds': rounds,
+        'date': str(date.today()), 'device': DEVICE,
+        'machine': torch.cuda.get_device_name() if DEVICE == 'cuda' else cpu_name(),
+        'threads': threads, 'rounds': rounds,
         'dtype': str(DTYPE).removeprefix('torch.'), 'torch': torch.__version__, 'timm': timm.__version__,
         'batch': {name: dict(zip(('inference', 'training'), sizes)) for name, sizes in BATCH.items()},
         'bars': BARS,

@@ -228,11 +228,17 @@ void combine(const T* const* layers, int64_t num_layers, const float* const* wei
 // Adds a tile's sums, one for each channel or the lanes of one channel's, to their totals, and clears them.
 template <bool BY_COLUMN>
 void move_sums(float* sums, double* totals, const Shape& shape, const Tile& tile) {
-    double* total = totals + (BY_COLUMN ? 0 : tile.row % shape.channels);
-    for (int64_t k = BY_COLUMN ? tile.column : 0; k < (BY_COLUMN ? tile.end_column : WIDTH); k++) {
-        total[BY_COLUMN ? k : 0] += sums[k];
-        sums[k] = 0;
+    if (BY_COLUMN) {
+        for (int64_t k = tile.column; k < tile.end_column; k++) totals[k] += sums[k];
+        std::fill(sums + tile.column, sums + tile.end_column, 0.f);
+        return;
     }
+    double lanes[WIDTH];
+    std::copy_n(sums, WIDTH, lanes);
+    for (int half = WIDTH / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
+    totals[tile.row % shape.channels] += lanes[0];
+    std::fill_n(sums, WIDTH, 0.f);
 }
 
 // Adds N gradients to a tile's results, and each one's products with the tile's values to its own sums.
@@ -245,14 +251,14 @@ void add_grads(const T* const* grads, const T* const* next, const float* weight,
         for (int i = 0; i < N; i++) {
             float* const sum = sums + i * num_sums + (BY_COLUMN ? vectors.channel : 0);
             const Floats scale = vectors.parameter(weight + i * shape.channels);
-            Floats dot = load<true>(sum, WIDTH);
+            Floats dot{};
             for (int m = 0; m < vectors.size; m++) {
                 vectors.prefetch(next[i], m);
                 const Floats grad = vectors.load(grads[i], m);
                 totals[m] += scale * grad;
                 dot += grad * values[m];
             }
-            store<true>(dot, sum, WIDTH);
+            store<true>(load<true>(sum, WIDTH) + dot, sum, WIDTH);
         }
         results = std::copy_n(totals, vectors.size, results);
         values += vectors.size;
@@ -311,14 +317,14 @@ std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& t
         float *const first = &all_sums[thread * 2 * num_sums], *const second = first + num_sums;
         for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
             const int64_t k = BY_COLUMN ? vectors.channel : 0;
-            Floats first_sum = load<true>(first + k, WIDTH), second_sum = load<true>(second + k, WIDTH);
+            Floats first_sum{}, second_sum{};
             for (int m = 0; m < vectors.size; m++) {
                 const Pair pair = terms(vectors, m);
                 first_sum += pair.first;
                 second_sum += pair.second;
             }
-            store<true>(first_sum, first + k, WIDTH);
-            store<true>(second_sum, second + k, WIDTH);
+            store<true>(load<true>(first + k, WIDTH) + first_sum, first + k, WIDTH);
+            store<true>(load<true>(second + k, WIDTH) + second_sum, second + k, WIDTH);
         });
         double* const total = &totals[thread * 2 * shape.channels];
         move_sums<BY_COLUMN>(first, total, shape, tile);

@@ -1,0 +1,99 @@
+"""Measure what the C++ kernels of `timm_deluge.ops` move through memory, beside `copy_`: one table, one JSON file.
+
+    pip install -e '.[benchmark]' && python benchmarks/kernels.py
+
+Each kernel alternates with a `copy_` that reads and writes as many bytes, in memory of its own; a ratio is one of
+medians.
+"""
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from run import FOLDER, cpu_name
+from tabulate import tabulate
+
+from timm_deluge.ops import cpp
+
+LAYOUTS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
+BAR = 1.5
+
+
+def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str, tuple[Callable[[], Any], int]]:
+    """Get a call of each kernel, and how many tensors of the shape it reads and writes."""
+    channels = shape[1]
+    layers = [torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(17)]
+    outs = [torch.empty_like(layers[0]) for _ in range(4)]
+    per_channel = torch.rand(channels) + 0.5
+    bias = torch.randn(channels, 1, 1)
+
+    def weight(num_layers: int) -> torch.Tensor:
+        return torch.randn(num_layers, channels, 1, 1)
+
+    def combine(num_layers: int, num_sums: int, relu: bool = False) -> tuple[Callable[[], Any], int]:
+        weights = [weight(num_layers)] * num_sums
+        return lambda: cpp.combine(
+            layers[:num_layers], weights, [bias] * num_sums, outs[:num_sums], relu), num_layers + num_sums
+
+    def combine_backward(num_grads: int) -> tuple[Callable[[], Any], int]:
+        weights = weight(num_grads)
+        return lambda: cpp.combine_backward(layers[:num_grads], weights, layers[-1], per_channel), num_grads + 2
+
+    return {
+        'combine, BN and ReLU': combine(1, 1, relu=True),
+        'combine, 3 layers': combine(3, 1),
+        'combine, 8 layers, 4 sums': combine(8, 4),
+        'combine, 16 layers, 4 sums': combine(16, 4),
+        'combine_backward, 4 gradients': combine_backward(4),
+        'combine_backward, 16 gradients': combine_backward(16),
+        'moments': (lambda: cpp.moments(layers[0]), 1),
+        'norm_act_backward': (lambda: cpp.norm_act_backward(
+            outs[0], layers[0], outs[0], *[per_channel] * 4, True), 5),
+    }
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def measure(run: Callable[[], Any], num_tensors: int, like: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Alternate between a kernel and a copy of as many bytes; the first two rounds do not count."""
+    num_bytes = num_tensors * like.nbytes
+    source = torch.ones(num_bytes // 2, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    pairs = [(seconds(run), seconds(lambda: target.copy_(source))) for _ in range(rounds + 2)][2:]
+    kernel, copy = map(statistics.median, zip(*pairs))
+    return {'GB/s': num_bytes / kernel / 1e9, 'copy_ GB/s': num_bytes / copy / 1e9, 'time, of copy_': kernel / copy}
+
+
+def main(
+        output: Annotated[Path, typer.Option(help='JSON file.')] = FOLDER / 'kernels.json',
+        shape: Annotated[str, typer.Option(help='A layer: N C H W.')] = '128 128 16 16',
+        rounds: Annotated[int, typer.Option(help='Timed rounds of each kernel.')] = 15,
+        threads: Annotated[int, typer.Option(help='Threads.')] = 2,
+) -> None:
+    """Measure every kernel on this machine's CPU, in both types and both layouts."""
+    torch.set_num_threads(threads)
+    size = [int(n) for n in shape.split()]
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in LAYOUTS:
+            for name, (run, num_tensors) in kernel_calls(size, dtype, layout).items():
+                result = measure(run, num_tensors, torch.empty(size, dtype=dtype), rounds)
+                rows.append({'kernel': name, 'dtype': str(dtype).removeprefix('torch.'), 'layout': layout, **result})
+    print(tabulate(rows, headers='keys', floatfmt='.2f'))
+    output.write_text(json.dumps({
+        'date': str(date.today()), 'machine': cpu_name(), 'threads': threads,
+        'torch': torch.__version__, 'shape': size, 'rounds': rounds, 'bar': BAR, 'rows': rows,
+    }, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    typer.run(main)
