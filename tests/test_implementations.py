@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_deluge
-from timm_deluge.delugenet import DelugeBlock, DelugeNet
+from timm_deluge.delugenet import CompositeLayer, DelugeBlock, DelugeNet, ResidualBlock
 from timm_deluge.ops import (
     LayerOutputs,
     aten,
@@ -52,9 +52,9 @@ def assert_near(actual, expected, tolerance, name=''):
     assert error <= tolerance, f'{name}: relative error {error:.2e} > {tolerance}'
 
 
-def block(depth=4, width=3, **kwargs) -> DelugeBlock:
+def block(depth=4, width=3, block_type=DelugeBlock, **kwargs) -> ResidualBlock:
     torch.manual_seed(0)
-    block = DelugeBlock(nn.Identity(), depth, width, kwargs.pop('drop_path_rates', (0.,) * depth), **kwargs)
+    block = block_type(nn.Identity(), depth, width, kwargs.pop('drop_path_rates', (0.,) * depth), **kwargs)
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if 'cross' in name else 0.1))
@@ -71,6 +71,7 @@ def differentiate(module, x, implementation, context=None):
     set_implementation(implementation)
     module = copy.deepcopy(module)
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    torch.manual_seed(1)  # for stochastic depth
     with context or torch.enable_grad():
         y = module(x)
     (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
@@ -290,9 +291,12 @@ def test_kept_bytes_are_fewer_than_the_residual_networks():
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
-    lean, residual = kept(timm.create_model('delugenet146')), kept(timm.create_model('resnetlike146_3x3'))
+    lean, lean_residual = kept(timm.create_model('delugenet146')), kept(timm.create_model('resnetlike146_3x3'))
+    set_implementation('reference')
+    residual = kept(timm.create_model('resnetlike146_3x3'))
     released = kept(ReleasedDelugeNet((8, 16, 24), (32, 64, 128), 100))
     assert lean <= residual
+    assert lean_residual <= 0.6 * residual
     assert 3 * lean <= released
 
 
@@ -306,12 +310,42 @@ def test_hooks_and_replaced_parts_are_respected(monkeypatch):
     replaced = block()
     replaced.layers[1].conv2 = nn.Sequential(replaced.layers[1].conv2, nn.Dropout(0.5))
     replaced(x)
-    dropped = block(drop_path_rates=(0., 0.5, 0., 0.)).train()
-    dropped(x)
+    biased = block()
+    biased.layers[1].conv2 = nn.Conv2d(3, 3, 3, padding=1)
+    biased(x)
     assert not calls
-    dropped.eval()(x)
     block()(x)
-    assert len(calls) == 2
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize('implementation, dtype', [('aten', torch.float64), ('auto', torch.float32)])
+@pytest.mark.parametrize('layout', ['channels_last', 'contiguous'])
+@pytest.mark.parametrize('grad_checkpointing', [False, True])
+@pytest.mark.parametrize('block_type', [DelugeBlock, ResidualBlock])
+def test_stochastic_depth_trains_as_the_reference(
+        monkeypatch, implementation, dtype, layout, grad_checkpointing, block_type):
+    calls = lean_calls(monkeypatch)
+    # gradients of biases before a batch normalisation are nothing but rounding: statistics are frozen in float32
+    dropped = block(block_type=block_type, drop_path_rates=(0., 0.2, 0.5, 0.7)).to(dtype).train(dtype is torch.float64)
+    dropped.drop_paths.train()
+    dropped.grad_checkpointing = grad_checkpointing
+    x = LAYOUTS[layout](torch.randn(6, 6, 5, 7, dtype=dtype))
+    assert_same(dropped, x, implementation, TOLERANCE[dtype])
+    assert len(calls) == (block_type is DelugeBlock)
+    assert not torch.allclose(dropped(x), dropped(x))
+
+
+@pytest.mark.parametrize('implementation', FAST[:2])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('name', ['resnetlike146_3x3', 'resnetlike146_1x1'])
+def test_residual_networks_train_lean(monkeypatch, implementation, training, name):
+    calls = []
+    forward = CompositeLayer.forward_lean
+    monkeypatch.setattr(CompositeLayer, 'forward_lean', lambda self, x: calls.append(self) or forward(self, x))
+    torch.manual_seed(0)
+    model = timm.create_model(name, depths=(3, 2), widths=(4, 8)).train(training)
+    assert_same(model, torch.randn(4, 3, 8, 8), implementation, TOLERANCE[torch.float32])
+    assert calls and len(calls) == sum(type(module) is CompositeLayer for module in model.modules())
 
 
 def test_a_single_value_has_no_statistics():

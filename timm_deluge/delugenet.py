@@ -117,6 +117,30 @@ class Stem(nn.Sequential):
             layers.conv, layers.norm = fold_into_conv(layers.conv, layers.norm), nn.Identity()
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether only a module's parameters matter: it was not replaced, and nobody listens to its calls."""
+    plain_types = (
+        nn.ModuleList, CompositeLayer, nn.Conv2d, nn.BatchNorm2d, BatchNormAct2d, nn.ReLU, nn.Identity, DropPath,
+        CrossLayerDepthwiseConv2d)
+    if type(module) not in plain_types or _has_hooks(module):
+        return False
+    if isinstance(module, nn.Conv2d):
+        return module.bias is None and module.groups == 1 and module.padding_mode == 'zeros'
+    return not isinstance(module, nn.BatchNorm2d) or (module.track_running_stats and module.momentum is not None)
+
+
+def _trains_lean(x: torch.Tensor, parts: Sequence[nn.Module]) -> bool:
+    """Whether gradients are wanted, and every part is what a `forward_lean` takes it for."""
+    if not torch.is_grad_enabled() or not is_lean(x) or x.numel() <= x.shape[1]:  # too little for statistics
+        return False
+    return all(_is_plain(module) for part in parts for module in part.modules())
+
+
 class CompositeLayer(nn.Module):
     """Composite layer: a pre-activation bottleneck without a shortcut of its own."""
 
@@ -144,7 +168,15 @@ class CompositeLayer(nn.Module):
         return self.conv3(self.norm3(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self.trains_lean(x):
+                return self.forward_lean(x)
         return self.bottleneck(self.norm1(x))
+
+    @torch.jit.ignore
+    def trains_lean(self, x: torch.Tensor) -> bool:
+        """Whether `forward` takes `forward_lean`."""
+        return _trains_lean(x, [self])
 
     @torch.jit.ignore
     def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
@@ -240,24 +272,6 @@ class ResidualBlock(nn.Module):
         return x
 
 
-_PLAIN_TYPES = (
-    nn.ModuleList, CompositeLayer, nn.Conv2d, nn.BatchNorm2d, BatchNormAct2d, nn.ReLU, nn.Identity,
-    CrossLayerDepthwiseConv2d,
-)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether only a module's parameters matter: it was not replaced, and nobody listens to its calls."""
-    if type(module) not in _PLAIN_TYPES or _has_hooks(module):
-        return False
-    return not isinstance(module, nn.BatchNorm2d) or (module.track_running_stats and module.momentum is not None)
-
-
 class DelugeBlock(ResidualBlock):
     """Block whose layers see a cross-layer depthwise convolution of all earlier outputs (paper, Eq. 1)."""
 
@@ -298,22 +312,19 @@ class DelugeBlock(ResidualBlock):
         cross_layers: Any = self.cross_layers
         outputs = LayerOutputs([c.weight for c in cross_layers], [c.bias for c in cross_layers])
         x = outputs.append(x, self.norm)
-        parts: Any = zip(self.layers, self.norms)
-        for layer, norm in parts:
+        parts: Any = zip(self.layers, self.norms, self.drop_paths)
+        for layer, norm, drop_path in parts:
             h = checkpoint(layer.forward_lean, x) if self.grad_checkpointing else layer.forward_lean(x)
-            outputs.append(h, norm)
+            drops = drop_path.training and isinstance(drop_path, DropPath)
+            outputs.append(h, norm, drop_path(h.new_ones(len(h), 1, 1, 1)) if drops else None)
             x = outputs.cross_layer_depthwise_conv()
         return x
 
     @torch.jit.ignore
     def trains_lean(self, x: torch.Tensor) -> bool:
-        """Whether gradients are wanted, and every part is what `forward_lean` takes it for."""
-        if not torch.is_grad_enabled() or not is_lean(x) or x.numel() <= x.shape[1]:  # too little for statistics
-            return False
-        if self.training and any(isinstance(drop_path, DropPath) for drop_path in self.drop_paths):
-            return False
-        parts = (self.norm, self.norms, self.layers, self.cross_layers)
-        return all(_is_plain(module) for part in parts for module in part.modules())
+        """Whether `forward` takes `forward_lean`."""
+        parts: Any = (self.norm, self.norms, self.layers, self.drop_paths, self.cross_layers)
+        return _trains_lean(x, parts)
 
     @torch.jit.ignore
     @torch.no_grad()

@@ -44,19 +44,26 @@ class LayerOutputs:
         terms = partial(_terms, self._weights, [_by_layer(bias.detach()) for bias in biases], self._statistics)
         self._sums = running_sums(self._outputs, len(self._weights), terms)
 
-    def append(self, output: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
+    def append(
+            self,
+            output: torch.Tensor,
+            norm: nn.BatchNorm2d,
+            sample_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Add a layer's output.
 
         Args:
             output: ``[N, C, H, W]``.
             norm: Its normalisation, without affine parameters; keeps its running statistics.
+            sample_scale: What stochastic depth multiplies each normalised image by, ``[N, 1, 1, 1]``.
 
         Returns:
             The output, to be used from here on.
         """
         index = len(self._outputs)
         parameters = [] if index else self._parameters
-        output, mean, invstd = _LayerOutput.apply(self._state, index, output, *norm_args(norm), *parameters)
+        output, mean, invstd = _LayerOutput.apply(
+            self._state, index, output, sample_scale, *norm_args(norm), *parameters)
         self._outputs.append(output)
         self._statistics.append((mean, invstd))
         return output
@@ -106,27 +113,33 @@ class _Backward:
 class _LayerOutput(LeanFunction):
 
     @staticmethod
-    def forward(ctx, state, index, output, running_mean, running_var, training, momentum, eps, *parameters):
+    def forward(
+            ctx, state, index, output, sample_scale, running_mean, running_var, training, momentum, eps, *parameters):
         mean, invstd = statistics(output, running_mean, running_var, training, momentum, eps)
         ctx.state, ctx.index, ctx.training = state, index, training
-        ctx.save_for_backward(output, mean, invstd)
+        ctx.save_for_backward(output, sample_scale, mean, invstd)
         ctx.mark_non_differentiable(mean, invstd)
         ctx.set_materialize_grads(False)
-        return output.view_as(output), mean, invstd
+        return _scale_samples(output, sample_scale, mean), mean, invstd
 
     @staticmethod
     def backward(ctx, direct_grad, *_):
         LeanFunction.check_first_derivative()
-        output, mean, invstd = ctx.saved_tensors
+        output, sample_scale, mean, invstd = ctx.saved_tensors
         state = ctx.state
         weight = torch.stack([weight[ctx.index] for weight in state.weights])
         grad, weight_grad = kernels(output).combine_backward(
-            state.grads, (weight * invstd)[..., None, None], output, mean)
+            state.grads, (weight * invstd)[..., None, None], _scale_samples(output, sample_scale, mean), mean)
+        if sample_scale is not None:
+            grad *= sample_scale
         weight_grad = weight_grad * invstd
         state.weight_grads.append(weight_grad.unbind())
         if ctx.training:
             count = output.numel() / output.shape[1]
-            total = invstd / count * (weight * torch.stack(state.bias_grads)).sum(0)
+            if sample_scale is None:
+                total = invstd / count * (weight * torch.stack(state.bias_grads)).sum(0)
+            else:
+                total, _ = kernels(grad).moments(grad)
             projection = invstd ** 2 / count * (weight * weight_grad).sum(0)
             scale = torch.stack([torch.ones_like(projection), -projection])
             shift = projection * mean - total
@@ -137,7 +150,15 @@ class _LayerOutput(LeanFunction):
         if ctx.index == 0:
             parameter_grads = state.parameter_grads()
             state.clear()
-        return None, None, grad, *[None] * 5, *parameter_grads
+        return None, None, grad, *[None] * 6, *parameter_grads
+
+
+def _scale_samples(output, sample_scale, mean) -> torch.Tensor:
+    """Get the output whose normalisation, by the same statistics, is the scaled one of this output."""
+    if sample_scale is None:
+        return output.view_as(output)
+    mean = mean.to(output.dtype)[:, None, None]
+    return (output - mean).mul_(sample_scale).add_(mean)
 
 
 class _CrossLayer(LeanFunction):
