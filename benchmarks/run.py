@@ -3,7 +3,8 @@
     pip install -e '.[benchmark]' && python benchmarks/run.py
 
 Every comparison runs in a process of its own and alternates between its sides, so that both meet the same machine;
-a ratio is one of medians. R is the same network with residual sums (`aggregation='residual'`), in plain modules.
+a ratio is one of medians. R is the same network with residual sums (`aggregation='residual'`): in training in plain
+modules, as other networks of timm are; lean R trains as DelugeNets do, keeping only what convolutions take and give.
 """
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from rich.progress import track
 from timm.utils import reparameterize_model
 from torch import nn
 
+from timm_deluge import set_implementation
 from timm_deluge.delugenet import DelugeBlock, ResidualBlock
 from timm_deluge.report import create_report
 
@@ -85,16 +87,18 @@ def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
     return torch.inference_mode()(lambda: model.eval()(x))
 
 
-def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
+def training_step(model: nn.Module, x: torch.Tensor, implementation: str = 'auto') -> Callable[[], Any]:
     def step() -> None:
+        set_implementation(implementation)
         model.zero_grad()
         model(x).square().mean().backward()
     model.train()
     return step
 
 
-def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
+def kept_bytes(model: nn.Module, x: torch.Tensor, implementation: str = 'auto') -> int:
     """Bytes that autograd keeps for the backward pass: storages, each once, parameters excluded."""
+    set_implementation(implementation)
     storages: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -135,16 +139,19 @@ def measure_reparameterization(name: str) -> dict[str, Any]:
 
 def measure_training(name: str) -> dict[str, Any]:
     x = images(BATCH[name][1], SIZE[name])
-    models = {'lean': create(name), 'R': create(name, aggregation='residual')}
-    kept = {side: kept_bytes(model, x) for side, model in models.items()}
-    steps = {side: training_step(model, x) for side, model in models.items()}
+    residual = create(name, aggregation='residual')
+    sides = {'lean': (create(name), x), 'R': (residual, x, 'reference'), 'lean R': (residual, x)}
+    kept = {side: kept_bytes(*arguments) for side, arguments in sides.items()}
+    steps = {side: training_step(*arguments) for side, arguments in sides.items()}
     peak = {side: peak_bytes(step) for side, step in steps.items()} if DEVICE == 'cuda' else None
     seconds = median_seconds(steps)
     return {
         'seconds': seconds,
         'ratio_to_R': seconds['lean'] / seconds['R'],
+        'ratio_to_lean_R': seconds['lean'] / seconds['lean R'],
         'kept_bytes': kept,
         'kept_ratio_to_R': kept['lean'] / kept['R'],
+        'kept_ratio_to_lean_R': kept['lean'] / kept['lean R'],
         'peak_bytes': peak,
     }
 
@@ -183,7 +190,7 @@ def measure_growth(length: int) -> dict[str, Any]:
         'inference': inference(reparameterize_model(block(DelugeBlock)), x),
         'inference, R': inference(reparameterize_model(block(ResidualBlock)), x),
         'training': training_step(block(DelugeBlock), x),
-        'training, R': training_step(block(ResidualBlock), x),
+        'training, R': training_step(block(ResidualBlock), x, 'reference'),
     })
     return {
         'seconds_per_layer': {side: s / length for side, s in seconds.items()},

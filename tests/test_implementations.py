@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_deluge
+from timm_deluge import explain_implementation
 from timm_deluge.delugenet import CompositeLayer, DelugeBlock, DelugeNet, ResidualBlock
 from timm_deluge.ops import (
     LayerOutputs,
@@ -556,3 +557,29 @@ def test_running_sums_read_each_layer_once_for_four_sums(monkeypatch):
     for _ in running_sums(layers, 8, lambda i, start, stop: (torch.ones(stop - start, 2, 1, 1), torch.zeros(2, 1, 1))):
         layers.append(torch.randn(1, 2, 3, 3))
     assert reads == [1, 2, 3, 4, 5, 2, 3, 4]
+
+
+def test_an_explanation_names_the_implementation_and_what_is_against_it(caplog):
+    torch.manual_seed(0)
+    model = timm.create_model('delugenet146', depths=(2, 2), widths=(4, 4), drop_path_rate=0.2)
+    x = torch.randn(2, 3, 8, 8)
+    set_implementation('aten')
+    before = copy.deepcopy(model.state_dict())
+    names = {'stages.0.transition', 'stages.0', 'stages.1'}
+    assert explain_implementation(model, x) == dict.fromkeys(names, ('aten', None))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    with torch.no_grad():
+        assert all('reparameterize_model' in found.reason for found in explain_implementation(model, x).values())
+        fused = timm.utils.reparameterize_model(model.eval())
+        assert explain_implementation(fused, x)['stages.1'] == ('aten', None)
+    assert 'gradients are wanted' in explain_implementation(fused, x)['stages.1'].reason
+
+    model.stages[1].layers[0].norm2.register_forward_hook(lambda *_: None)
+    caplog.set_level('DEBUG', 'timm_deluge')
+    found = explain_implementation(model, x)
+    assert found['stages.0'].reason is None
+    assert found['stages.1'] == ('reference', 'layers.0.norm2 has hooks')
+    assert 'DelugeBlock takes the reference implementation: layers.0.norm2 has hooks' in caplog.text
+    set_implementation('reference')
+    assert "set_implementation('reference')" in explain_implementation(model, x)['stages.0'].reason

@@ -36,12 +36,13 @@ from timm.models._manipulate import checkpoint
 from .ops import (
     LayerOutputs,
     cross_layer_depthwise_conv,
-    is_lean,
     kept_memory,
     kernels,
     norm_act_conv,
     running_sums,
     split_batch,
+    takes_fast_path,
+    why_not_lean,
 )
 from .paper import PUBLISHED
 from .reparameterize import ChannelAffine, InferenceConv2d, affine_of, fold_into_conv
@@ -122,23 +123,43 @@ def _has_hooks(module: nn.Module) -> bool:
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether only a module's parameters matter: it was not replaced, and nobody listens to its calls."""
+def _why_not_plain(module: nn.Module) -> str | None:
+    """Get the reason why more than a module's parameters matters, None if nothing does."""
     plain_types = (
         nn.ModuleList, CompositeLayer, nn.Conv2d, nn.BatchNorm2d, BatchNormAct2d, nn.ReLU, nn.Identity, DropPath,
         CrossLayerDepthwiseConv2d)
-    if type(module) not in plain_types or _has_hooks(module):
-        return False
-    if isinstance(module, nn.Conv2d):
-        return module.bias is None and module.groups == 1 and module.padding_mode == 'zeros'
-    return not isinstance(module, nn.BatchNorm2d) or (module.track_running_stats and module.momentum is not None)
+    if type(module) not in plain_types:
+        return f'was replaced by a {type(module).__name__}'
+    if _has_hooks(module):
+        return 'has hooks'
+    if isinstance(module, nn.Conv2d) and not (
+            module.bias is None and module.groups == 1 and module.padding_mode == 'zeros'):
+        return 'was replaced by another kind of convolution'
+    if isinstance(module, nn.BatchNorm2d) and not (module.track_running_stats and module.momentum is not None):
+        return 'has no running statistics, or averages them over all batches'
+    return None
 
 
-def _trains_lean(x: torch.Tensor, parts: Sequence[nn.Module]) -> bool:
-    """Whether gradients are wanted, and every part is what a `forward_lean` takes it for."""
-    if not torch.is_grad_enabled() or not is_lean(x) or x.numel() <= x.shape[1]:  # too little for statistics
-        return False
-    return all(_is_plain(module) for part in parts for module in part.modules())
+def _why_not_lean(module: nn.Module, x: torch.Tensor) -> str | None:
+    """Get the reason why a module's `forward_lean` cannot train in the place of `forward`, None if it can.
+
+    Args:
+        module: The module, whose children are all what `forward_lean` takes them for, but for a transition.
+        x: What `forward_lean` would take.
+    """
+    reason = why_not_lean(x)
+    if reason:
+        return reason
+    if not torch.is_grad_enabled():
+        return 'no gradients are wanted; for inference there is timm.utils.reparameterize_model'
+    if x.numel() <= x.shape[1]:
+        return f'an input {list(x.shape)} has too few values for statistics'
+    for name, part in module.named_modules():
+        if part is not module and not name.startswith('transition'):
+            reason = _why_not_plain(part)
+            if reason:
+                return f'{name} {reason}'
+    return None
 
 
 class CompositeLayer(nn.Module):
@@ -176,7 +197,7 @@ class CompositeLayer(nn.Module):
     @torch.jit.ignore
     def trains_lean(self, x: torch.Tensor) -> bool:
         """Whether `forward` takes `forward_lean`."""
-        return _trains_lean(x, [self])
+        return takes_fast_path(self, x, _why_not_lean(self, x))
 
     @torch.jit.ignore
     def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
@@ -323,8 +344,7 @@ class DelugeBlock(ResidualBlock):
     @torch.jit.ignore
     def trains_lean(self, x: torch.Tensor) -> bool:
         """Whether `forward` takes `forward_lean`."""
-        parts: Any = (self.norm, self.norms, self.layers, self.drop_paths, self.cross_layers)
-        return _trains_lean(x, parts)
+        return takes_fast_path(self, x, _why_not_lean(self, x))
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -426,12 +446,18 @@ class FusedDelugeBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.transition(x)
         if not torch.jit.is_scripting():
-            if not torch.is_grad_enabled() and is_lean(x):
+            if self.infers_fast(x):
                 return self.forward_lean(x)
         outputs = [x]
         for layer, cross_layer in zip(self.layers, self.cross_layers):
             outputs.append(layer(cross_layer(outputs)))
         return self.last_cross_layer(outputs)
+
+    @torch.jit.ignore
+    def infers_fast(self, x: torch.Tensor) -> bool:
+        """Whether `forward` takes `forward_lean`."""
+        gradients = 'gradients are wanted' if torch.is_grad_enabled() else None
+        return takes_fast_path(self, x, why_not_lean(x) or gradients)
 
     @torch.jit.ignore
     def forward_lean(self, x: torch.Tensor) -> torch.Tensor:

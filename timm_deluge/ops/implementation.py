@@ -7,7 +7,7 @@ import torch
 
 from . import aten
 
-__all__ = ['get_implementation', 'is_lean', 'kernels', 'set_implementation']
+__all__ = ['get_implementation', 'is_lean', 'kernels', 'set_implementation', 'why_not_lean']
 
 IMPLEMENTATIONS = ('auto', 'reference', 'aten', 'cpp', 'triton')
 _implementation = 'auto'
@@ -50,14 +50,24 @@ def get_implementation() -> str:
 
 def is_lean(x: torch.Tensor) -> bool:
     """Tell whether fast paths may run on a tensor: in plain eager mode, unless the reference was asked for."""
-    return (
-        _implementation != 'reference'
-        and type(x) is torch.Tensor
-        and x.device.type in ('cpu', 'cuda')
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return why_not_lean(x) is None
+
+
+def why_not_lean(x: torch.Tensor) -> str | None:
+    """Get the reason why fast paths may not run on a tensor, None if they may."""
+    if torch.compiler.is_compiling():
+        return 'the model is compiled or exported'
+    if torch.jit.is_tracing():
+        return 'the model is traced'
+    if _implementation == 'reference':
+        return "set_implementation('reference') was called"
+    if type(x) is not torch.Tensor:
+        return f'the input is a {type(x).__name__}, not a plain torch.Tensor'
+    if x.device.type not in ('cpu', 'cuda'):
+        return f'the device type is {x.device.type!r}, not cpu or cuda'
+    if torch._C._are_functorch_transforms_active():
+        return 'a torch.func transform is active'
+    return None
 
 
 def kernels(x: torch.Tensor) -> ModuleType:

@@ -1,0 +1,69 @@
+"""Which implementation a module takes, and why not a fast one."""
+import copy
+import logging
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .implementation import kernels
+
+__all__ = ['Decision', 'explain_implementation', 'takes_fast_path']
+
+_logger = logging.getLogger(__name__)
+_decisions: ContextVar[dict[nn.Module, 'Decision'] | None] = ContextVar('decisions', default=None)
+
+
+class Decision(NamedTuple):
+    """The implementation that a module takes.
+
+    Attributes:
+        implementation: 'reference', or the kernels of the fast path: 'aten', 'cpp' or 'triton'.
+        reason: Why it is the reference, None if it is not.
+    """
+    implementation: str
+    reason: str | None
+
+
+def takes_fast_path(module: nn.Module, x: torch.Tensor, reason: str | None) -> bool:
+    """Let a module take its fast path unless there is a reason against it, which goes to the log at debug level.
+
+    Args:
+        module: The module that asks.
+        x: What its fast path would work on.
+        reason: Why it cannot, None if it can.
+    """
+    if not torch.compiler.is_compiling():
+        _note(module, x, reason)
+    return reason is None
+
+
+def _note(module: nn.Module, x: torch.Tensor, reason: str | None) -> None:
+    decisions = _decisions.get()
+    if decisions is not None:
+        name = 'reference' if reason else kernels(x).__name__.rpartition('.')[2]
+        decisions[module] = Decision(name, reason)
+    if reason:
+        _logger.debug('%s takes the reference implementation: %s', type(module).__name__, reason)
+
+
+def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decision]:
+    """Tell which implementation a call of a model takes, and why not a fast one, by calling a copy of it.
+
+    Args:
+        model: A DelugeNet, or a module that contains one, in the mode in which it is to be called.
+        x: Its input, such as images ``[N, in_chans, H, W]``.
+
+    Returns:
+        The decision of each module that has a fast path, by the module's name.
+    """
+    model = copy.deepcopy(model)
+    decisions: dict[nn.Module, Decision] = {}
+    token = _decisions.set(decisions)
+    try:
+        with torch.random.fork_rng():
+            model(x)
+    finally:
+        _decisions.reset(token)
+    return {name: decisions[module] for name, module in model.named_modules() if module in decisions}
