@@ -15,6 +15,14 @@ import timm_deluge  # noqa: F401 registers the models
 from timm_deluge import publish, weights
 
 
+@pytest.fixture(scope='session', autouse=True)
+def cache_home(tmp_path_factory):
+    """Keep compiled kernels out of the user's cache folder, in one for this session."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield
+
+
 @pytest.fixture
 def scratch_weights(tmp_path, monkeypatch) -> Path:
     """A weights folder with one untrained fp16 checkpoint, delugenet146.test_random, as the package's own."""

@@ -1,13 +1,10 @@
 """The sums over layers and over positions as C++ loops for a CPU: a layer is read once, all arithmetic is in float32.
 
-`kernels.cpp` is compiled for the processor at hand, in about three seconds, by the C++ compiler that `torch.compile`
-would take: when this module is imported, and for bfloat16 at its first use. The loops run in PyTorch's own threads.
+`kernels.cpp` is compiled for the processor at hand, in some seconds, by the C++ compiler that `torch.compile` would
+take: when this module is imported, and for bfloat16 at its first use. `compile.py` keeps the libraries for later
+processes. The loops run in PyTorch's own threads.
 """
 import ctypes
-import os
-import shlex
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .compile import compile_library
 from .layout import same_layout
 
 __all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
@@ -22,24 +20,13 @@ __all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 @cache
 def _library(element: str) -> ctypes.CDLL:
-    """Compile the loops for one type of elements and load them.
+    """Load the loops for one type of elements, compiled before or now.
 
     Raises:
         ImportError: If there is no compiler, or it cannot make a library for PyTorch's OpenMP.
     """
-    compiler = shlex.split(os.environ.get('CXX', 'c++'))
-    source = Path(__file__).with_name('kernels.cpp')
     options = ['-std=c++17', '-O3', '-march=native', '-fPIC', '-fopenmp', f'-DELEMENT={element}']
-    with tempfile.TemporaryDirectory() as folder:
-        compiled, library = f'{folder}/kernels.o', f'{folder}/kernels.so'
-        try:
-            # linked without -fopenmp: a second OpenMP beside PyTorch's would fight it for the cores
-            for arguments in ([*options, '-c', str(source), '-o', compiled], ['-shared', compiled, '-o', library]):
-                subprocess.run([*compiler, *arguments], check=True, capture_output=True, text=True)
-            return ctypes.CDLL(library)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, 'stderr', '') or error
-            raise ImportError(f'{source.name} cannot be compiled with {compiler[0]!r}: {reason}') from error
+    return compile_library(Path(__file__).with_name('kernels.cpp'), options)
 
 
 _ELEMENTS = {torch.float32: 'float', torch.bfloat16: 'bfloat16'}

@@ -1,4 +1,5 @@
 """The switch between the implementations of the cross-layer depthwise convolution."""
+import logging
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -11,6 +12,7 @@ __all__ = ['get_implementation', 'is_lean', 'kernels', 'set_implementation', 'wh
 
 IMPLEMENTATIONS = ('auto', 'reference', 'aten', 'cpp', 'triton')
 _implementation = 'auto'
+_logger = logging.getLogger(__name__)
 
 
 def set_implementation(name: str) -> None:
@@ -73,7 +75,7 @@ def why_not_lean(x: torch.Tensor) -> str | None:
 def kernels(x: torch.Tensor) -> ModuleType:
     """Get the module whose functions, those of `timm_deluge.ops.aten`, serve a tensor."""
     if _implementation in ('auto', 'cpp') and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
-        return _cpp() or aten
+        return _cpp(x.dtype) or aten
     wanted = _implementation == 'triton' or (_implementation == 'auto' and x.is_cuda and _has_triton())
     if wanted and x.dtype is not torch.float64:  # the kernels sum in float32
         from . import triton
@@ -82,10 +84,17 @@ def kernels(x: torch.Tensor) -> ModuleType:
 
 
 @cache
-def _cpp() -> ModuleType | None:
+def _cpp(dtype: torch.dtype) -> ModuleType | None:
+    """Get the C++ loops for a type of elements, or None, with one warning in all, where they do not compile."""
+    if dtype is not torch.float32 and not _cpp(torch.float32):
+        return None
     try:
         from . import cpp
-    except ImportError:
+        cpp._library(cpp._ELEMENTS[dtype])
+    except ImportError as error:
+        _logger.warning(
+            "ATen's operators take the place of the C++ loops, which are faster. These need a C++ compiler, such as "
+            'g++ (Debian, Ubuntu: apt install g++), or the one that the environment variable CXX names: %s', error)
         return None
     return cpp
 
