@@ -380,13 +380,44 @@ def test_forward_mode_is_refused_and_says_what_to_do():
         assert torch.autograd.forward_ad.unpack_dual(module(dual)).tangent is not None
 
 
-def test_second_derivatives_are_refused_and_say_what_to_do():
-    module, x = block().eval(), torch.randn(2, 6, 4, 4, requires_grad=True)
-    with pytest.raises(NotImplementedError, match=r'set_implementation\("reference"\)'):
-        torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-    set_implementation('reference')
-    grad, = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-    grad.sum().backward()
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('module', [
+    block(2, 2), block(3, 2, drop_path_rates=(0., .3, .5)), block(1, 2, ResidualBlock), block(1, 2).layers[0]])
+def test_second_derivatives(module, training):
+    module = copy.deepcopy(module).double().train(training)
+    names, parameters = zip(*module.named_parameters())
+
+    def call(x, *parameters):
+        torch.manual_seed(1)  # for stochastic depth
+        return torch.func.functional_call(module, dict(zip(names, parameters)), x)
+
+    torch.manual_seed(0)
+    tensors = [t.detach().clone().requires_grad_() for t in (torch.randn(2, 4, 3, 3).double(), *parameters)]
+    assert all(decision.reason is None for decision in explain_implementation(module, tensors[0]).values())
+    assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize('context', [None, torch.autocast('cpu', torch.bfloat16)])
+@pytest.mark.parametrize('grad_checkpointing', [False, True])
+@pytest.mark.parametrize('training', [True, False])
+def test_gradient_penalty(training, grad_checkpointing, context):
+    torch.manual_seed(0)
+    model = DelugeNet((3, 2), (4, 8), num_classes=5, stem_type='cifar').train(training)
+    model.set_grad_checkpointing(grad_checkpointing)
+    x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def gradients(implementation, model, x, context=None):
+        set_implementation(implementation)
+        model = copy.deepcopy(model)
+        with context or torch.enable_grad():
+            loss = model(x).square().sum()
+        grad, = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + grad.square().sum()).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+
+    exact = gradients('reference', copy.deepcopy(model).double(), x.double())
+    plain, actual = ((gradients(name, model, x, context) - exact).norm() for name in ('reference', 'auto'))
+    assert actual <= (1.5 * plain if context else 1e-4 * exact.norm())
 
 
 def test_torch_func_takes_the_reference():

@@ -27,8 +27,8 @@ def set_implementation(name: str) -> None:
             * 'auto': the lean training path and, in a reparameterised model, several sums from a pass over layers;
               by Triton's kernels on a CUDA device where Triton is installed, by C++ loops on a CPU where they compile,
               else by ATen's operators. The default.
-            * 'reference': differentiable operators only, layer by layer: for debugging, second derivatives and
-              forward-mode differentiation.
+            * 'reference': differentiable operators only, layer by layer: for debugging, and for forward-mode
+              differentiation.
             * 'aten', 'cpp', 'triton': as 'auto', with these kernels wherever they can run.
 
     Raises:

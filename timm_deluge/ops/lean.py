@@ -9,6 +9,9 @@ is itself a sum over layers: the consumers leave their dx_l behind, and layer i 
 instead of L times adding to a sum. The same pass over them gives the gradients of layer i's weights,
 ``sum dx_l * norm(h_i)``, and with these what batch normalisation takes from a gradient: its mean and its projection
 on the normalised layer. Layer 0, whose turn comes last, hands all weights their gradients.
+
+Where a backward pass is to be differentiated itself (``create_graph=True``), it follows the same order by the
+definition, in operators that autograd records.
 """
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +20,7 @@ import torch
 from torch import nn
 
 from .implementation import kernels
-from .norm_act_conv import LeanFunction, norm_args, statistics
+from .norm_act_conv import LeanFunction, norm_args, normalize, statistics
 from .running_sums import running_sums
 
 __all__ = ['LayerOutputs']
@@ -26,7 +29,7 @@ __all__ = ['LayerOutputs']
 class LayerOutputs:
     """A block's layer outputs h_0 … h_L, not normalised, and the cross-layer convolutions over them.
 
-    It differentiates as the reference does, once, and again through a graph that was retained.
+    It differentiates as the reference does, as often as wanted.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
@@ -35,11 +38,10 @@ class LayerOutputs:
             weights: Of the cross-layer convolutions in their order, each ``[C, 1, l, 1]``.
             biases: Of the same, ``[C, 1, l, 1]``.
         """
-        self._parameters = [*weights, *biases]
+        self._state = _Backward(weights, biases)
         self._weights = [_by_layer(weight.detach()) for weight in weights]
         self._outputs: list[torch.Tensor] = []
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._state = _Backward()
         self._num_results = 0
         terms = partial(_terms, self._weights, [_by_layer(bias.detach()) for bias in biases], self._statistics)
         self._sums = running_sums(self._outputs, len(self._weights), terms)
@@ -61,7 +63,7 @@ class LayerOutputs:
             The output, to be used from here on.
         """
         index = len(self._outputs)
-        parameters = [] if index else self._parameters
+        parameters = [] if index else self._state.parameters
         output, mean, invstd = _LayerOutput.apply(
             self._state, index, output, sample_scale, *norm_args(norm), *parameters)
         self._outputs.append(output)
@@ -74,10 +76,9 @@ class LayerOutputs:
         Returns:
             The next layer's input ``[N, C, H, W]``.
         """
-        weight = self._weights[self._num_results]
+        index = self._num_results
         self._num_results += 1
-        is_last = self._num_results == len(self._weights)
-        return _CrossLayer.apply(self._state, self._sums, is_last, weight, *self._outputs)
+        return _CrossLayer.apply(self._state, self._sums, index, self._weights[index], *self._outputs)
 
 
 def _terms(weights, biases, statistics, index, start, stop) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,25 +90,40 @@ def _terms(weights, biases, statistics, index, start, stop) -> tuple[torch.Tenso
 
 
 class _Backward:
-    """What convolutions and layers have left behind in a backward pass through a block, the last one first."""
+    """What convolutions and layers have left behind in a backward pass through a block, the last one first.
 
-    def __init__(self) -> None:
+    A pass may begin below the last convolution, where its result takes no part, and may end above layer 0.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
+        self.parameters = [*weights, *biases]
         self.clear()
 
+    def begin(self) -> None:
+        """Forget what another pass has left behind."""
+        this_pass = torch._C._current_graph_task_id()
+        if this_pass != self._pass:
+            self.clear()
+            self._pass = this_pass
+
     def clear(self) -> None:
+        self._pass = -1
         self.grads: list[torch.Tensor] = []  # of each convolution's result, [N, C, H, W]
         self.weights: list[torch.Tensor] = []  # each convolution's, [l, C]
         self.bias_grads: list[torch.Tensor] = []  # each convolution's, [C]
         self.weight_grads: list[tuple[torch.Tensor, ...]] = []  # each layer's in the convolutions above, [C]
 
-    def parameter_grads(self) -> list[torch.Tensor]:
+    def parameter_grads(self) -> list[torch.Tensor | None]:
         """Get the gradients of all weights and of all biases, ``[C, 1, l, 1]``, the first convolution first."""
-        weight_grads, bias_grads = [], []
+        weight_grads: list[torch.Tensor | None] = []
+        bias_grads: list[torch.Tensor | None] = []
         for i, bias_grad in reversed(list(enumerate(self.bias_grads))):
             weight_grad = torch.stack([grads[i] for grads in reversed(self.weight_grads) if i < len(grads)], 1)
-            weight_grads.append(weight_grad[:, None, :, None])
-            bias_grads.append(bias_grad[:, None, None, None].expand_as(weight_grads[-1]))
-        return weight_grads + bias_grads
+            weight_grad = weight_grad[:, None, :, None]
+            weight_grads.append(weight_grad)
+            bias_grads.append(bias_grad[:, None, None, None].expand_as(weight_grad))
+        others: list[torch.Tensor | None] = [None] * (len(self.parameters) // 2 - len(weight_grads))
+        return [*weight_grads, *others, *bias_grads, *others]
 
 
 class _LayerOutput(LeanFunction):
@@ -116,7 +132,7 @@ class _LayerOutput(LeanFunction):
     def forward(
             ctx, state, index, output, sample_scale, running_mean, running_var, training, momentum, eps, *parameters):
         mean, invstd = statistics(output, running_mean, running_var, training, momentum, eps)
-        ctx.state, ctx.index, ctx.training = state, index, training
+        ctx.state, ctx.index, ctx.training, ctx.eps = state, index, training, eps
         ctx.save_for_backward(output, sample_scale, mean, invstd)
         ctx.mark_non_differentiable(mean, invstd)
         ctx.set_materialize_grads(False)
@@ -124,33 +140,53 @@ class _LayerOutput(LeanFunction):
 
     @staticmethod
     def backward(ctx, direct_grad, *_):
-        LeanFunction.check_first_derivative()
-        output, sample_scale, mean, invstd = ctx.saved_tensors
         state = ctx.state
         weight = torch.stack([weight[ctx.index] for weight in state.weights])
-        grad, weight_grad = kernels(output).combine_backward(
-            state.grads, (weight * invstd)[..., None, None], _scale_samples(output, sample_scale, mean), mean)
-        if sample_scale is not None:
-            grad *= sample_scale
-        weight_grad = weight_grad * invstd
+        get_grads = _differentiable_grads if torch.is_grad_enabled() else _grads
+        grad, weight_grad = get_grads(ctx, weight)
         state.weight_grads.append(weight_grad.unbind())
-        if ctx.training:
-            count = output.numel() / output.shape[1]
-            if sample_scale is None:
-                total = invstd / count * (weight * torch.stack(state.bias_grads)).sum(0)
-            else:
-                total, _ = kernels(grad).moments(grad)
-            projection = invstd ** 2 / count * (weight * weight_grad).sum(0)
-            scale = torch.stack([torch.ones_like(projection), -projection])
-            shift = projection * mean - total
-            [grad] = kernels(output).combine([grad, output], [scale[..., None, None]], [shift[:, None, None]], [grad])
         if direct_grad is not None:
-            grad += direct_grad
+            grad = grad + direct_grad if torch.is_grad_enabled() else grad.add_(direct_grad)
         parameter_grads = []
         if ctx.index == 0:
             parameter_grads = state.parameter_grads()
             state.clear()
         return None, None, grad, *[None] * 6, *parameter_grads
+
+
+def _grads(ctx, weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get the gradients of a layer's output and of its weights ``[l, C]`` in the convolutions above."""
+    output, sample_scale, mean, invstd = ctx.saved_tensors
+    state = ctx.state
+    grad, weight_grad = kernels(output).combine_backward(
+        state.grads, (weight * invstd)[..., None, None], _scale_samples(output, sample_scale, mean), mean)
+    if sample_scale is not None:
+        grad *= sample_scale
+    weight_grad = weight_grad * invstd
+    if ctx.training:
+        count = output.numel() / output.shape[1]
+        if sample_scale is None:
+            total = invstd / count * (weight * torch.stack(state.bias_grads)).sum(0)
+        else:
+            total, _ = kernels(grad).moments(grad)
+        projection = invstd ** 2 / count * (weight * weight_grad).sum(0)
+        scale = torch.stack([torch.ones_like(projection), -projection])
+        shift = projection * mean - total
+        [grad] = kernels(output).combine([grad, output], [scale[..., None, None]], [shift[:, None, None]], [grad])
+    return grad, weight_grad
+
+
+def _differentiable_grads(ctx, weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get the same by the definition: they can be differentiated again."""
+    output, sample_scale, mean, invstd = ctx.saved_tensors
+    normalized = normalize(output, mean, invstd, ctx.training, ctx.eps)
+    if sample_scale is not None:
+        normalized = normalized * sample_scale
+    grads = ctx.state.grads
+    weight_grad = torch.stack([(grad * normalized).sum((0, 2, 3)) for grad in grads])
+    combined = sum(scale[:, None, None] * grad for scale, grad in zip(weight, grads))
+    [grad] = torch.autograd.grad(normalized, [output], combined, create_graph=True)
+    return grad, weight_grad
 
 
 def _scale_samples(output, sample_scale, mean) -> torch.Tensor:
@@ -164,23 +200,27 @@ def _scale_samples(output, sample_scale, mean) -> torch.Tensor:
 class _CrossLayer(LeanFunction):
 
     @staticmethod
-    def forward(ctx, state, sums, is_last, weight, *outputs):
-        ctx.state, ctx.is_last = state, is_last
+    def forward(ctx, state, sums, index, weight, *outputs):
+        ctx.state, ctx.index = state, index
         ctx.save_for_backward(weight, outputs[0])
         return next(sums)
 
     @staticmethod
     def backward(ctx, grad):
-        LeanFunction.check_first_derivative()
         weight, output = ctx.saved_tensors
-        if ctx.is_last:
-            ctx.state.clear()
+        state = ctx.state
+        state.begin()
         if grad.stride() != output.stride():  # sums over mixed memory formats are several times slower
             grad = torch.empty_like(output).copy_(grad)
-        ctx.state.grads.append(grad)
-        ctx.state.weights.append(weight)
-        mean, _ = kernels(grad).moments(grad)
-        ctx.state.bias_grads.append(mean * (grad.numel() / grad.shape[1]))
+        if torch.is_grad_enabled():
+            weight = _by_layer(state.parameters[ctx.index])
+            bias_grad = grad.sum((0, 2, 3), dtype=weight.dtype)
+        else:
+            mean, _ = kernels(grad).moments(grad)
+            bias_grad = mean * (grad.numel() / grad.shape[1])
+        state.grads.append(grad)
+        state.weights.append(weight)
+        state.bias_grads.append(bias_grad)
         return (None,) * len(ctx.needs_input_grad)
 
 

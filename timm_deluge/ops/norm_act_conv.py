@@ -8,7 +8,7 @@ from torch import nn
 from .implementation import kernels
 from .layout import rows
 
-__all__ = ['LeanFunction', 'norm_act_conv', 'norm_args', 'statistics']
+__all__ = ['LeanFunction', 'norm_act_conv', 'norm_args', 'normalize', 'statistics']
 
 
 def norm_act_conv(x: torch.Tensor, norm: Any, conv: nn.Conv2d) -> torch.Tensor:
@@ -57,26 +57,33 @@ def statistics(
     return mean, (var + eps).rsqrt()
 
 
+def normalize(
+        x: torch.Tensor, mean: torch.Tensor, invstd: torch.Tensor, training: bool, eps: float) -> torch.Tensor:
+    """Normalise by the definition, differentiably: for backward passes that are differentiated themselves.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        mean: ``[C]``, as `statistics` gave it.
+        invstd: ``[C]``, as `statistics` gave it.
+        training: Whether these two are the statistics of x, through which it is differentiated, too.
+        eps: Added to the variance.
+
+    Returns:
+        ``[N, C, H, W]``, in float32 or more.
+    """
+    if training:
+        return F.batch_norm(x.to(mean.dtype), None, None, training=True, eps=eps)
+    return (x - mean[:, None, None]) * invstd[:, None, None]
+
+
 class LeanFunction(torch.autograd.Function):
-    """A function with a first derivative, in backward mode, that says how to get others."""
+    """A function with derivatives in backward mode, that says how to get others."""
 
     @staticmethod
     def jvp(ctx, *tangents):
-        raise NotImplementedError(f'Forward-mode differentiation {_ADVICE}')
-
-    @staticmethod
-    def check_first_derivative() -> None:
-        """Refuse ``create_graph=True``, under which autograd records backward passes.
-
-        Raises:
-            NotImplementedError: If autograd records.
-        """
-        if torch.is_grad_enabled():
-            raise NotImplementedError(f'Differentiating twice (create_graph=True) {_ADVICE}')
-
-
-_ADVICE = ('is not supported by the fast implementations of DelugeNet: '
-           'call timm_deluge.set_implementation("reference") before the forward pass')
+        raise NotImplementedError(
+            'Forward-mode differentiation is not supported by the fast implementations of DelugeNet: '
+            'call timm_deluge.set_implementation("reference") before the forward pass')
 
 
 class _NormActConv(LeanFunction):
@@ -85,13 +92,14 @@ class _NormActConv(LeanFunction):
     def forward(ctx, x, norm_weight, norm_bias, weight, running_mean, running_var, training, momentum, eps, *conv_args):
         mean, invstd = statistics(x, running_mean, running_var, training, momentum, eps)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, invstd)
-        ctx.training, ctx.conv_args = training, conv_args
+        ctx.training, ctx.eps, ctx.conv_args = training, eps, conv_args
         return F.conv2d(_norm_act(x, norm_weight, norm_bias, mean, invstd), weight, None, *conv_args)
 
     @staticmethod
     def backward(ctx, grad):
-        LeanFunction.check_first_derivative()
-        x, norm_weight, norm_bias, weight, mean, invstd = ctx.saved_tensors
+        x, norm_weight, norm_bias, weight, mean, invstd = saved = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable_grads(ctx, grad, *saved), *[None] * 8
         y = _norm_act(x, norm_weight, norm_bias, mean, invstd).to(grad.dtype)
         grad_y, grad_weight = _conv_backward(grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
         grad_x, grad_norm_weight, grad_norm_bias = kernels(x).norm_act_backward(
@@ -99,6 +107,17 @@ class _NormActConv(LeanFunction):
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 8
+
+
+def _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd) -> list[torch.Tensor | None]:
+    """Get the gradients of x and of the parameters by the definition: they can be differentiated again."""
+    normalized = normalize(x, mean, invstd, ctx.training, ctx.eps)
+    y = torch.addcmul(norm_bias[:, None, None], normalized, norm_weight[:, None, None]).relu()
+    result = F.conv2d(y.to(grad.dtype), weight.to(grad.dtype), None, *ctx.conv_args)
+    needed = ctx.needs_input_grad[:4]
+    wanted = [tensor for tensor, need in zip((x, norm_weight, norm_bias, weight), needed) if need]
+    grads = iter(torch.autograd.grad(result, wanted, grad, create_graph=True))
+    return [next(grads) if need else None for need in needed]
 
 
 def _norm_act(x, weight, bias, mean, invstd) -> torch.Tensor:
