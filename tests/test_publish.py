@@ -116,6 +116,26 @@ def test_log_of_a_resumed_run_has_every_epoch_once(run_dir, data_dir, weights_di
     assert log.read_text() == 'epoch,train_loss\n5,1.7\n6,1.5\n7,1.4\n'
 
 
+def test_a_run_that_started_from_another_one_counts_on(run_dir, data_dir, weights_dir, tmp_path):
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    folders = [tmp_path / 'first', run_dir, tmp_path / 'resumed']
+    for folder, arguments, rows in zip(folders, (
+            {}, {'epochs': 3, 'initial_checkpoint': str(folders[0] / 'last.pth.tar')}, {'epochs': 3},
+    ), ('6,1.7\n7,1.6\n', '0,1.8\n1,1.5\n', '1,1.4\n2,1.3\n')):
+        folder.mkdir(exist_ok=True)
+        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, **arguments}))
+        (folder / 'summary.csv').write_text(f'epoch,train_loss\n{rows}')
+        (folder / 'last.pth.tar').write_bytes((run_dir / 'last.pth.tar').read_bytes())
+    with pytest.raises(ValueError, match='give the folder of the run that left it'):
+        add_checkpoint(folders[1:], 'test_noise', data_dir, **PROVENANCE)
+    with pytest.raises(ValueError, match='2 of 3 epochs are done'):
+        add_checkpoint(folders[:2], 'test_noise', data_dir, **PROVENANCE)
+    checkpoint = add_checkpoint(folders, 'test_noise', data_dir, **PROVENANCE)
+    assert (checkpoint.epochs, checkpoint.base_model) == (11, None)
+    log = tmp_path / 'reports' / 'training' / 'resnetlike146_1x1.test_noise.csv'
+    assert log.read_text() == 'epoch,train_loss\n6,1.7\n7,1.6\n8,1.8\n9,1.4\n10,1.3\n'
+
+
 def test_accuracy_without_inexact_images(run_dir, data_dir, weights_dir):
     inexact = ['class_5/3.png', 'class_0/0.png']
     checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE, inexact=inexact)
@@ -148,6 +168,7 @@ def test_checkpoint_that_training_started_from_is_recorded(run_dir, data_dir, we
 def test_hours_of_a_resumed_run_add_up(run_dir, data_dir, weights_dir, tmp_path):
     parts = [tmp_path / 'first', run_dir]
     parts[0].mkdir()
+    (parts[0] / 'args.yaml').write_bytes((run_dir / 'args.yaml').read_bytes())
     (parts[0] / 'summary.csv').write_text('epoch,train_loss\n6,1.5\n')
     for folder, started, ended in zip(parts, (0, 9000), (3600, 10800)):
         for name, time in (('args.yaml', started), ('last.pth.tar', ended)):

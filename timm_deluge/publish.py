@@ -40,8 +40,9 @@ def add_checkpoint(
     is split, by the Hugging Face Hub's convention.
 
     Args:
-        run_dirs: Output folder of train.py, with `args.yaml`, `summary.csv` and `last.pth.tar`; several for a run that
-            was resumed, in order. The hours are those from each one's first file to its last checkpoint.
+        run_dirs: Output folder of train.py, with `args.yaml`, `summary.csv` and `last.pth.tar`; several, in order, for
+            a run that was resumed, or that started (`--initial-checkpoint`) from what another one left. The hours are
+            those from each one's first file to its last checkpoint.
         tag: Pretrained tag, `<recipe>_<dataset>`.
         data_dir: The data set, with train and validation folders as train.py read them.
         recipe: Name of the recipe it was trained with.
@@ -65,17 +66,13 @@ def add_checkpoint(
     if not LOGS.parent.is_dir():
         raise FileNotFoundError(f'{LOGS.parent}: no such folder; publish from a checkout (`pip install -e .`)')
     run_dir = run_dirs[-1]
-    args: dict[str, Any] = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    args = _read_args(run_dir)
     model_name, _, base_tag = args['model'].partition('.')
     if model_name not in timm.list_models(module='delugenet') or args.get('model_kwargs'):
         raise ValueError(f'{run_dir}: a run of {args["model"]} with model_kwargs {args.get("model_kwargs")}; only '
                          f'models of this package, without further arguments, can be published')
-    if args.get('initial_checkpoint'):
-        raise ValueError(f'{run_dir}: the run started from {args["initial_checkpoint"]}, which is not published; '
-                         f'publish it, and start from it with --pretrained')
     base = find_checkpoint(model_name, base_tag) if args.get('pretrained') else None
-    log = _read_log(run_dirs)
-    epochs_done = 1 + max(log)
+    log, epochs_done = _read_log(run_dirs)
     if epochs_done < args['epochs']:
         raise ValueError(f'{run_dir}: {epochs_done} of {args["epochs"]} epochs are done; resume the run with '
                          f'train.py --resume {run_dir / "last.pth.tar"}')
@@ -126,7 +123,7 @@ def add_checkpoint(
         ),
         base_model=base.name if base else None,
         recipe=recipe,
-        epochs=args['epochs'],
+        epochs=1 + max(log),
         seed=args['seed'],
         hardware=hardware,
         hours=round(sum(
@@ -166,13 +163,34 @@ def _account(file: str, data: bytes) -> dict[str, Any]:
     return dict(file=file, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def _read_log(run_dirs: Sequence[Path]) -> dict[int, dict[str, str]]:
-    """Read each epoch's row of train.py's summaries; a resumed run's later folder has the last word."""
+def _read_args(run_dir: Path) -> dict[str, Any]:
+    return yaml.safe_load((run_dir / 'args.yaml').read_text())
+
+
+def _read_log(run_dirs: Sequence[Path]) -> tuple[dict[int, dict[str, str]], int]:
+    """Read each epoch's row of train.py's summaries; a resumed run's later folder has the last word.
+
+    Returns:
+        The rows by epoch, counted on where a run started from another one, and the number of epochs that the last run
+        did.
+
+    Raises:
+        ValueError: If a run started from a checkpoint that is in none of the folders before it.
+    """
     log: dict[int, dict[str, str]] = {}
-    for run_dir in run_dirs:
+    before = 0
+    for i, run_dir in enumerate(run_dirs):
+        start = _read_args(run_dir).get('initial_checkpoint')
+        if start:
+            if not Path(start).exists() or not any(Path(start).samefile(d / 'last.pth.tar') for d in run_dirs[:i]):
+                raise ValueError(f'{run_dir}: the run started from {start}, which is not published; give the folder of '
+                                 f'the run that left it, too, or publish it, and start from it with --pretrained')
+            before = 1 + max(log)
         with (run_dir / 'summary.csv').open(newline='') as f:
-            log.update((int(row['epoch']), row) for row in csv.DictReader(f))
-    return log
+            for row in csv.DictReader(f):
+                epoch = before + int(row['epoch'])
+                log[epoch] = {**row, 'epoch': str(epoch)}
+    return log, 1 + max(log) - before
 
 
 def _write_log(log: dict[int, dict[str, str]], path: Path) -> None:

@@ -97,6 +97,7 @@ class _Backward:
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
         self.parameters = [*weights, *biases]
+        self._pass = -1
         self.clear()
 
     def begin(self) -> None:
@@ -107,7 +108,6 @@ class _Backward:
             self._pass = this_pass
 
     def clear(self) -> None:
-        self._pass = -1
         self.grads: list[torch.Tensor] = []  # of each convolution's result, [N, C, H, W]
         self.weights: list[torch.Tensor] = []  # each convolution's, [l, C]
         self.bias_grads: list[torch.Tensor] = []  # each convolution's, [C]
