@@ -1,14 +1,20 @@
-"""Measure what cross-layer connections cost: one JSON file, one figure.
+"""Measure what cross-layer connections cost: one JSON file and one figure for each processor.
 
     pip install -e '.[benchmark]' && python benchmarks/run.py
 
 Every comparison runs in a process of its own and alternates between its sides, so that both meet the same machine;
 a ratio is one of medians. R is the same network with residual sums (`aggregation='residual'`): in training in plain
 modules, as other networks of timm are; lean R trains as DelugeNets do, keeping only what convolutions take and give.
+
+A reference kernel is timed before, between and after a comparison's rounds: where its times differ, another load was
+present, and the comparison says so. One whose rounds disagree is repeated, and the calmest run counts.
 """
+import fnmatch
 import json
 import multiprocessing
+import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -22,6 +28,7 @@ import timm
 import torch
 import typer
 from rich.progress import track
+from tabulate import tabulate
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -33,70 +40,105 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER.parent / 'tests'))
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-DTYPE = torch.bfloat16 if DEVICE == 'cuda' else torch.float32
-BATCH = {  # inference, training
-    'cpu': {'delugenet122': (4, 4), 'delugenet146': (64, 32)},
-    'cuda': {'delugenet122': (256, 256), 'delugenet146': (1024, 1024)},
-}[DEVICE]
 SIZE = {'delugenet122': 224, 'delugenet146': 32}
-BARS = {
+BATCH = {
     'cpu': {
-        'inference delugenet122': 1.05, 'inference delugenet146': 1.20,
-        'training delugenet122': 1.25, 'training delugenet146': 1.30,
+        'inference': {'delugenet122': 4, 'delugenet146': 64},
+        'training': {'delugenet122': 4, 'delugenet146': 32},
+        'autocast': {'delugenet122': 128, 'delugenet146': 128},
     },
     'cuda': {
-        'inference delugenet122': 1.10, 'inference delugenet146': 1.10,
-        'training delugenet122': 1.20, 'training delugenet146': 1.20,
+        kind: {'delugenet122': 256, 'delugenet146': 1024} for kind in ('inference', 'training', 'autocast')
     },
 }[DEVICE]
+AUTOCAST_SIZE = {'cpu': {'delugenet122': 64, 'delugenet146': 32}, 'cuda': SIZE}[DEVICE]
 PEERS = [
     'delugenet122 resnet200', 'delugenet122 densenet161', 'delugenet92 wide_resnet50_2', 'delugenet92 resnet152']
 LENGTHS = (8, 16, 24, 32, 48, 64)
+MAX_DISAGREEMENT = 0.15  # of the rounds of a side: interquartile range, of the median
+MAX_LOAD = 1.15  # of the reference kernel's times: the longest, of the shortest
+MAX_RUNS = 3
 rounds = 0
+spreads: list[float] = []
+probes: list[float] = []
 
 
 def median_seconds(sides: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Alternate between the sides; the first two rounds do not count."""
+    """Alternate between the sides; the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(rounds + 2):
+    probes.append(reference_seconds())
+    for round_ in range(rounds + 1):
         for name, run in sides.items():
             begin = time.perf_counter()
             run()
-            if DEVICE == 'cuda':
-                torch.cuda.synchronize()
-            if round_ >= 2:
+            synchronize()
+            if round_:
                 seconds[name].append(time.perf_counter() - begin)
+        if round_ == rounds // 2:
+            probes.append(reference_seconds())
+    probes.append(reference_seconds())
+    if rounds > 1:
+        for values in seconds.values():
+            low, median, high = statistics.quantiles(values, method='inclusive')
+            spreads.append((high - low) / median)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def to_device(model: nn.Module) -> nn.Module:
-    return model.to(DEVICE, DTYPE, memory_format=torch.channels_last)
+def reference_seconds() -> float:
+    """Time a matrix product and a copy: the least of several, as only another load makes it longer for long."""
+    matrix = torch.ones(768, 768, device=DEVICE)
+    memory = torch.ones(2 ** 22, device=DEVICE)
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        matrix @ matrix
+        memory.clone()
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
-def images(batch: int, size: int, channels: int = 3) -> torch.Tensor:
-    return torch.randn(batch, channels, size, size, device=DEVICE, dtype=DTYPE).contiguous(
+def synchronize() -> None:
+    if DEVICE == 'cuda':
+        torch.cuda.synchronize()
+
+
+def to_device(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return model.to(DEVICE, dtype, memory_format=torch.channels_last)
+
+
+def images(batch: int, size: int, channels: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(batch, channels, size, size, device=DEVICE, dtype=dtype).contiguous(
         memory_format=torch.channels_last)
 
 
-def create(name: str, reparameterized: bool = False, **kwargs) -> nn.Module:
+def create(name: str, reparameterized: bool = False, dtype: torch.dtype = torch.float32, **kwargs) -> nn.Module:
     model = timm.create_model(name, **kwargs).eval()
-    return to_device(reparameterize_model(model, inplace=True) if reparameterized else model)
+    return to_device(reparameterize_model(model, inplace=True) if reparameterized else model, dtype)
 
 
 def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
-    return torch.inference_mode()(lambda: model.eval()(x))
+    @torch.inference_mode()
+    def run() -> None:
+        set_implementation('auto')
+        model(x)
+    model.eval()
+    return run
 
 
-def training_step(model: nn.Module, x: torch.Tensor, implementation: str = 'auto') -> Callable[[], Any]:
+def training_step(
+        model: nn.Module, x: torch.Tensor, implementation: str = 'auto', autocast: bool = False) -> Callable[[], Any]:
     def step() -> None:
         set_implementation(implementation)
         model.zero_grad()
-        model(x).square().mean().backward()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            y = model(x)
+        y.float().square().mean().backward()
     model.train()
     return step
 
 
-def kept_bytes(model: nn.Module, x: torch.Tensor, implementation: str = 'auto') -> int:
+def kept_bytes(model: nn.Module, x: torch.Tensor, implementation: str = 'auto', autocast: bool = False) -> int:
     """Bytes that autograd keeps for the backward pass: storages, each once, parameters excluded."""
     set_implementation(implementation)
     storages: dict[int, int] = {}
@@ -108,7 +150,8 @@ def kept_bytes(model: nn.Module, x: torch.Tensor, implementation: str = 'auto') 
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    context = torch.autocast(DEVICE, torch.bfloat16, enabled=autocast)
+    with context, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.train()(x)
     return sum(storages.values())
 
@@ -120,71 +163,85 @@ def peak_bytes(step: Callable[[], Any]) -> int:
 
 
 def measure_inference(name: str) -> dict[str, Any]:
-    x = images(BATCH[name][0], SIZE[name])
+    x = images(BATCH['inference'][name], SIZE[name])
     seconds = median_seconds({
-        'reparameterized': inference(create(name, True), x),
-        'R reparameterized': inference(create(name, True, aggregation='residual'), x),
+        'fp32': inference(create(name, True), x),
+        'R fp32': inference(create(name, True, aggregation='residual'), x),
+        'bf16': inference(create(name, True, torch.bfloat16), x.bfloat16()),
+        'R bf16': inference(create(name, True, torch.bfloat16, aggregation='residual'), x.bfloat16()),
+        'as trained, fp32': inference(create(name), x),
     })
-    return {'seconds': seconds, 'ratio_to_R': seconds['reparameterized'] / seconds['R reparameterized']}
+    what = f'inference, `{name}`, {describe(x)}'
+    bar = {'delugenet122': 1.05, 'delugenet146': 1.10}[name]
+    return {'seconds': seconds, 'figures': [
+        figure(f'{what}, fp32: time, of R', seconds['fp32'] / seconds['R fp32'], at_most=bar),
+        figure(f'{what}, bf16: time, of R', seconds['bf16'] / seconds['R bf16']),
+        figure(f'{what}, bf16: faster than fp32', seconds['fp32'] / seconds['bf16'], at_least=2.),
+        figure(f'{what}, fp32: faster by `reparameterize_model`', seconds['as trained, fp32'] / seconds['fp32'],
+               at_least=1.25 if name == 'delugenet122' else None),
+    ]}
 
 
-def measure_reparameterization(name: str) -> dict[str, Any]:
-    x = images(BATCH[name][0], SIZE[name])
-    seconds = median_seconds({
-        'reparameterized': inference(create(name, True), x),
-        'as trained': inference(create(name), x),
-    })
-    return {'seconds': seconds, 'speedup': seconds['as trained'] / seconds['reparameterized']}
-
-
-def measure_training(name: str) -> dict[str, Any]:
-    x = images(BATCH[name][1], SIZE[name])
+def measure_training(name: str, autocast: bool = False) -> dict[str, Any]:
+    x = images(BATCH['autocast'][name], AUTOCAST_SIZE[name]) if autocast else images(
+        BATCH['training'][name], SIZE[name])
     residual = create(name, aggregation='residual')
-    sides = {'lean': (create(name), x), 'R': (residual, x, 'reference'), 'lean R': (residual, x)}
+    sides: dict[str, Any] = {
+        'lean': (create(name), x, 'auto', autocast),
+        'R': (residual, x, 'reference', autocast),
+        'lean R': (residual, x, 'auto', autocast),
+    }
     kept = {side: kept_bytes(*arguments) for side, arguments in sides.items()}
     steps = {side: training_step(*arguments) for side, arguments in sides.items()}
     peak = {side: peak_bytes(step) for side, step in steps.items()} if DEVICE == 'cuda' else None
     seconds = median_seconds(steps)
-    return {
-        'seconds': seconds,
-        'ratio_to_R': seconds['lean'] / seconds['R'],
-        'ratio_to_lean_R': seconds['lean'] / seconds['lean R'],
-        'kept_bytes': kept,
-        'kept_ratio_to_R': kept['lean'] / kept['R'],
-        'kept_ratio_to_lean_R': kept['lean'] / kept['lean R'],
-        'peak_bytes': peak,
-    }
+    what = f'training, `{name}`, {describe(x)}, {"bf16 autocast" if autocast else "fp32"}'
+    bars = {'delugenet122': (1.05 if autocast else 1.25, 1.15), 'delugenet146': (1.10 if autocast else 1.30, 1.25)}
+    return {'seconds': seconds, 'kept_bytes': kept, 'peak_bytes': peak, 'figures': [
+        figure(f'{what}: time, of R', seconds['lean'] / seconds['R'], at_most=bars[name][0]),
+        figure(f'{what}: time, of lean R', seconds['lean'] / seconds['lean R'], at_most=bars[name][1]),
+        figure(f'{what}: bytes kept for the backward pass, of R', kept['lean'] / kept['R'], at_most=1.),
+        figure(f'{what}: bytes kept for the backward pass, of lean R', kept['lean'] / kept['lean R'], at_most=1.10),
+    ]}
 
 
 def measure_released(name: str) -> dict[str, Any]:
     from released import ReleasedDelugeNet  # the tests' reference
-    x = images(BATCH[name][1], SIZE[name])
+    x = images(BATCH['training'][name], SIZE[name])
     models = {'lean': create(name), 'released': to_device(ReleasedDelugeNet((8, 16, 24), (32, 64, 128), 100))}
     kept = {side: kept_bytes(model, x) for side, model in models.items()}
     seconds = median_seconds({side: training_step(model, x) for side, model in models.items()})
-    return {
-        'seconds': seconds,
-        'speedup': seconds['released'] / seconds['lean'],
-        'kept_bytes': kept,
-        'kept_ratio': kept['released'] / kept['lean'],
-    }
+    what = f'training, `{name}`, {describe(x)}, fp32'
+    return {'seconds': seconds, 'kept_bytes': kept, 'figures': [
+        figure(f'{what}: faster than the released form', seconds['released'] / seconds['lean'], at_least=2.2),
+        figure(f'{what}: fewer bytes kept than by the released form', kept['released'] / kept['lean'], at_least=3.),
+    ]}
 
 
 def measure_peer(name: str, peer: str) -> dict[str, Any]:
-    batch = 4 if DEVICE == 'cpu' else 256
-    x = images(batch, 224)
+    x = images(4 if DEVICE == 'cpu' else 256, 224)
     seconds = median_seconds({name: inference(create(name, True), x), peer: inference(create(peer), x)})
     flops = {model: create_report(model).paper_flops for model in seconds}
-    return {
-        'images_per_second': {model: batch / s for model, s in seconds.items()},
-        'speedup': seconds[peer] / seconds[name],
-        'flops_ratio': flops[peer] / flops[name],
-    }
+    bar = max(1., flops[peer] / flops[name])
+    return {'seconds': seconds, 'figures': [
+        figure(f'inference, `{name}`, {describe(x)}, fp32: faster than `{peer}`', seconds[peer] / seconds[name],
+               at_least=bar),
+    ]}
 
 
-def measure_growth(length: int) -> dict[str, Any]:
+def describe(x: torch.Tensor) -> str:
+    return f'{x.shape[-1]}², batch {len(x)}'
+
+
+def figure(what: str, value: float, at_most: float | None = None, at_least: float | None = None) -> dict[str, Any]:
+    return {'what': what, 'value': value, 'at_most': at_most, 'at_least': at_least}
+
+
+def measure_growth(length: str) -> dict[str, Any]:
+    depth = int(length)
+
     def block(block_type: type[ResidualBlock]) -> nn.Module:
-        return to_device(nn.Sequential(block_type(nn.Identity(), length, 64, [0.] * length))).eval()
+        return to_device(nn.Sequential(block_type(nn.Identity(), depth, 64, [0.] * depth))).eval()
     x = images(4, 28, channels=128)
     seconds = median_seconds({
         'inference': inference(reparameterize_model(block(DelugeBlock)), x),
@@ -192,27 +249,38 @@ def measure_growth(length: int) -> dict[str, Any]:
         'training': training_step(block(DelugeBlock), x),
         'training, R': training_step(block(ResidualBlock), x, 'reference'),
     })
+    return {'seconds_per_layer': {side: s / depth for side, s in seconds.items()}, 'figures': [
+        figure(f'{mode}, a block of {depth} layers of 128 channels, {describe(x)}, fp32: time, of R',
+               seconds[mode] / seconds[f'{mode}, R'])
+        for mode in ('inference', 'training')
+    ]}
+
+
+def measure(name: str, number_of_rounds: int, threads: int) -> dict[str, Any]:
+    """Run one comparison; called in a fresh process."""
+    global rounds
+    rounds = number_of_rounds
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    kind, *subject = name.split()
+    result = {
+        'inference': measure_inference, 'training': measure_training, 'peer': measure_peer, 'growth': measure_growth,
+        'autocast': lambda model: measure_training(model, autocast=True), 'released': measure_released,
+    }[kind](*subject)
     return {
-        'seconds_per_layer': {side: s / length for side, s in seconds.items()},
-        'cross_layer_share': {
-            mode: 1 - seconds[f'{mode}, R'] / seconds[mode] for mode in ('inference', 'training')},
+        'date': str(date.today()), 'torch': torch.__version__, 'timm': timm.__version__, 'rounds': rounds,
+        'disagreement': max(spreads, default=0.), 'reference_seconds': probes, 'load': max(probes) / min(probes),
+        **result,
     }
 
 
-def measure(task: tuple[str, str, int, int]) -> dict[str, Any]:
-    """Run one comparison; called in a fresh process."""
-    global rounds
-    kind, subject, rounds, threads = task
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    if kind == 'growth':
-        return measure_growth(int(subject))
-    if kind == 'peers':
-        return measure_peer(*subject.split())
-    return {
-        'inference': measure_inference, 'reparameterization': measure_reparameterization,
-        'training': measure_training, 'released': measure_released,
-    }[kind](subject)
+def measure_calmly(name: str, number_of_rounds: int, threads: int) -> dict[str, Any]:
+    """Repeat a comparison whose rounds disagree; the calmest run counts."""
+    runs: list[dict[str, Any]] = []
+    while len(runs) < MAX_RUNS and (not runs or runs[-1]['disagreement'] > MAX_DISAGREEMENT):
+        with multiprocessing.get_context('spawn').Pool(1) as pool:
+            runs.append(pool.apply(measure, (name, number_of_rounds, threads)))
+    return {**min(runs, key=lambda run: run['disagreement']), 'runs': len(runs)}
 
 
 def cpu_name() -> str:
@@ -222,50 +290,61 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def draw(growth: dict[str, dict[str, Any]], path: Path) -> None:
+def slug(machine: str) -> str:
+    """Make a file name of a processor's name."""
+    return re.sub('[^a-z0-9.]+', '-', machine.lower().replace('(r)', '')).strip('-')
+
+
+def draw(rows: dict[str, Any], path: Path) -> None:
     """Plot the cost of a layer against the length of its block."""
-    lengths = [int(length) for length in growth]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+    plot, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
     for axis, mode in zip(axes, ('inference', 'training')):
         for side, label in ((mode, 'cross-layer convolutions'), (f'{mode}, R', 'residual sums (R)')):
-            cost = [1000 * growth[str(length)]['seconds_per_layer'][side] for length in lengths]
-            axis.plot(lengths, cost, marker='o', label=label)
-        axis.set(title=mode, xlabel='composite layers in the block', ylabel='ms per layer', xticks=lengths)
+            cost = [1000 * rows[f'growth {length}']['seconds_per_layer'][side] for length in LENGTHS]
+            axis.plot(LENGTHS, cost, marker='o', label=label)
+        axis.set(title=mode, xlabel='composite layers in the block', ylabel='ms per layer', xticks=LENGTHS)
         axis.set_ylim(bottom=0)
         axis.legend()
-    figure.savefig(path, dpi=150)
+    plot.savefig(path, dpi=150)
 
 
 def main(
-        output: Annotated[Path, typer.Option(help='JSON file; the figure goes beside it.')] = FOLDER / f'{DEVICE}.json',
-        rounds: Annotated[int, typer.Option(help='Timed rounds of each comparison.')] = 11,
-        threads: Annotated[int, typer.Option(help='Threads of a CPU.')] = 2,
-        only: Annotated[str, typer.Option(help='One kind of comparison: inference, training, …; all if empty.')] = '',
+        only: Annotated[str, typer.Option(help='Comparisons to run, such as "training *": the others stay.')] = '*',
+        output: Annotated[Path | None, typer.Option(help='JSON file; the figure goes beside it.')] = None,
+        rounds: Annotated[int, typer.Option(min=1, help='Timed rounds of each comparison.')] = 7,
+        threads: Annotated[int, typer.Option(min=1, help='Threads of a CPU.')] = 2,
 ) -> None:
     """Measure everything on this machine's GPU, or else on its CPU."""
-    subjects = {
-        'inference': list(SIZE), 'reparameterization': list(SIZE), 'training': list(SIZE),
-        'released': ['delugenet146'], 'peers': PEERS, 'growth': [str(length) for length in LENGTHS],
-    }
-    if only and only not in subjects:
-        raise typer.BadParameter(f'{only!r}: must be one of {", ".join(subjects)}', param_hint='--only')
-    tasks = [(kind, s, rounds, threads) for kind in subjects if only in ('', kind) for s in subjects[kind]]
-    with multiprocessing.get_context('spawn').Pool(1, maxtasksperchild=1) as pool:
-        results = list(track(pool.imap(measure, tasks), description='Measuring', total=len(tasks)))
-    report: dict[str, Any] = {
-        'date': str(date.today()), 'device': DEVICE,
-        'machine': torch.cuda.get_device_name() if DEVICE == 'cuda' else cpu_name(),
-        'threads': threads, 'rounds': rounds,
-        'dtype': str(DTYPE).removeprefix('torch.'), 'torch': torch.__version__, 'timm': timm.__version__,
-        'batch': {name: dict(zip(('inference', 'training'), sizes)) for name, sizes in BATCH.items()},
-        'bars': BARS,
-    }
-    for (kind, subject, *_), result in zip(tasks, results):
-        report.setdefault(kind, {})[subject] = result
-    if 'growth' in report:
-        draw(report['growth'], output.with_suffix('.png'))
-    output.write_text(json.dumps(report, indent=2) + '\n')
-    print(json.dumps(report, indent=2))
+    machine = torch.cuda.get_device_name() if DEVICE == 'cuda' else cpu_name()
+    output = output or FOLDER / 'results' / f'{slug(machine)}.json'
+    names = [f'{kind} {name}' for kind in ('inference', 'training', 'autocast') for name in SIZE]
+    names += ['released delugenet146', *(f'peer {pair}' for pair in PEERS), *(f'growth {n}' for n in LENGTHS)]
+    chosen = fnmatch.filter(names, only)
+    if not chosen:
+        raise typer.BadParameter(f'{only!r} fits none of: {", ".join(names)}', param_hint='--only')
+    before = json.loads(output.read_text())['rows'] if output.exists() else {}
+    load = os.getloadavg()[0]
+    measured = {name: measure_calmly(name, rounds, threads) for name in track(chosen, description='Measuring')}
+    fastest = min(min(row['reference_seconds']) for row in measured.values())
+    for row in measured.values():
+        row['load'] = max(row['reference_seconds']) / fastest
+    rows = {name: measured.get(name) or before[name] for name in names if name in measured or name in before}
+    output.parent.mkdir(exist_ok=True)
+    if all(f'growth {length}' in rows for length in LENGTHS):
+        draw(rows, output.with_suffix('.png'))
+    text = json.dumps({
+        'machine': machine, 'device': DEVICE, 'threads': threads, 'load_average_before': load, 'rows': rows,
+    }, indent=2)
+    output.write_text(text + '\n')
+    print(tabulate([
+        {**f, 'disagreement': row['disagreement'], 'load': row['load'], 'runs': row['runs']}
+        for row in measured.values() for f in row['figures']
+    ], headers='keys', floatfmt='.2f'))
+    for name, row in measured.items():
+        if row['load'] > MAX_LOAD:
+            print(f'{name}: another load was present: the reference kernel took {row["load"]:.2f} times its least time')
+        if row['disagreement'] > MAX_DISAGREEMENT:
+            print(f'{name}: rounds disagree by {row["disagreement"]:.0%} in the calmest of {row["runs"]} runs')
 
 
 if __name__ == '__main__':

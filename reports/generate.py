@@ -4,11 +4,13 @@
 """
 import csv
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from tabulate import tabulate
@@ -72,42 +74,45 @@ def draw_learning_curves(path: Path) -> None:
 
 
 def _performance() -> str:
-    measured = json.loads((REPOSITORY / 'benchmarks' / 'cpu.json').read_text(encoding='utf-8'))
-    rows = []
-
-    def row(what: str, ratio: float, bar: str, met: bool) -> None:
-        rows.append({'': what, 'measured': f'{ratio:.2f} ×', 'goal': bar, 'met': 'yes' if met else 'no'})
-
-    for kind, verb in (('inference', 'inference, reparameterised'), ('training', 'training step')):
-        for name, result in measured[kind].items():
-            bar = measured['bars'][f'{kind} {name}']
-            what = f'{verb}, `{name}`, batch {measured["batch"][name][kind]}: time, of R'
-            row(what, result['ratio_to_R'], f'≤ {bar:.2f}', result['ratio_to_R'] <= bar)
-    for name, result in measured['training'].items():
-        row(f'kept for the backward pass, `{name}`: bytes, of R', result['kept_ratio_to_R'], '≤ 1.00',
-            result['kept_ratio_to_R'] <= 1)
-    speedup = measured['reparameterization']['delugenet122']['speedup']
-    row('speedup by `reparameterize_model`, `delugenet122`', speedup, '≥ 1.25', speedup >= 1.25)
-    for name, result in measured['released'].items():
-        speedup, kept = result['speedup'], result['kept_ratio']
-        row(f'training step, `{name}`: faster than the released form', speedup, '≥ 2.2', speedup >= 2.2)
-        row(f'kept bytes, `{name}`: fewer than the released form', kept, '≥ 3', kept >= 3)
-    for names, result in measured['peers'].items():
-        name, peer = names.split()
-        speedup, bar = result['speedup'], max(1., result['flops_ratio'])
-        row(f'inference, `{name}`, reparameterised: faster than `{peer}`', speedup, f'≥ {bar:.2f}', speedup >= bar)
-    share = measured['growth']['64']['cross_layer_share']
-    images = ', '.join(
-        f'{name} {rate:.1f}' for result in measured['peers'].values()
-        for name, rate in result['images_per_second'].items())
+    """Show what was measured, with a column for each machine."""
+    files = sorted((REPOSITORY / 'benchmarks' / 'results').glob('*.json'))
+    machines = [json.loads(path.read_text(encoding='utf-8')) for path in files]
+    table: dict[str, dict[str, str]] = {}
+    for machine in machines:
+        for name, row in machine['rows'].items():
+            for figure in row['figures'] if not name.startswith('growth') or name == 'growth 64' else ():
+                line = table.setdefault(figure['what'], {'': figure['what'], 'goal': _goal(figure)})
+                line[machine['machine']] = _cell(figure)
+    headers = {'': '', **{machine['machine']: machine['machine'] for machine in machines}, 'goal': 'goal'}
     return '\n\n'.join((
-        tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True),
-        f'{measured["machine"]}, {measured["threads"]} threads, {measured["dtype"]}, channels_last, eager, '
-        f'torch {measured["torch"]}, {measured["date"]}; medians of {measured["rounds"]} interleaved rounds. '
-        f'Images per second at 224², batch 4: {images}. In a block of 64 layers, {share["inference"]:.0%} of the time '
-        f'in inference and {share["training"]:.0%} in training is what the residual block does not take.',
-        '![Cost of a layer against the length of its block](benchmarks/cpu.png)',
+        tabulate([{key: line.get(key, '–') for key in headers} for line in table.values()],
+                 headers='keys', tablefmt='github', disable_numparse=True),
+        *map(_conditions, machines),
+        *(f'![Cost of a layer against the length of its block, {machine["machine"]}]'
+          f'(benchmarks/results/{path.stem}.png)' for path, machine in zip(files, machines)),
     ))
+
+
+def _goal(figure: dict[str, Any]) -> str:
+    if figure['at_most'] is not None:
+        return f'≤ {figure["at_most"]:.2f}'
+    return '' if figure['at_least'] is None else f'≥ {figure["at_least"]:.2f}'
+
+
+def _cell(figure: dict[str, Any]) -> str:
+    value = figure['value']
+    missed = value > (figure['at_most'] or math.inf) or value < (figure['at_least'] or 0)
+    return f'{value:.2f} ×' + (', missed' if missed else '')
+
+
+def _conditions(machine: dict[str, Any]) -> str:
+    rows = machine['rows'].values()
+    dates, torches, rounds = (sorted({row[key] for row in rows}) for key in ('date', 'torch', 'rounds'))
+    disturbed = [name for name, row in machine['rows'].items() if row.get('load', 1) > 1.15]
+    return (
+        f'{machine["machine"]}: {machine["threads"]} threads, channels_last, eager, torch {", ".join(torches)}, '
+        f'{", ".join(dates)}; medians of {", ".join(map(str, rounds))} interleaved rounds.'
+        + (f' Another load was present in: {", ".join(disturbed)}.' if disturbed else ''))
 
 
 def _predict() -> str:
