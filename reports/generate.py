@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
-from timm_deluge.card import checkpoint_table, model_card, model_table
+from timm_deluge.card import best_table, checkpoint_table, model_card, model_table
 from timm_deluge.paper import PUBLISHED
 from timm_deluge.report import create_report, format_reports
 from timm_deluge.weights import list_checkpoints
@@ -35,6 +35,7 @@ def generate() -> dict[Path, str]:
     zoo, peers = ([create_report(name) for name in names] for names in (PUBLISHED, PEERS))
     readme = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
     readme = _replace_block(readme, 'models', model_table(zoo, checkpoints))
+    readme = _replace_block(readme, 'best', best_table(checkpoints))
     readme = _replace_block(readme, 'checkpoints', checkpoint_table(checkpoints))
     if checkpoints:
         readme = _replace_block(readme, 'predict', f'```\n{_predict()}\n```')
@@ -70,6 +71,37 @@ def draw_learning_curves(path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*error.get_legend_handles_labels(), loc='outside lower center', ncols=2)
+    figure.savefig(path, dpi=150)
+
+
+def accuracies() -> list[dict[str, Any]]:
+    """Get what the paper printed and what our checkpoints reach: network, data set, GFLOPs in its way, top-1 in %."""
+    points = [
+        {'data': data, 'source': 'paper', 'name': name, 'gflops': published.gflops, 'top1': 100 - error}
+        for name, published in PUBLISHED.items() if published.gflops for data, error in published.top1_error.items()]
+    return points + [
+        {'data': c.data_set, 'source': 'ours', 'name': c.name, 'gflops': create_report(c.name).paper_flops / 1e9,
+         'top1': c.metrics['top1']} for c in list_checkpoints()]
+
+
+def draw_accuracies(path: Path) -> None:
+    """Plot accuracy against GFLOPs, ours and the paper's, for each data set.
+
+    Args:
+        path: PNG file to write.
+    """
+    points = accuracies()
+    data_sets = sorted({point['data'] for point in points})
+    figure, axes = plt.subplots(1, len(data_sets), figsize=(9, 3.6), layout='constrained')
+    for axis, data in zip(axes, data_sets):
+        for source, marker, colour in (('paper', 'o', '#0072B2'), ('ours', '*', '#D55E00')):
+            chosen = [point for point in points if (point['data'], point['source']) == (data, source)]
+            axis.scatter([p['gflops'] for p in chosen], [p['top1'] for p in chosen], marker=marker, color=colour,
+                         s=90 if source == 'ours' else 30, label=source)
+        axis.set(title=data, xlabel='GFLOPs', ylim=(0, 100))
+        axis.set_xlim(0, 1.15 * axis.get_xlim()[1])
+    axes[0].set_ylabel('top-1 accuracy on the test images, %')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
     figure.savefig(path, dpi=150)
 
 
@@ -127,3 +159,4 @@ if __name__ == '__main__':
         path.write_text(text, encoding='utf-8')
         print(path.relative_to(REPOSITORY))
     draw_learning_curves(REPORTS / 'training' / 'learning_curves.png')
+    draw_accuracies(REPORTS / 'training' / 'accuracy.png')

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from timm_deluge.card import model_table
+from timm_deluge.card import best_table, model_table
 from timm_deluge.report import create_report
 from timm_deluge.weights import list_checkpoints
 
@@ -44,6 +44,39 @@ def test_model_table_shows_the_best_checkpoint_for_a_data_set(order):
     better, worse = (replace(checkpoint, metrics={**checkpoint.metrics, 'top1': top1}) for top1 in (92.5, 90.25))
     table = model_table([create_report(checkpoint.model)], [better, worse][::order])
     assert f'7.50 ({checkpoint.data_set})' in table and '9.75' not in table
+
+
+def test_first_table_shows_the_best_checkpoint_for_each_data_set(texts):
+    checkpoints = list_checkpoints()
+    rows = best_table(checkpoints).splitlines()[2:]
+    assert len(rows) == len({c.data_set for c in checkpoints})
+    for checkpoint in checkpoints:
+        better = any(
+            c.data_set == checkpoint.data_set and c.metrics['top1'] > checkpoint.metrics['top1'] for c in checkpoints)
+        shown = [row for row in rows if f'`{checkpoint.name}`' in row]
+        assert bool(shown) != better
+        assert all(f'{checkpoint.metrics["top1"]:.2f} %' in row for row in shown)
+    assert '\n'.join(rows) in texts[REPOSITORY / 'README.md']
+
+
+def test_accuracy_is_drawn_for_every_checkpoint_and_every_figure_of_the_paper(tmp_path):
+    generator = runpy.run_path(str(REPOSITORY / 'reports' / 'generate.py'))
+    points = generator['accuracies']()
+    assert {(p['name'], p['top1']) for p in points if p['source'] == 'ours'} == {
+        (c.name, c.metrics['top1']) for c in list_checkpoints()}
+    printed = {(p['name'], p['data']): (p['gflops'], p['top1']) for p in points if p['source'] == 'paper'}
+    assert printed['delugenet146', 'cifar100'] == (1.43, pytest.approx(80.28))
+    assert len(printed) == 12
+    generator['draw_accuracies'](tmp_path / 'accuracy.png')
+    assert (tmp_path / 'accuracy.png').stat().st_size > 10_000
+
+
+@pytest.mark.parametrize('value, limits, cell', [
+    (1.04, {'at_most': 1.05}, '1.04 ×'), (1.06, {'at_most': 1.05}, '1.06 ×, missed'),
+    (1.9, {'at_least': 2.}, '1.90 ×, missed'), (2.1, {'at_least': 2.}, '2.10 ×'), (9., {}, '9.00 ×')])
+def test_performance_table_says_what_is_missed(value, limits, cell):
+    figure = {'at_most': None, 'at_least': None, **limits, 'value': value}
+    assert runpy.run_path(str(REPOSITORY / 'reports' / 'generate.py'))['_cell'](figure) == cell
 
 
 def test_model_card_is_in_hugging_face_form(texts):

@@ -8,7 +8,7 @@ from .paper import PUBLISHED
 from .report import ModelReport
 from .weights import Checkpoint
 
-__all__ = ['checkpoint_table', 'model_card', 'model_table']
+__all__ = ['best_table', 'checkpoint_table', 'model_card', 'model_table']
 
 CITATION = '''```bibtex
 @inproceedings{kuen2017delugenets,
@@ -60,6 +60,28 @@ def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint
             'paper: error %': ', '.join(f'{e:.2f} ({d})' for d, e in published.top1_error.items()),
         })
     return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
+
+
+def best_table(checkpoints: Sequence[Checkpoint]) -> str:
+    """What can be loaded for which images: each data set's best checkpoint, in Markdown.
+
+    Args:
+        checkpoints: The manifest.
+
+    Returns:
+        The table, the best first.
+    """
+    best: dict[str, Checkpoint] = {}
+    for checkpoint in sorted(checkpoints, key=lambda c: c.metrics['top1']):
+        best[checkpoint.data_set] = checkpoint
+    return tabulate([{
+        'knows': f'the {len(c.class_names)} classes of {c.dataset["name"]}, {c.input_size[1]}²',
+        'load': f'`{c.name}`',
+        'right on': f'{c.metrics["top1"]:.2f} % of {c.metrics["num_images"]:,} test images',
+        'among its first five on': f'{c.metrics["top5"]:.2f} %',
+        'the paper': f'{100 - float(_published_error(c)):.2f} %' if _published_error(c) else '',
+    } for c in sorted(best.values(), key=lambda c: -c.metrics['top1'])],
+        headers='keys', tablefmt='github', disable_numparse=True)
 
 
 def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> str:
