@@ -37,13 +37,14 @@ def kept_memory(num_tensors: int, like: torch.Tensor) -> Iterator[list[torch.Ten
         Tensors in channels_last, on the CPU, whose contents are lost when the context ends.
     """
     n, c, h, w = like.shape
-    size = num_tensors * like.numel()
+    size = num_tensors * like.nbytes
     memory = _thread.__dict__.pop('memory', None)
-    if memory is None or memory.dtype != like.dtype or len(memory) < size:
+    if memory is None or len(memory) < size:
         with torch.inference_mode(False):
-            memory = torch.empty(size, dtype=like.dtype)
+            memory = torch.empty(size, dtype=torch.uint8)
     try:
-        yield list(memory[:size].view(num_tensors, n, h, w, c).permute(0, 1, 4, 2, 3).unbind())
+        tensors = memory[:size].view(like.dtype).view(num_tensors, n, h, w, c)
+        yield list(tensors.permute(0, 1, 4, 2, 3).unbind())
     finally:
         if memory.nbytes <= KEPT_BYTES:
             _thread.memory = memory
