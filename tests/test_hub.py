@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
 
 from timm_deluge import weights
 from timm_deluge.hub import hub_files
@@ -104,6 +105,32 @@ def test_dry_run_shows_every_file_and_publishes_nothing(server, publish, scratch
                   weights.find_checkpoint('delugenet146').sha256):
         assert shown in result.stdout
     assert not server.repos and not server.requests
+
+
+@pytest.mark.parametrize('repo_id', ['bad repo id', 'a/b/c', '', 'somebody/', 'somebody/x--y'])
+def test_a_name_that_the_hub_refuses_is_refused(scratch_weights, repo_id):
+    with pytest.raises(HFValidationError, match=f'{repo_id!r}'):
+        hub_files(weights.find_checkpoint('delugenet146'), repo_id)
+
+
+def test_dry_run_refuses_what_the_hub_refuses(server, publish):
+    result = publish('--dry-run', '--repo-id', 'a/b/c')
+    assert result.returncode == 2 and "'a/b/c'" in result.stderr and 'Nothing was published' not in result.stderr
+    assert result.stdout == '' and not server.requests
+
+
+def test_a_manifest_that_cannot_be_written_does_not_hide_that_it_was_published(server, call):
+    full_disk = """
+import timm_deluge.hub
+from timm_deluge.cli import app
+def write_manifest(_): raise OSError(28, 'No space left on device')
+timm_deluge.hub.write_manifest = write_manifest
+app()
+"""
+    result = call(full_disk, 'publish', 'delugenet146', '--repo-id', REPO)
+    assert result.returncode == 2 and server.repos[REPO]
+    assert 'was published' in result.stderr and 'No space left on device' in result.stderr
+    assert 'Nothing was published' not in result.stderr
 
 
 def test_interrupted_publishing_uploads_nothing_twice(server, publish):

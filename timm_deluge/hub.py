@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import save_config_for_hf
 
 from .card import model_card
@@ -35,8 +36,10 @@ def hub_files(checkpoint: Checkpoint, repo_id: str) -> dict[str, bytes | Path]:
         Content, or the file that has it, by name: the configuration, the model card and the weights.
 
     Raises:
+        huggingface_hub.errors.HFValidationError: If the Hub would not take such a name.
         CheckpointError: If the checkpoint's file is not what the manifest says.
     """
+    validate_repo_id(repo_id)
     weights = _one_file(checkpoint)
     model = timm.create_model(
         checkpoint.model, num_classes=len(checkpoint.class_names),
@@ -80,7 +83,9 @@ def push_to_hub(checkpoint: Checkpoint, repo_id: str) -> str:
         Address of the commit.
 
     Raises:
-        CheckpointError: If the checkpoint's file is not what the manifest says.
+        huggingface_hub.errors.HFValidationError: If the Hub would not take such a name.
+        CheckpointError: If the checkpoint's file is not what the manifest says, or, once it is published, if the
+            manifest cannot be written.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
     """
     files = hub_files(checkpoint, repo_id)
@@ -92,5 +97,10 @@ def push_to_hub(checkpoint: Checkpoint, repo_id: str) -> str:
         commit_message=f'Publish {checkpoint.name}',
     )
     published = replace(checkpoint, hf_hub_id=repo_id)
-    write_manifest([published if c.name == checkpoint.name else c for c in list_checkpoints()])
+    try:
+        write_manifest([published if c.name == checkpoint.name else c for c in list_checkpoints()])
+    except OSError as error:
+        raise CheckpointError(
+            f'{checkpoint.name} was published, {commit.commit_url}, but the manifest cannot take it down: {error}. '
+            f'Mend that and run this again: what is the same on the Hub stays as it is.') from error
     return str(commit.commit_url)
