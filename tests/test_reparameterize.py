@@ -11,6 +11,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_deluge.delugenet import DelugeBlock, DelugeNet, FusedDelugeBlock
+from timm_deluge.ops import kept_memory
 from timm_deluge.reparameterize import InferenceConv2d
 
 KINDS = [
@@ -93,6 +94,16 @@ def test_kept_memory_holds_nothing_that_anyone_has():
     assert len(seen) == 2
     for output, then in seen:
         torch.testing.assert_close(output, then, rtol=0, atol=0)
+
+
+def test_kept_memory_serves_every_dtype():
+    like = torch.empty(2, 8, 4, 4)
+    with kept_memory(3, like) as tensors:
+        address = tensors[0].data_ptr()
+    for other in (like.bfloat16(), like[:1], like.bool(), like):
+        with kept_memory(3, other) as tensors:
+            assert tensors[0].data_ptr() == address
+            assert {(t.dtype, t.shape) for t in tensors} == {(other.dtype, other.shape)} and len(tensors) == 3
 
 
 def test_threads_do_not_share_kept_memory():
