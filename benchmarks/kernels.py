@@ -27,7 +27,7 @@ BAR = 1.5
 def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str, tuple[Callable[[], Any], int]]:
     """Get a call of each kernel, and how many tensors of the shape it reads and writes."""
     channels = shape[1]
-    layers = [torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(17)]
+    layers = [torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(20)]
     outs = [torch.empty_like(layers[0]) for _ in range(4)]
     per_channel = torch.rand(channels) + 0.5
     bias = torch.randn(channels, 1, 1)
@@ -40,17 +40,19 @@ def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str,
         return lambda: cpp.combine(
             layers[:num_layers], weights, [bias] * num_sums, outs[:num_sums], relu), num_layers + num_sums
 
-    def combine_backward(num_grads: int) -> tuple[Callable[[], Any], int]:
-        weights = weight(num_grads)
-        return lambda: cpp.combine_backward(layers[:num_grads], weights, layers[-1], per_channel), num_grads + 2
+    def combine_backward(num_grads: int, num_layers: int) -> tuple[Callable[[], Any], int]:
+        weights, means = [weight(num_grads)] * num_layers, [per_channel] * num_layers
+        return lambda: cpp.combine_backward(
+            layers[:num_grads], weights, layers[-num_layers:], means, outs[:num_layers]), num_grads + 3 * num_layers
 
     return {
         'combine, BN and ReLU': combine(1, 1, relu=True),
         'combine, 3 layers': combine(3, 1),
         'combine, 8 layers, 4 sums': combine(8, 4),
         'combine, 16 layers, 4 sums': combine(16, 4),
-        'combine_backward, 4 gradients': combine_backward(4),
-        'combine_backward, 16 gradients': combine_backward(16),
+        'combine_backward, 2 gradients, 1 layer': combine_backward(2, 1),
+        'combine_backward, 8 gradients, 4 layers': combine_backward(8, 4),
+        'combine_backward, 16 gradients, 4 layers': combine_backward(16, 4),
         'moments': (lambda: cpp.moments(layers[0]), 1),
         'norm_act_backward': (lambda: cpp.norm_act_backward(
             outs[0], layers[0], outs[0], *[per_channel] * 4, True), 5),

@@ -26,6 +26,7 @@ from timm_deluge.ops import (
     running_sums,
     set_implementation,
 )
+from timm_deluge.ops.layout import same_layout
 
 LAYOUTS = {
     'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -516,9 +517,16 @@ def test_fast_kernels_agree_on_every_pair_of_layouts(name):
         layers = [first(torch.randn(3, 5, 6, 7)), second(torch.randn(3, 5, 6, 7))]
         weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
         torch.testing.assert_close(kernels.combine(layers, [weight], [bias]), aten.combine(layers, [weight], [bias]))
-        layer, mean = first(torch.randn(3, 5, 6, 7)), torch.randn(5)
-        torch.testing.assert_close(
-            kernels.combine_backward(layers, weight, layer, mean), aten.combine_backward(layers, weight, layer, mean))
+        for num_layers in 1, 4, 5:
+            of_layers = [
+                (torch.randn(2, 5, 1, 1), first(torch.randn(3, 5, 6, 7)), torch.randn(5)) for _ in range(num_layers)]
+            like, _ = same_layout([layer for _, layer, _ in of_layers])
+            for begun in None, [torch.randn_like(layer) for layer in like]:
+                grads, dots = kernels.combine_backward(
+                    layers, *zip(*of_layers), begun and [tensor.clone() for tensor in begun])
+                expected_grads, expected_dots = aten.combine_backward(layers, *zip(*of_layers), begun)
+                torch.testing.assert_close(list(grads), list(expected_grads))
+                assert_near(dots, expected_dots, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize('name', FAST[1:])
@@ -596,7 +604,7 @@ def test_an_explanation_names_the_implementation_and_what_is_against_it(caplog):
     x = torch.randn(2, 3, 8, 8)
     set_implementation('aten')
     before = copy.deepcopy(model.state_dict())
-    names = {'stages.0.transition', 'stages.0', 'stages.1'}
+    names = {'stages.0.transition', 'stages.0', 'stages.1.transition', 'stages.1'}
     assert explain_implementation(model, x) == dict.fromkeys(names, ('aten', None))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

@@ -241,7 +241,15 @@ class BlockTransition(nn.Module):
         self.conv = nn.Conv2d(in_chs, 2 * width, 3, stride, padding=dilation, dilation=dilation, bias=False, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self.trains_lean(x):
+                return norm_act_conv(x, self.norm, self.conv)
         return self.conv(self.norm(x))
+
+    @torch.jit.ignore
+    def trains_lean(self, x: torch.Tensor) -> bool:
+        """Whether `forward` keeps only its input for the backward pass."""
+        return takes_fast_path(self, x, _why_not_lean(self, x))
 
     @torch.jit.ignore
     def reparameterize(self) -> None:

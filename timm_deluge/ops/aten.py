@@ -36,30 +36,35 @@ def combine(
 
 def combine_backward(
         grads: Sequence[torch.Tensor],
-        weight: torch.Tensor,
-        layer: torch.Tensor,
-        mean: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Differentiate by one layer, and by its weights, what l calls of `combine` made of it.
+        weights: Sequence[torch.Tensor],
+        layers: Sequence[torch.Tensor],
+        means: Sequence[torch.Tensor],
+        begun: Sequence[torch.Tensor] | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Differentiate by layers, and by their weights, what l calls of `combine` made of them.
 
     Args:
         grads: The gradients of l results, ``[N, C, H, W]``.
-        weight: The layer's weights in these results, ``[l, C, 1, 1]``.
-        layer: The layer, ``[N, C, H, W]``.
-        mean: Its mean, ``[C]``, which is taken from the layer first.
+        weights: Of each layer, its weights in these results, ``[l, C, 1, 1]``.
+        layers: The layers, ``[N, C, H, W]``.
+        means: Of each layer, its mean, ``[C]``, which is taken from the layer first.
+        begun: Of each layer, what other results have begun of its gradient, in the first layer's format; overwritten.
 
     Returns:
-        ``sum_i weight[i] * grads[i]``, ``[N, C, H, W]``, and for each gradient ``sum grads[i] * (layer - mean)`` over
-        images and positions, ``[l, C]``.
+        Of each layer, ``sum_i weights[i] * grads[i]``, ``[N, C, H, W]``, added to what was begun; and of each layer and
+        gradient ``sum grads[i] * (layer - mean)`` over images and positions, ``[number of layers, l, C]``.
     """
-    ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
+    ones, zeros = torch.ones_like(means[0]), torch.zeros_like(means[0])[:, None, None]
     dots = [
         # the gradient of a batch normalisation's weight is this, and ATen finds it in one pass
         torch.ops.aten.native_batch_norm_backward(
             grad, layer, None, None, None, mean, ones, True, 0., [False, True, False])[1]
-        for grad in grads
+        for layer, mean in zip(layers, means) for grad in grads
     ]
-    return combine(grads, [weight], [zeros[:, None, None]])[0], torch.stack(dots)
+    sums = combine(grads, weights, [zeros] * len(layers))
+    if begun is not None:
+        sums = [partial.add_(total) for partial, total in zip(begun, sums)]
+    return sums, torch.stack(dots).unflatten(0, (len(layers), len(grads)))
 
 
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,8 +89,9 @@ def norm_act_backward(
         mean: torch.Tensor,
         invstd: torch.Tensor,
         training: bool,
+        relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Differentiate ``y = relu(weight * (x - mean) * invstd + bias)``.
+    """Differentiate ``y = relu(weight * (x - mean) * invstd + bias)``, or the same without ReLU.
 
     Args:
         grad: The gradient of y, ``[N, C, H, W]``; it may be overwritten.
@@ -96,10 +102,12 @@ def norm_act_backward(
         mean: ``[C]``.
         invstd: 1 / standard deviation, ``[C]``.
         training: Whether mean and standard deviation are those of x.
+        relu: Whether there is a ReLU.
 
     Returns:
         The gradients of x, weight and bias.
     """
-    torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
+    if relu:
+        torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
     return torch.ops.aten.native_batch_norm_backward(
         grad.to(x.dtype), x, weight, mean, invstd ** -2, mean, invstd, training, 0., [True, True, True])

@@ -50,18 +50,22 @@ def combine(
 
 def combine_backward(
         grads: Sequence[torch.Tensor],
-        weight: torch.Tensor,
-        layer: torch.Tensor,
-        mean: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Differentiate `combine` by one layer and its weights: see `timm_deluge.ops.aten.combine_backward`."""
-    (layer, *grads), inner = same_layout([layer, *grads])
-    out = torch.empty_like(layer)
-    dots = torch.zeros(torch.get_num_threads(), len(grads), layer.shape[1], dtype=torch.float64)
+        weights: Sequence[torch.Tensor],
+        layers: Sequence[torch.Tensor],
+        means: Sequence[torch.Tensor],
+        begun: Sequence[torch.Tensor] | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Differentiate `combine` by layers and their weights: see `timm_deluge.ops.aten.combine_backward`."""
+    tensors, inner = same_layout([*layers, *grads])
+    layers, grads = tensors[:len(layers)], tensors[len(layers):]
+    outs = [torch.empty_like(layer) for layer in layers] if begun is None else list(begun)
+    weights, means = ([p.float().contiguous() for p in parameters] for parameters in (weights, means))
+    dots = torch.zeros(
+        len(layers), torch.get_num_threads(), len(grads), layers[0].shape[1], dtype=torch.float64)
     _call(
-        'combine_backward', layer, inner, grads, len(grads), weight.float().contiguous(), layer,
-        mean.float().contiguous(), out, dots)
-    return out, dots.sum(0).float()
+        'combine_backward', layers[0], inner, grads, len(grads), weights, layers, means, outs, len(outs),
+        begun is not None, dots)
+    return outs, dots.sum(1).float()
 
 
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,12 +85,13 @@ def norm_act_backward(
         mean: torch.Tensor,
         invstd: torch.Tensor,
         training: bool,
+        relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Differentiate batch normalisation with ReLU: see `timm_deluge.ops.aten.norm_act_backward`."""
+    """Differentiate batch normalisation: see `timm_deluge.ops.aten.norm_act_backward`."""
     (x, grad), inner = same_layout([x, grad])
     weight_grad, bias_grad = torch.empty(2, x.shape[1])
     parameters = [p.float().contiguous() for p in (weight, bias, mean, invstd)]
-    _call('norm_act_backward', x, inner, grad, x, *parameters, training, grad, weight_grad, bias_grad)
+    _call('norm_act_backward', x, inner, grad, x, *parameters, training, relu, grad, weight_grad, bias_grad)
     return grad, weight_grad, bias_grad
 
 

@@ -101,9 +101,10 @@ struct Vectors {
     }
 };
 
-template <bool BY_COLUMN, class Work>
+template <bool BY_COLUMN, int64_t MAX_COLUMNS = COLUMNS, class Work>
 void for_each_tile(const Shape& shape, int threads, const Work& work) {
-    const int64_t height = BY_COLUMN ? ROWS : 1, width = std::min(shape.columns, BY_COLUMN ? COLUMNS : VECTORS * WIDTH);
+    const int64_t height = BY_COLUMN ? ROWS : 1;
+    const int64_t width = std::min(shape.columns, BY_COLUMN ? MAX_COLUMNS : VECTORS * WIDTH);
     const int64_t across = (shape.columns + width - 1) / width, tiles = across * ((shape.rows + height - 1) / height);
 #pragma omp parallel for num_threads(threads)
     for (int thread = 0; thread < threads; thread++)
@@ -158,6 +159,22 @@ std::array<const T*, 4> layers_ahead(const T* const* layers, int64_t num_layers,
     return ahead;
 }
 
+// Calls add(how many, whether they are the first ones, whether the last, where they begin) for four at a time.
+template <class Add>
+void in_fours(int64_t number, const Add& add) {
+    const auto add_few = [&](auto is_first, int64_t i) {
+        if (number - i == 4) add(Int<4>{}, is_first, std::true_type{}, i);
+        if (number - i == 3) add(Int<3>{}, is_first, std::true_type{}, i);
+        if (number - i == 2) add(Int<2>{}, is_first, std::true_type{}, i);
+        if (number - i == 1) add(Int<1>{}, is_first, std::true_type{}, i);
+    };
+    if (number <= 4) return add_few(std::true_type{}, 0);
+    add(Int<4>{}, std::true_type{}, std::false_type{}, 0);
+    int64_t i = 4;
+    for (; i + 4 < number; i += 4) add(Int<4>{}, std::false_type{}, std::false_type{}, i);
+    add_few(std::false_type{}, i);
+}
+
 // Adds N layers to the biases (FIRST) or to a tile's sums, of R results; these go out (LAST) or into the sums.
 template <bool BY_COLUMN, int N, int R, bool FIRST, bool LAST, class T>
 void add_layers(const T* const* layers, const T* const* next, const float* const* weights, int64_t first_weight,
@@ -198,17 +215,7 @@ void combine_results(const T* const* layers, int64_t num_layers, const float* co
                 add_layers<BY_COLUMN, number, R, is_first, is_last>(
                     layers + i, next.data(), weights, i * shape.channels, biases, sums, outs, floor, shape, tile);
             };
-            const auto add_few = [&](auto is_first, int64_t i) {
-                if (num_layers - i == 4) add(Int<4>{}, is_first, std::true_type{}, i);
-                if (num_layers - i == 3) add(Int<3>{}, is_first, std::true_type{}, i);
-                if (num_layers - i == 2) add(Int<2>{}, is_first, std::true_type{}, i);
-                if (num_layers - i == 1) add(Int<1>{}, is_first, std::true_type{}, i);
-            };
-            if (num_layers <= 4) return add_few(std::true_type{}, 0);
-            add(Int<4>{}, std::true_type{}, std::false_type{}, 0);
-            int64_t i = 4;
-            for (; i + 4 < num_layers; i += 4) add(Int<4>{}, std::false_type{}, std::false_type{}, i);
-            add_few(std::false_type{}, i);
+            in_fours(num_layers, add);
         });
     });
 }
@@ -241,66 +248,124 @@ void move_sums(float* sums, double* totals, const Shape& shape, const Tile& tile
     std::fill_n(sums, WIDTH, 0.f);
 }
 
-// Adds N gradients to a tile's results, and each one's products with the tile's values to its own sums.
-template <bool BY_COLUMN, int N, class T>
-void add_grads(const T* const* grads, const T* const* next, const float* weight, const Floats* values, Floats* results,
-               float* sums, int64_t num_sums, const Shape& shape, const Tile& tile) {
-    for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) mutable {
-        Floats totals[vectors.size];
-        std::copy_n(results, vectors.size, totals);
-        for (int i = 0; i < N; i++) {
-            float* const sum = sums + i * num_sums + (BY_COLUMN ? vectors.channel : 0);
-            const Floats scale = vectors.parameter(weight + i * shape.channels);
-            Floats dot{};
-            for (int m = 0; m < vectors.size; m++) {
-                vectors.prefetch(next[i], m);
-                const Floats grad = vectors.load(grads[i], m);
-                totals[m] += scale * grad;
-                dot += grad * values[m];
+// Visits a tile channel by channel, or by WIDTH of them: the vectors of these, a step apart.
+template <bool BY_COLUMN, class Work>
+void for_each_run(const Shape& shape, const Tile& tile, Work work) {
+    const auto run = [&](auto whole, int64_t row, int64_t column, int64_t length, int count) {
+        const int64_t first = row * shape.columns + column, step = BY_COLUMN ? shape.columns : WIDTH;
+        work(whole, first, step, length, BY_COLUMN ? column : row % shape.channels, count);
+    };
+    const int64_t end = tile.end_column - (tile.end_column - tile.column) % WIDTH, rest = tile.end_column - end;
+    if (BY_COLUMN) {
+        for (int64_t c = tile.column; c < end; c += WIDTH)
+            run(std::true_type{}, tile.row, c, tile.end_row - tile.row, WIDTH);
+        if (rest) run(std::false_type{}, tile.row, end, tile.end_row - tile.row, rest);
+        return;
+    }
+    for (int64_t r = tile.row; r < tile.end_row; r++) {
+        if (end > tile.column) run(std::true_type{}, r, tile.column, (end - tile.column) / WIDTH, WIDTH);
+        if (rest) run(std::false_type{}, r, end, 1, rest);
+    }
+}
+
+// Adds N gradients to what was begun (FIRST) or to a tile's results, for R layers; these go out (LAST) or into the
+// results. Adds each one's products with a layer's values, which are kept beside the results, to a sum of their own.
+template <bool BY_COLUMN, int N, int R, bool FIRST, bool LAST, class T>
+void add_grads(const T* const* grads, const T* const* next, const float* const* weights, int64_t first_weight,
+               const T* const* layers, const float* const* means, T* const* outs, bool begun, int64_t distance,
+               Floats* values, Floats* results, float* sums, int64_t num_sums, int64_t layer_sums, const Shape& shape,
+               const Tile& tile) {
+    for_each_run<BY_COLUMN>(shape, tile, [=](auto whole, int64_t first, int64_t step, int64_t length, int64_t channel,
+                                             int count) mutable {
+        Floats dots[R * N] = {};
+        const auto add = [&](auto vectors) {
+            constexpr int M = vectors.size;
+            Floats value[R * M], total[R * M];
+            for (int j = 0; j < R; j++)
+                for (int m = 0; m < M; m++) {
+                    if (FIRST) {
+                        vectors.prefetch(layers[j] + distance, m);
+                        vectors.prefetch(outs[j] + (begun ? distance : 0), m);
+                    }
+                    value[j * M + m] =
+                        FIRST ? vectors.load(layers[j], m) - vectors.parameter(means[j]) : values[j * M + m];
+                    total[j * M + m] = !FIRST ? results[j * M + m] : begun ? vectors.load(outs[j], m) : Floats{};
+                    if (FIRST && !LAST) values[j * M + m] = value[j * M + m];
+                }
+            for (int i = 0; i < N; i++) {
+                Floats grad[M];
+                for (int m = 0; m < M; m++) {
+                    vectors.prefetch(next[i], m);
+                    grad[m] = vectors.load(grads[i], m);
+                }
+                for (int j = 0; j < R; j++) {
+                    const Floats weight = vectors.parameter(weights[j] + first_weight + i * shape.channels);
+                    for (int m = 0; m < M; m++) {
+                        total[j * M + m] += weight * grad[m];
+                        dots[j * N + i] += grad[m] * value[j * M + m];
+                    }
+                }
             }
-            store<true>(load<true>(sum, WIDTH) + dot, sum, WIDTH);
-        }
-        results = std::copy_n(totals, vectors.size, results);
-        values += vectors.size;
+            for (int j = 0; j < R; j++)
+                for (int m = 0; m < M; m++)
+                    if (LAST) vectors.store(total[j * M + m], outs[j], m);
+                    else results[j * M + m] = total[j * M + m];
+            values += R * M;
+            results += R * M;
+        };
+        int64_t v = 0;
+        for (; R == 1 && v + UNROLL <= length; v += UNROLL)
+            add(Vectors<BY_COLUMN, UNROLL, whole>{first + v * step, step, channel, count});
+        for (; v < length; v++) add(Vectors<BY_COLUMN, 1, whole>{first + v * step, step, channel, count});
+        for (int j = 0; j < R; j++)
+            for (int i = 0; i < N; i++) {
+                float* const sum = sums + j * layer_sums + i * num_sums + (BY_COLUMN ? channel : 0);
+                store<true>(load<true>(sum, WIDTH) + dots[j * N + i], sum, WIDTH);
+            }
     });
 }
 
-// dots: zeros, [threads, num_grads, channels]
-template <bool BY_COLUMN, class T>
-void combine_backward(const T* const* grads, int64_t num_grads, const float* weight, const T* layer, const float* mean,
-                      T* out, double* dots, const Shape& shape, int threads) {
+// dots: zeros, [R, threads, num_grads, channels]
+template <bool BY_COLUMN, int R, class T>
+void combine_backward_layers(const T* const* grads, int64_t num_grads, const float* const* weights,
+                             const T* const* layers, const float* const* means, T* const* outs, bool begun,
+                             double* dots, const Shape& shape, int threads) {
     const int64_t num_sums = BY_COLUMN ? (shape.channels + WIDTH - 1) / WIDTH * WIDTH : WIDTH;
-    std::vector<float> all_sums(threads * num_grads * num_sums);
+    const int64_t layer_sums = num_grads * num_sums;
+    std::vector<float> all_sums(threads * R * layer_sums);
     float* const first_sums = all_sums.data();
-    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& whole, int thread) {
-        float* const sums = first_sums + thread * num_grads * num_sums;
+    for_each_tile<BY_COLUMN, COLUMNS / R>(shape, threads, [=](const Tile& whole, int thread) {
+        float* const sums = first_sums + thread * R * layer_sums;
         for_each_part<BY_COLUMN>(shape, whole, [=](const Tile& tile, int64_t distance) {
-            Floats values[VECTORS], results[VECTORS] = {};
-            for_each_vectors<BY_COLUMN>(shape, tile, [=, to = values](auto vectors) mutable {
-                for (int m = 0; m < vectors.size; m++)
-                    {
-                    vectors.prefetch(layer + distance, m);
-                    vectors.prefetch(out, m);
-                    *to++ = vectors.load(layer, m) - vectors.parameter(mean);
-                }
-            });
-            const auto add = [&](auto number, int64_t i) {
+            Floats values[R * VECTORS], results[R * VECTORS];
+            const auto add = [&](auto number, auto is_first, auto is_last, int64_t i) {
                 const auto next = layers_ahead<T>(grads, num_grads, i + number, distance);
-                add_grads<BY_COLUMN, number>(
-                    grads + i, next.data(), weight + i * shape.channels, values, results, sums + i * num_sums, num_sums,
-                    shape, tile);
+                add_grads<BY_COLUMN, number, R, is_first, is_last>(
+                    grads + i, next.data(), weights, i * shape.channels, layers, means, outs, begun, distance, values,
+                    results, sums + i * num_sums, num_sums, layer_sums, shape, tile);
             };
-            int64_t i = 0;
-            for (; i + 4 <= num_grads; i += 4) add(Int<4>{}, i);
-            for (; i < num_grads; i++) add(Int<1>{}, i);
-            for_each_vectors<BY_COLUMN>(shape, tile, [=, from = results](auto vectors) mutable {
-                for (int m = 0; m < vectors.size; m++) vectors.store(*from++, out, m);
-            });
+            in_fours(num_grads, add);
         });
-        for (int64_t i = 0; i < num_grads; i++)
-            move_sums<BY_COLUMN>(
-                sums + i * num_sums, dots + (thread * num_grads + i) * shape.channels, shape, whole);
+        for (int j = 0; j < R; j++)
+            for (int64_t i = 0; i < num_grads; i++)
+                move_sums<BY_COLUMN>(
+                    sums + j * layer_sums + i * num_sums, dots + ((j * threads + thread) * num_grads + i) * shape.channels,
+                    shape, whole);
     });
+}
+
+template <bool BY_COLUMN, class T>
+void combine_backward(const T* const* grads, int64_t num_grads, const float* const* weights, const T* const* layers,
+                      const float* const* means, T* const* outs, int64_t num_layers, bool begun, double* dots,
+                      const Shape& shape, int threads) {
+    const auto of_layers = [&](auto number, int64_t j) {
+        combine_backward_layers<BY_COLUMN, number>(
+            grads, num_grads, weights + j, layers + j, means + j, outs + j, begun,
+            dots + j * threads * num_grads * shape.channels, shape, threads);
+    };
+    int64_t j = 0;
+    for (; j + 4 <= num_layers; j += 4) of_layers(Int<4>{}, j);
+    for (; j < num_layers; j++) of_layers(Int<1>{}, j);
 }
 
 struct Pair {
@@ -355,7 +420,7 @@ void moments(const T* x, float* mean, float* var, const Shape& shape, int thread
 
 template <bool BY_COLUMN, class T>
 void norm_act_backward(const T* grads, const T* x, const float* weight, const float* bias, const float* mean,
-                       const float* invstd, bool training, T* out, float* weight_grad, float* bias_grad,
+                       const float* invstd, bool training, bool relu, T* out, float* weight_grad, float* bias_grad,
                        const Shape& shape, int threads) {
     std::vector<float> affine(4 * shape.channels);
     float *scale = affine.data(), *shift = scale + shape.channels;
@@ -364,9 +429,10 @@ void norm_act_backward(const T* grads, const T* x, const float* weight, const fl
         scale[k] = weight[k] * invstd[k];
         shift[k] = bias[k] - scale[k] * mean[k];
     }
+    const Floats floor = Floats{} + (relu ? 0 : -std::numeric_limits<float>::infinity());
     const auto relu_grad = [=](auto vectors, int m, Floats values) {
         const Floats result = vectors.parameter(shift) + vectors.parameter(scale) * values;
-        return result <= 0.f ? Floats{} : vectors.load(grads, m);
+        return result <= floor ? Floats{} : vectors.load(grads, m);
     };
     const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](auto vectors, int m) {
         const Floats values = vectors.load(x, m), grad = relu_grad(vectors, m, values);
@@ -403,10 +469,11 @@ void combine(const Element* const* layers, int64_t num_layers, const float* cons
         layers, num_layers, weights, biases, outs, num_results, relu, *shape, threads);
 }
 
-void combine_backward(const Element* const* grads, int64_t num_grads, const float* weight, const Element* layer,
-                      const float* mean, Element* out, double* dots, const Shape* shape, int by_column, int threads) {
+void combine_backward(const Element* const* grads, int64_t num_grads, const float* const* weights,
+                      const Element* const* layers, const float* const* means, Element* const* outs, int64_t num_layers,
+                      int64_t begun, double* dots, const Shape* shape, int by_column, int threads) {
     (by_column ? combine_backward<true, Element> : combine_backward<false, Element>)(
-        grads, num_grads, weight, layer, mean, out, dots, *shape, threads);
+        grads, num_grads, weights, layers, means, outs, num_layers, begun, dots, *shape, threads);
 }
 
 void moments(const Element* x, float* mean, float* var, const Shape* shape, int by_column, int threads) {
@@ -414,10 +481,10 @@ void moments(const Element* x, float* mean, float* var, const Shape* shape, int 
 }
 
 void norm_act_backward(const Element* grads, const Element* x, const float* weight, const float* bias,
-                       const float* mean, const float* invstd, int64_t training, Element* out, float* weight_grad,
-                       float* bias_grad, const Shape* shape, int by_column, int threads) {
+                       const float* mean, const float* invstd, int64_t training, int64_t relu, Element* out,
+                       float* weight_grad, float* bias_grad, const Shape* shape, int by_column, int threads) {
     (by_column ? norm_act_backward<true, Element> : norm_act_backward<false, Element>)(
-        grads, x, weight, bias, mean, invstd, training, out, weight_grad, bias_grad, *shape, threads);
+        grads, x, weight, bias, mean, invstd, training, relu, out, weight_grad, bias_grad, *shape, threads);
 }
 
 }

@@ -8,13 +8,15 @@ each consumer's weights, and the normalised layer is never written down. And the
 is itself a sum over layers: the consumers leave their dx_l behind, and layer i adds them up when its turn comes,
 instead of L times adding to a sum. The same pass over them gives the gradients of layer i's weights,
 ``sum dx_l * norm(h_i)``, and with these what batch normalisation takes from a gradient: its mean and its projection
-on the normalised layer. Layer 0, whose turn comes last, hands all weights their gradients.
+on the normalised layer. Every fourth pass begins with the next three layers, too, which later add only the dx_l that
+were not there yet. Layer 0, whose turn comes last, hands all weights their gradients.
 
 Where a backward pass is to be differentiated itself (``create_graph=True``), it follows the same order by the
 definition, in operators that autograd records.
 """
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
@@ -24,6 +26,8 @@ from .norm_act_conv import LeanFunction, norm_args, normalize, statistics
 from .running_sums import running_sums
 
 __all__ = ['LayerOutputs']
+
+LAYERS_PER_PASS = 4
 
 
 class LayerOutputs:
@@ -42,6 +46,7 @@ class LayerOutputs:
         self._weights = [_by_layer(weight.detach()) for weight in weights]
         self._outputs: list[torch.Tensor] = []
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._saved: list[tuple[torch.Tensor | None, ...]] = []
         self._num_results = 0
         terms = partial(_terms, self._weights, [_by_layer(bias.detach()) for bias in biases], self._statistics)
         self._sums = running_sums(self._outputs, len(self._weights), terms)
@@ -64,11 +69,14 @@ class LayerOutputs:
         """
         index = len(self._outputs)
         parameters = [] if index else self._state.parameters
-        output, mean, invstd = _LayerOutput.apply(
-            self._state, index, output, sample_scale, *norm_args(norm), *parameters)
-        self._outputs.append(output)
+        begins = (len(self._weights) - index) % LAYERS_PER_PASS == 0
+        below = self._saved[:-LAYERS_PER_PASS:-1] if begins else []
+        scaled, mean, invstd = _LayerOutput.apply(
+            self._state, index, below, output, sample_scale, *norm_args(norm), *parameters)
+        self._outputs.append(scaled)
         self._statistics.append((mean, invstd))
-        return output
+        self._saved.append((output, sample_scale, mean, invstd))
+        return scaled
 
     def cross_layer_depthwise_conv(self) -> torch.Tensor:
         """Convolve across all layers so far, normalised (paper, Eq. 1), with the next of the weights.
@@ -112,6 +120,7 @@ class _Backward:
         self.weights: list[torch.Tensor] = []  # each convolution's, [l, C]
         self.bias_grads: list[torch.Tensor] = []  # each convolution's, [C]
         self.weight_grads: list[tuple[torch.Tensor, ...]] = []  # each layer's in the convolutions above, [C]
+        self.begun: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of layers below: see `_combine_backward`
 
     def parameter_grads(self) -> list[torch.Tensor | None]:
         """Get the gradients of all weights and of all biases, ``[C, 1, l, 1]``, the first convolution first."""
@@ -130,10 +139,11 @@ class _LayerOutput(LeanFunction):
 
     @staticmethod
     def forward(
-            ctx, state, index, output, sample_scale, running_mean, running_var, training, momentum, eps, *parameters):
+            ctx, state, index, below, output, sample_scale, running_mean, running_var, training, momentum, eps,
+            *parameters):
         mean, invstd = statistics(output, running_mean, running_var, training, momentum, eps)
         ctx.state, ctx.index, ctx.training, ctx.eps = state, index, training, eps
-        ctx.save_for_backward(output, sample_scale, mean, invstd)
+        ctx.save_for_backward(output, sample_scale, mean, invstd, *chain(*below))
         ctx.mark_non_differentiable(mean, invstd)
         ctx.set_materialize_grads(False)
         return _scale_samples(output, sample_scale, mean), mean, invstd
@@ -151,15 +161,14 @@ class _LayerOutput(LeanFunction):
         if ctx.index == 0:
             parameter_grads = state.parameter_grads()
             state.clear()
-        return None, None, grad, *[None] * 6, *parameter_grads
+        return None, None, None, grad, *[None] * 6, *parameter_grads
 
 
 def _grads(ctx, weight) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the gradients of a layer's output and of its weights ``[l, C]`` in the convolutions above."""
-    output, sample_scale, mean, invstd = ctx.saved_tensors
+    output, sample_scale, mean, invstd = ctx.saved_tensors[:4]
     state = ctx.state
-    grad, weight_grad = kernels(output).combine_backward(
-        state.grads, (weight * invstd)[..., None, None], _scale_samples(output, sample_scale, mean), mean)
+    grad, weight_grad = _combine_backward(ctx)
     if sample_scale is not None:
         grad *= sample_scale
     weight_grad = weight_grad * invstd
@@ -176,9 +185,36 @@ def _grads(ctx, weight) -> tuple[torch.Tensor, torch.Tensor]:
     return grad, weight_grad
 
 
+def _combine_backward(ctx) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum what the convolutions above have left behind for a layer, or what is new since its sum was begun.
+
+    Returns:
+        The gradient of the layer's output as if its statistics were constants, ``[N, C, H, W]``, and
+        ``sum dx_l * (output - mean)`` over images and positions, ``[l, C]``.
+    """
+    state, index = ctx.state, ctx.index
+    layers = [ctx.saved_tensors[i:i + 4] for i in range(0, len(ctx.saved_tensors), 4)]  # this one, and those below
+    begun, num_known = None, 0
+    if index in state.begun:
+        partial_grad, known = state.begun.pop(index)
+        layers, begun, num_known = layers[:1], [partial_grad], len(known)
+        if num_known == len(state.grads):
+            return partial_grad, known
+    weights = [
+        (torch.stack([weight[index - i] for weight in state.weights[num_known:]]) * invstd)[..., None, None]
+        for i, (_, _, _, invstd) in enumerate(layers)]
+    outputs = [_scale_samples(output, sample_scale, mean) for output, sample_scale, mean, _ in layers]
+    grads, dots = kernels(layers[0][0]).combine_backward(
+        state.grads[num_known:], weights, outputs, [mean for _, _, mean, _ in layers], begun)
+    if begun:
+        return grads[0], torch.cat([known, dots[0]])
+    state.begun.update((index - i, (grads[i], dots[i])) for i in range(1, len(layers)))
+    return grads[0], dots[0]
+
+
 def _differentiable_grads(ctx, weight) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the same by the definition: they can be differentiated again."""
-    output, sample_scale, mean, invstd = ctx.saved_tensors
+    output, sample_scale, mean, invstd = ctx.saved_tensors[:4]
     normalized = normalize(output, mean, invstd, ctx.training, ctx.eps)
     if sample_scale is not None:
         normalized = normalized * sample_scale

@@ -1,12 +1,12 @@
-"""Batch normalisation, ReLU and convolution that keep only their input for the backward pass."""
+"""Batch normalisation, ReLU or nothing, and convolution that keep only their input for the backward pass."""
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .conv import conv2d, conv2d_backward
 from .implementation import kernels
-from .layout import rows
 
 __all__ = ['LeanFunction', 'norm_act_conv', 'norm_args', 'normalize', 'statistics']
 
@@ -16,14 +16,15 @@ def norm_act_conv(x: torch.Tensor, norm: Any, conv: nn.Conv2d) -> torch.Tensor:
 
     Args:
         x: ``[N, C, H, W]``.
-        norm: BN (timm's `BatchNormAct2d`) with affine parameters and running statistics, and ReLU.
+        norm: BN with affine parameters and running statistics, and ReLU where it has one, as timm's `BatchNormAct2d`.
         conv: Convolution without bias.
 
     Returns:
         ``[N, C', H', W']``.
     """
     return _NormActConv.apply(
-        x, norm.weight, norm.bias, conv.weight, *norm_args(norm), conv.stride, conv.padding, conv.dilation)
+        x, norm.weight, norm.bias, conv.weight, *norm_args(norm), isinstance(getattr(norm, 'act', None), nn.ReLU),
+        (conv.stride, conv.padding, conv.dilation))
 
 
 def norm_args(norm: Any) -> tuple[torch.Tensor, torch.Tensor, bool, float, float]:
@@ -89,30 +90,34 @@ class LeanFunction(torch.autograd.Function):
 class _NormActConv(LeanFunction):
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, weight, running_mean, running_var, training, momentum, eps, *conv_args):
+    def forward(
+            ctx, x, norm_weight, norm_bias, weight, running_mean, running_var, training, momentum, eps, relu, conv_args):
         mean, invstd = statistics(x, running_mean, running_var, training, momentum, eps)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, invstd)
-        ctx.training, ctx.eps, ctx.conv_args = training, eps, conv_args
-        return F.conv2d(_norm_act(x, norm_weight, norm_bias, mean, invstd), weight, None, *conv_args)
+        ctx.training, ctx.eps, ctx.relu, ctx.conv_args = training, eps, relu, conv_args
+        return conv2d(_norm_act(x, norm_weight, norm_bias, mean, invstd, relu), weight, conv_args)
 
     @staticmethod
     def backward(ctx, grad):
         x, norm_weight, norm_bias, weight, mean, invstd = saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable_grads(ctx, grad, *saved), *[None] * 8
-        y = _norm_act(x, norm_weight, norm_bias, mean, invstd).to(grad.dtype)
-        grad_y, grad_weight = _conv_backward(grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
+            return *_differentiable_grads(ctx, grad, *saved), *[None] * 7
+        y = _norm_act(x, norm_weight, norm_bias, mean, invstd, ctx.relu).to(grad.dtype)
+        grad_y, grad_weight = conv2d_backward(
+            grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
         grad_x, grad_norm_weight, grad_norm_bias = kernels(x).norm_act_backward(
-            grad_y, x, y, norm_weight, norm_bias, mean, invstd, ctx.training)
+            grad_y, x, y, norm_weight, norm_bias, mean, invstd, ctx.training, ctx.relu)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 8
+        return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 7
 
 
 def _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd) -> list[torch.Tensor | None]:
     """Get the gradients of x and of the parameters by the definition: they can be differentiated again."""
     normalized = normalize(x, mean, invstd, ctx.training, ctx.eps)
-    y = torch.addcmul(norm_bias[:, None, None], normalized, norm_weight[:, None, None]).relu()
+    y = torch.addcmul(norm_bias[:, None, None], normalized, norm_weight[:, None, None])
+    if ctx.relu:
+        y = y.relu()
     result = F.conv2d(y.to(grad.dtype), weight.to(grad.dtype), None, *ctx.conv_args)
     needed = ctx.needs_input_grad[:4]
     wanted = [tensor for tensor, need in zip((x, norm_weight, norm_bias, weight), needed) if need]
@@ -120,20 +125,7 @@ def _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, in
     return [next(grads) if need else None for need in needed]
 
 
-def _norm_act(x, weight, bias, mean, invstd) -> torch.Tensor:
+def _norm_act(x, weight, bias, mean, invstd, relu) -> torch.Tensor:
     scale = weight * invstd
-    [y] = kernels(x).combine([x], [scale[None, :, None, None]], [(bias - scale * mean)[:, None, None]], relu=True)
+    [y] = kernels(x).combine([x], [scale[None, :, None, None]], [(bias - scale * mean)[:, None, None]], relu=relu)
     return y
-
-
-def _conv_backward(grad, x, weight, conv_args, needs_weight_grad) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Get the gradients of a convolution's input and, if needed, of its weight."""
-    is_matmul = weight.shape[2:] == (1, 1) and conv_args == ((1, 1), (0, 0), (1, 1)) and x.device.type == 'cpu'
-    if is_matmul and all(t.is_contiguous(memory_format=torch.channels_last) for t in (grad, x)):
-        # matrix products are faster than oneDNN's gradients of a 1x1 convolution
-        n, c, h, w = x.shape
-        grad_x = torch.mm(rows(grad), weight.flatten(1)).view(n, h, w, c).permute(0, 3, 1, 2)
-        return grad_x, torch.mm(rows(grad).t(), rows(x)).view_as(weight) if needs_weight_grad else None
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, *conv_args, False, [0, 0], 1, [True, needs_weight_grad, False])
-    return grad_x, grad_weight

@@ -37,20 +37,22 @@ def combine(
 
 def combine_backward(
         grads: Sequence[torch.Tensor],
-        weight: torch.Tensor,
-        layer: torch.Tensor,
-        mean: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Differentiate `combine` by one layer and its weights: see `timm_deluge.ops.aten.combine_backward`."""
-    (layer, *grads), inner = _aligned([layer, *grads])
-    out = torch.empty_like(layer)
-    shape, grid, block = _tiling(layer, inner)
-    dots = torch.empty(grid[0], len(grads), layer.shape[1], device=layer.device)
-    with torch.cuda.device_of(layer):
-        _combine_backward_kernel[grid](
-            _table(grads), weight.float().contiguous(), layer, mean.float().contiguous(), out, dots,
-            len(grads), *shape, **block)
-    return out, dots.sum(0)
+        weights: Sequence[torch.Tensor],
+        layers: Sequence[torch.Tensor],
+        means: Sequence[torch.Tensor],
+        begun: Sequence[torch.Tensor] | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Differentiate `combine` by layers and their weights: see `timm_deluge.ops.aten.combine_backward`."""
+    num_layers, num_grads = len(layers), len(grads)
+    tensors, inner = _aligned([*layers, *grads])
+    outs = [torch.empty_like(layer) for layer in tensors[:num_layers]] if begun is None else list(begun)
+    shape, grid, block = _tiling(tensors[0], inner)
+    dots = torch.empty(grid[0], num_layers, num_grads, tensors[0].shape[1], device=tensors[0].device)
+    with torch.cuda.device_of(tensors[0]):
+        _combine_backward_kernel[(num_layers, *grid)](
+            _table([*tensors, *outs]), torch.stack(list(weights)).float(), torch.stack(list(means)).float(), tensors[0],
+            dots, num_layers, num_grads, *shape, BEGUN=begun is not None, **block)
+    return outs, dots.sum(0)
 
 
 def _aligned(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
@@ -99,22 +101,29 @@ def _combine_kernel(
 
 @triton.jit
 def _combine_backward_kernel(
-        table, weight, layer, mean, out, dots, num_grads, positions, channels, inner,
-        BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        table, weights, means, first_layer, dots, num_layers, num_grads, positions, channels, inner,
+        BEGUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    tile = tl.program_id(0).to(tl.int64)
+    which = tl.program_id(0)
+    tile = tl.program_id(1).to(tl.int64)
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = column[None, :]
     mask = (p < positions) & (c < channels)
     offset = p // inner * inner * channels + c * inner + p % inner
+    pointer = tl.pointer_type(first_layer.dtype.element_ty)
+    layer = tl.multiple_of(tl.load(table + which).to(pointer), 16)
+    out = tl.multiple_of(tl.load(table + num_layers + num_grads + which).to(pointer), 16)
     centred = tl.load(layer + offset, mask=mask, other=0.).to(tl.float32)
-    centred -= tl.load(mean + c, mask=c < channels, other=0.)
+    centred -= tl.load(means + which * channels + c, mask=c < channels, other=0.)
     total = tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    if BEGUN:
+        total += tl.load(out + offset, mask=mask, other=0.).to(tl.float32)
     for i in range(num_grads):
-        grad = tl.multiple_of(tl.load(table + i).to(tl.pointer_type(out.dtype.element_ty)), 16)
-        scale = tl.load(weight + i * channels + c, mask=c < channels, other=0.)
+        grad = tl.multiple_of(tl.load(table + num_layers + i).to(pointer), 16)
+        scale = tl.load(weights + (which * num_grads + i) * channels + c, mask=c < channels, other=0.)
         g = tl.load(grad + offset, mask=mask, other=0.).to(tl.float32)
         total += scale * g
-        tl.store(dots + (tile * num_grads + i) * channels + column, tl.sum(g * centred, axis=0), mask=column < channels)
-    tl.store(out + offset, total.to(out.dtype.element_ty), mask=mask)
+        dot = tl.sum(g * centred, axis=0)
+        tl.store(dots + ((tile * num_layers + which) * num_grads + i) * channels + column, dot, mask=column < channels)
+    tl.store(out + offset, total.to(first_layer.dtype.element_ty), mask=mask)
