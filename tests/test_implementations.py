@@ -280,7 +280,7 @@ def test_without_gradients(mode):
     assert_near(y, module(x).detach(), 1e-5)
 
 
-def test_kept_bytes_are_fewer_than_the_residual_networks():
+def test_kept_bytes_are_those_of_a_lean_residual_network():
     def kept(model):
         storages = {}
 
@@ -298,7 +298,7 @@ def test_kept_bytes_are_fewer_than_the_residual_networks():
     residual = kept(timm.create_model('resnetlike146_3x3'))
     released = kept(ReleasedDelugeNet((8, 16, 24), (32, 64, 128), 100))
     assert lean <= residual
-    assert lean_residual <= 0.6 * residual
+    assert lean <= 1.1 * lean_residual <= 0.6 * residual
     assert 3 * lean <= released
 
 

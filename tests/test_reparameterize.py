@@ -11,7 +11,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_deluge.delugenet import DelugeBlock, DelugeNet, FusedDelugeBlock
-from timm_deluge.ops import kept_memory
+from timm_deluge.ops import kept_memory, set_implementation
 from timm_deluge.reparameterize import InferenceConv2d
 
 KINDS = [
@@ -63,6 +63,21 @@ def test_registered_models(name):
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     assert_same_function(reparameterize_model(model), model, torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_bfloat16_is_as_exact_as_the_reference(kind):
+    model = trained(**kind)
+    x = torch.randn(3, 3, 32, 48).contiguous(memory_format=torch.channels_last)
+    fused = reparameterize_model(model).to(torch.bfloat16, memory_format=torch.channels_last)
+
+    def error(implementation):
+        set_implementation(implementation)
+        with torch.no_grad():
+            return (fused(x.bfloat16()) - model(x)).norm()
+
+    reference = error('reference')
+    assert error('auto') <= 1.1 * reference
 
 
 def test_every_group_of_images_counts(monkeypatch):

@@ -21,7 +21,7 @@ Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Inform
 """
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -200,9 +200,9 @@ class CompositeLayer(nn.Module):
         return takes_fast_path(self, x, _why_not_lean(self, x))
 
     @torch.jit.ignore
-    def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
-        """The same, keeping only the convolutions' outputs for the backward pass."""
-        x = norm_act_conv(x, self.norm1, self.conv1)
+    def forward_lean(self, x: torch.Tensor, recompute: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+        """The same, keeping only x, unless it can be recomputed, and the first two outputs for the backward pass."""
+        x = norm_act_conv(x, self.norm1, self.conv1, recompute)
         x = norm_act_conv(x, self.norm2, self.conv2)
         return norm_act_conv(x, self.norm3, self.conv3)
 
@@ -343,7 +343,10 @@ class DelugeBlock(ResidualBlock):
         x = outputs.append(x, self.norm)
         parts: Any = zip(self.layers, self.norms, self.drop_paths)
         for layer, norm, drop_path in parts:
-            h = checkpoint(layer.forward_lean, x) if self.grad_checkpointing else layer.forward_lean(x)
+            if self.grad_checkpointing:
+                h = checkpoint(layer.forward_lean, x)
+            else:
+                h = layer.forward_lean(x, outputs.recompute())
             drops = drop_path.training and isinstance(drop_path, DropPath)
             outputs.append(h, norm, drop_path(h.new_ones(len(h), 1, 1, 1)) if drops else None)
             x = outputs.cross_layer_depthwise_conv()

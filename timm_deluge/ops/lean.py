@@ -11,14 +11,19 @@ instead of L times adding to a sum. The same pass over them gives the gradients 
 on the normalised layer. Every fourth pass begins with the next three layers, too, which later add only the dx_l that
 were not there yet. Layer 0, whose turn comes last, hands all weights their gradients.
 
+The results x_l need not be kept either: where the backward pass wants one, it convolves again, for four layers from one
+pass.
+
 Where a backward pass is to be differentiated itself (``create_graph=True``), it follows the same order by the
 definition, in operators that autograd records.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .implementation import kernels
@@ -42,13 +47,13 @@ class LayerOutputs:
             weights: Of the cross-layer convolutions in their order, each ``[C, 1, l, 1]``.
             biases: Of the same, ``[C, 1, l, 1]``.
         """
-        self._state = _Backward(weights, biases)
         self._weights = [_by_layer(weight.detach()) for weight in weights]
         self._outputs: list[torch.Tensor] = []
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._saved: list[tuple[torch.Tensor | None, ...]] = []
+        self._layers: list[_Layer] = []
         self._num_results = 0
         terms = partial(_terms, self._weights, [_by_layer(bias.detach()) for bias in biases], self._statistics)
+        self._state = _Backward(weights, biases, terms)
         self._sums = running_sums(self._outputs, len(self._weights), terms)
 
     def append(
@@ -70,12 +75,12 @@ class LayerOutputs:
         index = len(self._outputs)
         parameters = [] if index else self._state.parameters
         begins = (len(self._weights) - index) % LAYERS_PER_PASS == 0
-        below = self._saved[:-LAYERS_PER_PASS:-1] if begins else []
+        args = norm_args(norm)
         scaled, mean, invstd = _LayerOutput.apply(
-            self._state, index, below, output, sample_scale, *norm_args(norm), *parameters)
+            self._state, index, self._layers[::-1] if begins else [], output, sample_scale, *args, *parameters)
         self._outputs.append(scaled)
         self._statistics.append((mean, invstd))
-        self._saved.append((output, sample_scale, mean, invstd))
+        self._layers.append(_Layer(output, sample_scale, mean, invstd, *args[2::2]))
         return scaled
 
     def cross_layer_depthwise_conv(self) -> torch.Tensor:
@@ -87,6 +92,29 @@ class LayerOutputs:
         index = self._num_results
         self._num_results += 1
         return _CrossLayer.apply(self._state, self._sums, index, self._weights[index], *self._outputs)
+
+    def recompute(self) -> Callable[[], torch.Tensor] | None:
+        """Get what gives the last result again in the backward pass, for those who would keep it.
+
+        None if there is no result yet, or with stochastic depth, where all layers would have to be scaled again.
+        """
+        if not self._num_results or any(layer.sample_scale is not None for layer in self._layers):
+            return None
+        return partial(self._state.result, self._num_results - 1)
+
+
+class _Layer(NamedTuple):
+    output: torch.Tensor
+    sample_scale: torch.Tensor | None
+    mean: torch.Tensor
+    invstd: torch.Tensor
+    training: bool
+    eps: float
+
+    def normalized(self) -> torch.Tensor:
+        """By the definition, differentiably."""
+        normalized = normalize(self.output, self.mean, self.invstd, self.training, self.eps)
+        return normalized if self.sample_scale is None else normalized * self.sample_scale
 
 
 def _terms(weights, biases, statistics, index, start, stop) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,9 +131,16 @@ class _Backward:
     A pass may begin below the last convolution, where its result takes no part, and may end above layer 0.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
+    def __init__(
+            self,
+            weights: Sequence[torch.Tensor],
+            biases: Sequence[torch.Tensor],
+            terms: Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
         self.parameters = [*weights, *biases]
+        self._terms = terms
         self._pass = -1
+        self._is_differentiated = False  # passes through its graph may pass by the layers whose turn it would be
         self.clear()
 
     def begin(self) -> None:
@@ -114,6 +149,7 @@ class _Backward:
         if this_pass != self._pass:
             self.clear()
             self._pass = this_pass
+        self._is_differentiated |= torch.is_grad_enabled()
 
     def clear(self) -> None:
         self.grads: list[torch.Tensor] = []  # of each convolution's result, [N, C, H, W]
@@ -121,6 +157,25 @@ class _Backward:
         self.bias_grads: list[torch.Tensor] = []  # each convolution's, [C]
         self.weight_grads: list[tuple[torch.Tensor, ...]] = []  # each layer's in the convolutions above, [C]
         self.begun: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of layers below: see `_combine_backward`
+        self._results: dict[int, torch.Tensor] = {}
+        if not self._is_differentiated:
+            self.layers: list[_Layer] = []  # the block's
+
+    def result(self, index: int) -> torch.Tensor:
+        """Convolve again, ``[N, C, H, W]``, and at once for the three before."""
+        layers = self.layers[:index + 2]
+        if torch.is_grad_enabled():
+            weight, bias = map(_by_layer, self.parameters[index::len(self.parameters) // 2])
+            terms = zip(weight[..., None, None], layers)
+            x = sum((scale * layer.normalized() for scale, layer in terms), bias.sum(0)[:, None, None])
+            return x.to(layers[0].output.dtype)
+        if index not in self._results:
+            group = range(index, max(index - LAYERS_PER_PASS, -1), -1)
+            weights, biases = zip(*(self._terms(i, 0, i + 2) for i in group))
+            weights = [F.pad(weight, (0,) * 7 + (len(layers) - len(weight),)) for weight in weights]
+            outputs = [layer.output for layer in layers]
+            self._results = dict(zip(group, kernels(outputs[0]).combine(outputs, weights, biases)))
+        return self._results.pop(index)
 
     def parameter_grads(self) -> list[torch.Tensor | None]:
         """Get the gradients of all weights and of all biases, ``[C, 1, l, 1]``, the first convolution first."""
@@ -142,8 +197,9 @@ class _LayerOutput(LeanFunction):
             ctx, state, index, below, output, sample_scale, running_mean, running_var, training, momentum, eps,
             *parameters):
         mean, invstd = statistics(output, running_mean, running_var, training, momentum, eps)
-        ctx.state, ctx.index, ctx.training, ctx.eps = state, index, training, eps
-        ctx.save_for_backward(output, sample_scale, mean, invstd, *chain(*below))
+        layers = [_Layer(output, sample_scale, mean, invstd, training, eps), *below]
+        ctx.state, ctx.index, ctx.norms = state, index, [layer[4:] for layer in layers]
+        ctx.save_for_backward(*chain(*(layer[:4] for layer in layers)))
         ctx.mark_non_differentiable(mean, invstd)
         ctx.set_materialize_grads(False)
         return _scale_samples(output, sample_scale, mean), mean, invstd
@@ -151,9 +207,12 @@ class _LayerOutput(LeanFunction):
     @staticmethod
     def backward(ctx, direct_grad, *_):
         state = ctx.state
-        weight = torch.stack([weight[ctx.index] for weight in state.weights])
+        tensors = iter(ctx.saved_tensors)
+        layers = [_Layer(*islice(tensors, 4), *norm) for norm in ctx.norms]  # this one, and those below
+        if len(layers) > len(state.layers):
+            state.layers = layers[::-1]
         get_grads = _differentiable_grads if torch.is_grad_enabled() else _grads
-        grad, weight_grad = get_grads(ctx, weight)
+        grad, weight_grad = get_grads(state, ctx.index, layers[:LAYERS_PER_PASS])
         state.weight_grads.append(weight_grad.unbind())
         if direct_grad is not None:
             grad = grad + direct_grad if torch.is_grad_enabled() else grad.add_(direct_grad)
@@ -164,16 +223,22 @@ class _LayerOutput(LeanFunction):
         return None, None, None, grad, *[None] * 6, *parameter_grads
 
 
-def _grads(ctx, weight) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get the gradients of a layer's output and of its weights ``[l, C]`` in the convolutions above."""
-    output, sample_scale, mean, invstd = ctx.saved_tensors[:4]
-    state = ctx.state
-    grad, weight_grad = _combine_backward(ctx)
+def _grads(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get the gradients of a layer's output and of its weights ``[l, C]`` in the convolutions above.
+
+    Args:
+        state: Of the block.
+        index: The layer's.
+        layers: The layer, and perhaps those below.
+    """
+    output, sample_scale, mean, invstd, training, _ = layers[0]
+    grad, weight_grad = _combine_backward(state, index, layers)
     if sample_scale is not None:
         grad *= sample_scale
     weight_grad = weight_grad * invstd
-    if ctx.training:
+    if training:
         count = output.numel() / output.shape[1]
+        weight = torch.stack([weight[index] for weight in state.weights])
         if sample_scale is None:
             total = invstd / count * (weight * torch.stack(state.bias_grads)).sum(0)
         else:
@@ -185,15 +250,13 @@ def _grads(ctx, weight) -> tuple[torch.Tensor, torch.Tensor]:
     return grad, weight_grad
 
 
-def _combine_backward(ctx) -> tuple[torch.Tensor, torch.Tensor]:
+def _combine_backward(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum what the convolutions above have left behind for a layer, or what is new since its sum was begun.
 
     Returns:
         The gradient of the layer's output as if its statistics were constants, ``[N, C, H, W]``, and
         ``sum dx_l * (output - mean)`` over images and positions, ``[l, C]``.
     """
-    state, index = ctx.state, ctx.index
-    layers = [ctx.saved_tensors[i:i + 4] for i in range(0, len(ctx.saved_tensors), 4)]  # this one, and those below
     begun, num_known = None, 0
     if index in state.begun:
         partial_grad, known = state.begun.pop(index)
@@ -201,27 +264,23 @@ def _combine_backward(ctx) -> tuple[torch.Tensor, torch.Tensor]:
         if num_known == len(state.grads):
             return partial_grad, known
     weights = [
-        (torch.stack([weight[index - i] for weight in state.weights[num_known:]]) * invstd)[..., None, None]
-        for i, (_, _, _, invstd) in enumerate(layers)]
-    outputs = [_scale_samples(output, sample_scale, mean) for output, sample_scale, mean, _ in layers]
-    grads, dots = kernels(layers[0][0]).combine_backward(
-        state.grads[num_known:], weights, outputs, [mean for _, _, mean, _ in layers], begun)
+        (torch.stack([weight[index - i] for weight in state.weights[num_known:]]) * layer.invstd)[..., None, None]
+        for i, layer in enumerate(layers)]
+    means = [layer.mean for layer in layers]
+    outputs = [_scale_samples(layer.output, layer.sample_scale, layer.mean) for layer in layers]
+    grads, dots = kernels(outputs[0]).combine_backward(state.grads[num_known:], weights, outputs, means, begun)
     if begun:
         return grads[0], torch.cat([known, dots[0]])
     state.begun.update((index - i, (grads[i], dots[i])) for i in range(1, len(layers)))
     return grads[0], dots[0]
 
 
-def _differentiable_grads(ctx, weight) -> tuple[torch.Tensor, torch.Tensor]:
+def _differentiable_grads(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the same by the definition: they can be differentiated again."""
-    output, sample_scale, mean, invstd = ctx.saved_tensors[:4]
-    normalized = normalize(output, mean, invstd, ctx.training, ctx.eps)
-    if sample_scale is not None:
-        normalized = normalized * sample_scale
-    grads = ctx.state.grads
-    weight_grad = torch.stack([(grad * normalized).sum((0, 2, 3)) for grad in grads])
-    combined = sum(scale[:, None, None] * grad for scale, grad in zip(weight, grads))
-    [grad] = torch.autograd.grad(normalized, [output], combined, create_graph=True)
+    normalized = layers[0].normalized()
+    weight_grad = torch.stack([(grad * normalized).sum((0, 2, 3)) for grad in state.grads])
+    combined = sum(weight[index][:, None, None] * grad for weight, grad in zip(state.weights, state.grads))
+    [grad] = torch.autograd.grad(normalized, [layers[0].output], combined, create_graph=True)
     return grad, weight_grad
 
 

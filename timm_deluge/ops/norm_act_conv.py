@@ -1,4 +1,5 @@
 """Batch normalisation, ReLU or nothing, and convolution that keep only their input for the backward pass."""
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,20 +12,26 @@ from .implementation import kernels
 __all__ = ['LeanFunction', 'norm_act_conv', 'norm_args', 'normalize', 'statistics']
 
 
-def norm_act_conv(x: torch.Tensor, norm: Any, conv: nn.Conv2d) -> torch.Tensor:
+def norm_act_conv(
+        x: torch.Tensor,
+        norm: Any,
+        conv: nn.Conv2d,
+        recompute: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Apply ``conv(norm(x))``, and in the backward pass normalise again instead of keeping what was normalised.
 
     Args:
         x: ``[N, C, H, W]``.
         norm: BN with affine parameters and running statistics, and ReLU where it has one, as timm's `BatchNormAct2d`.
         conv: Convolution without bias.
+        recompute: Gives x in the backward pass, so that it is not kept either.
 
     Returns:
         ``[N, C', H', W']``.
     """
     return _NormActConv.apply(
         x, norm.weight, norm.bias, conv.weight, *norm_args(norm), isinstance(getattr(norm, 'act', None), nn.ReLU),
-        (conv.stride, conv.padding, conv.dilation))
+        (conv.stride, conv.padding, conv.dilation), recompute)
 
 
 def norm_args(norm: Any) -> tuple[torch.Tensor, torch.Tensor, bool, float, float]:
@@ -91,17 +98,21 @@ class _NormActConv(LeanFunction):
 
     @staticmethod
     def forward(
-            ctx, x, norm_weight, norm_bias, weight, running_mean, running_var, training, momentum, eps, relu, conv_args):
+            ctx, x, norm_weight, norm_bias, weight, running_mean, running_var, training, momentum, eps, relu,
+            conv_args, recompute):
         mean, invstd = statistics(x, running_mean, running_var, training, momentum, eps)
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight, mean, invstd)
-        ctx.training, ctx.eps, ctx.relu, ctx.conv_args = training, eps, relu, conv_args
+        ctx.save_for_backward(None if recompute else x, norm_weight, norm_bias, weight, mean, invstd)
+        ctx.training, ctx.eps, ctx.relu, ctx.conv_args, ctx.recompute = training, eps, relu, conv_args, recompute
         return conv2d(_norm_act(x, norm_weight, norm_bias, mean, invstd, relu), weight, conv_args)
 
     @staticmethod
     def backward(ctx, grad):
-        x, norm_weight, norm_bias, weight, mean, invstd = saved = ctx.saved_tensors
+        x, norm_weight, norm_bias, weight, mean, invstd = ctx.saved_tensors
+        if ctx.recompute:
+            x = ctx.recompute()
         if torch.is_grad_enabled():
-            return *_differentiable_grads(ctx, grad, *saved), *[None] * 7
+            grads = _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd)
+            return *grads, *[None] * 8
         y = _norm_act(x, norm_weight, norm_bias, mean, invstd, ctx.relu).to(grad.dtype)
         grad_y, grad_weight = conv2d_backward(
             grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
@@ -109,7 +120,7 @@ class _NormActConv(LeanFunction):
             grad_y, x, y, norm_weight, norm_bias, mean, invstd, ctx.training, ctx.relu)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 7
+        return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 8
 
 
 def _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd) -> list[torch.Tensor | None]:
