@@ -1,5 +1,8 @@
 import json
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,11 @@ if not torch.cuda.is_available():
 
 import safetensors.torch
 import timm
+from hub_server import TOKEN, HubServer
 
 import timm_deluge  # noqa: F401 registers the models
-from timm_deluge import publish, weights
+from timm_deluge import publish as publishing
+from timm_deluge import weights
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -41,9 +46,9 @@ def scratch_weights(tmp_path, monkeypatch) -> Path:
 def split_weights(scratch_weights, monkeypatch) -> list[Path]:
     """The same checkpoint in parts of at most 4 MiB; their paths."""
     folder = scratch_weights.parent
-    monkeypatch.setattr(publish, 'weights_dir', lambda: folder)
-    monkeypatch.setattr(publish, 'PART_BYTES', 4 * 2 ** 20)
-    files = publish.write_weights(safetensors.torch.load_file(scratch_weights), scratch_weights.stem)
+    monkeypatch.setattr(publishing, 'weights_dir', lambda: folder)
+    monkeypatch.setattr(publishing, 'PART_BYTES', 4 * 2 ** 20)
+    files = publishing.write_weights(safetensors.torch.load_file(scratch_weights), scratch_weights.stem)
     scratch_weights.unlink()
     manifest = json.loads((folder / 'manifest.json').read_text())
     manifest['checkpoints'][0].update(files)
@@ -66,3 +71,37 @@ def write_entry(path: Path) -> None:
         metrics=dict(top1=1.0, top5=5.0, num_images=0),
     )
     (path.parent / 'manifest.json').write_text(json.dumps({'checkpoints': [entry]}))
+
+
+@pytest.fixture
+def server():
+    with HubServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def call(server, scratch_weights, tmp_path):
+    """Run Python where the Hub is our server, and the checkpoints are the scratch one."""
+    def call(code: str, *arguments: str, token: str = TOKEN, run=subprocess.run):
+        environment = {
+            **os.environ, 'HF_ENDPOINT': server.url, 'HF_TOKEN': token, 'HF_HOME': str(tmp_path / 'cache'),
+            'HF_HUB_DISABLE_XET': '1', 'HF_HUB_OFFLINE': '0', 'CUDA_VISIBLE_DEVICES': '', 'COLUMNS': '200'}
+        prologue = (f'import pathlib, sys, timm, torch, timm_deluge.weights\n'
+                    f'timm_deluge.weights.weights_dir = lambda: pathlib.Path({str(scratch_weights.parent)!r})\n')
+        result = run(
+            [sys.executable, '-c', prologue + code, *arguments], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if run is subprocess.run:
+            assert TOKEN not in result.stdout + result.stderr
+        return result
+    return call
+
+
+@pytest.fixture
+def publish(call):
+    def publish(*options: str, **kwargs):
+        return call('from timm_deluge.cli import app; app()',
+                    'publish', 'delugenet146', '--repo-id', 'somebody/delugenet146', *options, **kwargs)
+    return publish

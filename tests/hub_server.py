@@ -19,6 +19,8 @@ class HubServer(ThreadingHTTPServer):
         requests: How often each kind of request was answered.
         drop_commits: Number of commits during which the connection breaks.
         tamper: Whether a byte of each large file is changed on its way out.
+        cut_at: Number of bytes of a large file after which the connection breaks, once.
+        stall_at: Number of bytes of a large file after which nothing more comes, once.
     """
     daemon_threads = True
 
@@ -29,6 +31,8 @@ class HubServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.drop_commits = 0
         self.tamper = False
+        self.cut_at: int | None = None
+        self.stall_at: int | None = None
 
     @property
     def url(self) -> str:
@@ -45,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, content: object = None, status: int = 200, **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content or {}).encode()
         self.send_response(status)
-        for name, value in {'Content-Length': str(len(body)), **headers}.items():
+        for name, value in {'Content_Length': str(len(body)), **headers}.items():
             self.send_header(name.replace('_', '-'), value)
         self.end_headers()
         if self.command != 'HEAD':
@@ -111,6 +115,23 @@ class _Handler(BaseHTTPRequestHandler):
         etag = hashlib.sha256(content).hexdigest()
         if self.server.tamper and match[2].endswith('.safetensors'):
             content = content[:-1] + bytes([content[-1] ^ 1])
-        self.answer(content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT, Accept_Ranges='bytes')
+        headers = dict(ETag=f'"{etag}"', X_Repo_Commit=COMMIT, Accept_Ranges='bytes')
+        if self.command == 'HEAD' or not match[2].endswith('.safetensors'):
+            return self.answer(content, **headers)
+        start = int(self.headers.get('Range', 'bytes=0-')[len('bytes='):].split('-')[0])
+        self.server.requests['resumed download' if start else 'download'] += 1
+        if start:
+            return self.answer(
+                content[start:], 206, Content_Range=f'bytes {start}-{len(content) - 1}/{len(content)}', **headers)
+        stop, self.server.cut_at = self.server.cut_at, None
+        stall, self.server.stall_at = self.server.stall_at, None
+        if stop is None and stall is None:
+            return self.answer(content, **headers)
+        self.answer(content[:stop or stall], **headers, Content_Length=str(len(content)))
+        if stall:
+            self.wfile.flush()
+            self.server.requests['stalled download'] += 1
+            self.rfile.read(1)  # until the client is gone
+        self.close_connection = True
 
     do_HEAD = do_GET

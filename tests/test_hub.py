@@ -1,14 +1,9 @@
 """A checkpoint goes to the Hugging Face Hub and comes back as it was, or not at all; the real client on our side."""
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
 
 import pytest
 import safetensors.torch
-from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 
@@ -16,38 +11,6 @@ from timm_deluge import weights
 from timm_deluge.hub import hub_files
 
 REPO = 'somebody/delugenet146'
-
-
-@pytest.fixture
-def server():
-    with HubServer() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-@pytest.fixture
-def call(server, scratch_weights, tmp_path):
-    """Run Python where the Hub is our server, and the checkpoints are the scratch one."""
-    def call(code: str, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ, 'HF_ENDPOINT': server.url, 'HF_TOKEN': token, 'HF_HOME': str(tmp_path / 'cache'),
-            'HF_HUB_DISABLE_XET': '1', 'CUDA_VISIBLE_DEVICES': '', 'COLUMNS': '200'}
-        prologue = (f'import pathlib, sys, timm, torch, timm_deluge.weights\n'
-                    f'timm_deluge.weights.weights_dir = lambda: pathlib.Path({str(scratch_weights.parent)!r})\n')
-        result = subprocess.run(
-            [sys.executable, '-c', prologue + code, *arguments], env=environment, capture_output=True, text=True)
-        assert TOKEN not in result.stdout + result.stderr
-        return result
-    return call
-
-
-@pytest.fixture
-def publish(call):
-    def publish(*options: str, **kwargs):
-        return call('from timm_deluge.cli import app; app()',
-                    'publish', 'delugenet146', '--repo-id', REPO, *options, **kwargs)
-    return publish
 
 
 LOAD = f"""

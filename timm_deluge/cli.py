@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .download import download_checkpoint
 from .hub import hub_files, push_to_hub
 from .images import find_images
 from .predict import Prediction, predict
@@ -213,6 +214,28 @@ def weights_verify() -> None:
             failed = True
             err_console.print(f'[bold red]bad[/] {checkpoint.name}: {escape(str(error))}')
     raise typer.Exit(int(failed))
+
+
+@weights_app.command('download')
+def weights_download(
+        name: Annotated[str, typer.Argument(help='Model, or model.tag.')],
+        repo_id: Annotated[str | None, typer.Option(
+            help='Where from: USER/REPO on the Hugging Face Hub; by default what the manifest records.',
+            show_default=False)] = None,
+) -> None:
+    """Get a checkpoint that does not come with the package, unless it is here. What was cut off goes on."""
+    checkpoint = _find(name)
+    source = repo_id or checkpoint.hf_hub_id
+    try:
+        if source and not checkpoint.files:
+            download_checkpoint(checkpoint, source)
+        verify_checkpoint(checkpoint)
+    except CheckpointError as error:
+        _fail(error)
+    except Exception as error:  # see `publish`
+        _fail(f'{error} {checkpoint.name} is not here yet; run this again, and what was downloaded will not be '
+              f'downloaded once more.')
+    console.print(str(checkpoint.path), markup=False)
 
 
 @weights_app.command('show')

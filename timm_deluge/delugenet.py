@@ -33,6 +33,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 
+from .download import ensure_checkpoint
 from .ops import (
     LayerOutputs,
     cross_layer_depthwise_conv,
@@ -839,8 +840,9 @@ def _create_delugenet(variant: str, pretrained: bool = False, **kwargs) -> Delug
         own_source = overlay.keys() & {'file', 'url', 'hf_hub_id', 'state_dict'}
         if isinstance(cfg, str) and not own_source:
             checkpoint = find_checkpoint(variant, cfg)
-            verify_checkpoint(checkpoint)
+            ensure_checkpoint(checkpoint)
             _say_what_it_is(checkpoint.name)
+            kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': str(checkpoint.path)}
         else:
             source = resolve_pretrained_cfg(variant, cfg, overlay)
             if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):

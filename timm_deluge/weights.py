@@ -8,16 +8,20 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.constants import HF_ASSETS_CACHE
 from safetensors.torch import load_file, save
 
 __all__ = [
-    'Checkpoint', 'CheckpointError', 'find_checkpoint', 'join_parts', 'joined_bytes', 'list_checkpoints',
-    'load_checkpoint', 'verify_checkpoint', 'verify_download', 'weights_dir',
+    'Checkpoint', 'CheckpointError', 'downloads_dir', 'find_checkpoint', 'join_parts', 'joined_bytes',
+    'list_checkpoints', 'load_checkpoint', 'verify_checkpoint', 'verify_download', 'weights_dir',
 ]
 
 MANIFEST = 'manifest.json'
@@ -99,9 +103,21 @@ class Checkpoint:
         return self.tag.rsplit('_', 1)[-1]
 
     @property
+    def files(self) -> list[dict[str, Any]]:
+        """Path, size and SHA-256 of the file on this machine, or of each of its parts; empty if it is nowhere."""
+        whole: dict[str, Any] = dict(file=self.file, bytes=self.bytes, sha256=self.sha256)
+        for folder in weights_dirs().values():
+            for files in self.parts, [whole]:
+                found = [{**file, 'path': folder / file['file']} for file in files]
+                if found and all(file['path'].is_file() for file in found):
+                    return found
+        return []
+
+    @property
     def path(self) -> Path:
-        """Where the file lies on this machine, or the first of its parts."""
-        return weights_dir() / (self.parts[0]['file'] if self.parts else self.file)
+        """Where the file lies on this machine, or the first of its parts; or would, were it there."""
+        files = self.files
+        return files[0]['path'] if files else weights_dir() / (self.parts[0]['file'] if self.parts else self.file)
 
     def pretrained_cfg(self) -> dict[str, Any]:
         """The part of timm's pretrained configuration that the checkpoint decides."""
@@ -119,10 +135,33 @@ class Checkpoint:
 
 
 def weights_dir() -> Path:
-    """Folder of the manifest and the checkpoints: `checkpoints/` in an installed package, `weights/` in a checkout."""
+    """Folder of the manifest: `checkpoints/` in an installed package, `weights/` in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / 'checkpoints'
     return installed if installed.is_dir() else package.parent / 'weights'
+
+
+def downloads_dir() -> Path:
+    """Folder of downloaded checkpoints, in the Hugging Face cache."""
+    return Path(HF_ASSETS_CACHE) / 'timm_deluge'
+
+
+def weights_dirs() -> dict[str, Path]:
+    """Folders that may have a checkpoint's files, by what they are, in the order in which they are looked through."""
+    folders = {'the package': weights_dir()}
+    checkout = _checkout()
+    if checkout:
+        folders['the checkout that it was installed from'] = checkout / 'weights'
+    return {**folders, 'the Hugging Face cache': downloads_dir()}
+
+
+def _checkout() -> Path | None:
+    """Get the folder that pip installed the package from, as it recorded it (PEP 610)."""
+    try:
+        url = urlparse(json.loads(distribution('timm-deluge').read_text('direct_url.json') or '{}').get('url', ''))
+    except PackageNotFoundError:
+        return None
+    return Path(url2pathname(url.path)) if url.scheme == 'file' else None
 
 
 def list_checkpoints() -> list[Checkpoint]:
@@ -178,18 +217,31 @@ def verify_checkpoint(checkpoint: Checkpoint) -> None:
         checkpoint: The manifest's entry.
 
     Raises:
-        CheckpointError: If a file is missing, truncated or altered.
+        CheckpointError: If a file is missing, truncated or altered; says where it was looked for, and how to get it.
     """
-    for part in checkpoint.parts or [asdict(checkpoint)]:
-        path = weights_dir() / part['file']
-        if not path.is_file():
-            raise CheckpointError(f'{path}: the file of {checkpoint.name} is missing. {REMEDY}')
+    if not checkpoint.files:
+        raise CheckpointError(_where_it_is_not(checkpoint))
+    for part in checkpoint.files:
+        path = part['path']
         size = path.stat().st_size
         if size != part['bytes']:
             raise CheckpointError(f'{path}: {size} bytes, but the manifest says {part["bytes"]}. {REMEDY}')
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         if sha256 != part['sha256']:
             raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {part["sha256"]}. {REMEDY}')
+
+
+def _where_it_is_not(checkpoint: Checkpoint) -> str:
+    names = [part['file'] for part in checkpoint.parts] or [checkpoint.file]
+    missing = next((name for name in names if not (weights_dir() / name).is_file()), names[0])
+    places = ', '.join(f'{what} ({folder})' for what, folder in weights_dirs().items())
+    if checkpoint.hf_hub_id:
+        remedy = f'`timm-deluge weights download {checkpoint.name}` gets it from {checkpoint.hf_hub_id}.'
+    else:
+        remedy = (f'The manifest records no repository of the Hugging Face Hub that has it: install the package from a '
+                  f'checkout, which has it, or name a repository: '
+                  f'`timm-deluge weights download {checkpoint.name} --repo-id USER/REPO`.')
+    return f'{missing}: the file of {checkpoint.name} is missing. Looked in {places}. {remedy}'
 
 
 def load_checkpoint(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

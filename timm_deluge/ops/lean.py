@@ -172,9 +172,9 @@ class _Backward:
         if index not in self._results:
             group = range(index, max(index - LAYERS_PER_PASS, -1), -1)
             weights, biases = zip(*(self._terms(i, 0, i + 2) for i in group))
-            weights = [F.pad(weight, (0,) * 7 + (len(layers) - len(weight),)) for weight in weights]
+            padded = [F.pad(weight, (0,) * 7 + (len(layers) - len(weight),)) for weight in weights]
             outputs = [layer.output for layer in layers]
-            self._results = dict(zip(group, kernels(outputs[0]).combine(outputs, weights, biases)))
+            self._results = dict(zip(group, kernels(outputs[0]).combine(outputs, padded, biases)))
         return self._results.pop(index)
 
     def parameter_grads(self) -> list[torch.Tensor | None]:

@@ -1,0 +1,170 @@
+"""What does not come with the package is downloaded whole, once and as the manifest says, or not at all."""
+import json
+import signal
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+from timm_deluge import weights
+from timm_deluge.weights import CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
+
+REPO = 'somebody/delugenet146'
+NAME = 'delugenet146.test_random'
+CREATE = "print(timm.create_model('delugenet146', pretrained=True).pretrained_cfg['file'])"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def published(server, publish, scratch_weights):
+    """What the scratch checkpoint has, published and no longer here."""
+    assert publish().returncode == 0
+    content = scratch_weights.read_bytes()
+    scratch_weights.unlink()
+    return content
+
+
+@pytest.fixture
+def downloads(tmp_path):
+    return tmp_path / 'cache' / 'assets' / 'timm_deluge'
+
+
+def download(call, *options, **kwargs):
+    return call('from timm_deluge.cli import app; app()', 'weights', 'download', NAME, *options, **kwargs)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.rglob('*') if p.is_file() and p.suffix != '.lock')
+
+
+def test_download(call, published, downloads, server):
+    result = download(call)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(downloads / f'{NAME}.safetensors')
+    assert (downloads / f'{NAME}.safetensors').read_bytes() == published
+    assert files(downloads) == [f'{NAME}.safetensors']
+
+    server.repos.clear()
+    assert download(call).returncode == 0
+    assert call(CREATE).stdout.strip() == result.stdout.strip()
+
+
+def test_a_model_downloads_what_it_needs(call, published, downloads):
+    result = call(CREATE)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(downloads / f'{NAME}.safetensors')
+
+
+def test_a_repository_may_be_named(call, published, server, scratch_weights):
+    server.repos['another/place'] = server.repos.pop(REPO)
+    assert download(call).returncode == 2
+    result = download(call, '--repo-id', 'another/place')
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_download_that_lost_its_connection_goes_on(call, published, downloads, server):
+    server.cut_at = len(published) * 9 // 10
+    result = download(call)
+    assert result.returncode == 0, result.stderr
+    assert server.requests['resumed download'] == 1
+    assert (downloads / f'{NAME}.safetensors').read_bytes() == published
+
+
+def test_a_killed_download_goes_on(call, published, downloads, server):
+    server.stall_at = len(published) * 9 // 10
+    process = download(call, run=subprocess.Popen)
+    deadline = time.monotonic() + 60
+    while not server.requests['stalled download'] or not any(
+            p.stat().st_size for p in downloads.rglob('*.incomplete') if p.is_file()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (downloads / f'{NAME}.safetensors').exists()
+
+    result = download(call)
+    assert result.returncode == 0, result.stderr
+    assert server.requests['resumed download'] == 1
+    assert (downloads / f'{NAME}.safetensors').read_bytes() == published
+
+
+def test_wrong_bytes_are_not_kept(call, published, downloads, server):
+    server.tamper = True
+    for code in None, CREATE:
+        result = call(code) if code else download(call)
+        assert result.returncode != 0
+        assert 'Nothing of it was kept' in result.stderr
+        assert files(downloads) == []
+    server.tamper = False
+    assert download(call).returncode == 0
+
+
+def test_a_full_disk(call, published, downloads):
+    limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20)); '
+    result = call(limit + 'from timm_deluge.cli import app; app()', 'weights', 'download', NAME)
+    assert result.returncode == 2
+    assert 'File too large' in result.stderr and 'run this again' in result.stderr
+    assert not (downloads / f'{NAME}.safetensors').exists()
+    assert download(call).returncode == 0
+
+
+def test_two_at_once(call, published, downloads, server):
+    processes = [download(call, run=subprocess.Popen) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert server.requests['download'] == 1
+    assert (downloads / f'{NAME}.safetensors').read_bytes() == published
+    assert files(downloads) == [f'{NAME}.safetensors']
+
+
+def test_offline_an_error_says_where_it_looked_and_what_gets_it(call, scratch_weights, downloads):
+    scratch_weights.unlink()
+    for result in call(CREATE), download(call):
+        assert result.returncode != 0
+        for place in scratch_weights.parent, downloads:
+            assert str(place) in result.stderr
+        assert f'timm-deluge weights download {NAME} --repo-id USER/REPO' in result.stderr
+
+
+def test_the_places_are_looked_through_in_order(scratch_weights, split_weights, tmp_path, monkeypatch):
+    folders = {name: tmp_path / name for name in ('package', 'checkout', 'cache')}
+    monkeypatch.setattr(weights, 'weights_dirs', lambda: folders)
+    checkpoint = find_checkpoint('delugenet146')
+    assert checkpoint.files == []
+    with pytest.raises(CheckpointError, match='package .* checkout .* cache'):
+        verify_checkpoint(checkpoint)
+    for folder in reversed(folders.values()):
+        folder.mkdir()
+        for part in split_weights:
+            assert all(file['path'].parent != folder for file in checkpoint.files)
+            (folder / part.name).write_bytes(part.read_bytes())
+        assert {file['path'].parent for file in checkpoint.files} == {folder}
+        verify_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize('url, expected', [
+    ('file:///some%20where/checkout', Path('/some where/checkout')), ('https://host/archive.whl', None)])
+def test_pip_knows_the_checkout(monkeypatch, url, expected):
+    class Distribution:
+        @staticmethod
+        def read_text(name):
+            assert name == 'direct_url.json'
+            return json.dumps({'url': url, 'dir_info': {}})
+
+    monkeypatch.setattr(weights, 'distribution', lambda name: Distribution)
+    assert weights._checkout() == expected
+
+
+def test_the_wheel_has_the_cifar_checkpoints_and_fits_into_pypi(tmp_path):
+    [wheel] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=['standard'])
+    assert Path(wheel).stat().st_size < 100e6
+    names = zipfile.ZipFile(wheel).namelist()
+    assert 'timm_deluge/checkpoints/manifest.json' in names
+    for checkpoint in list_checkpoints():
+        shipped = f'timm_deluge/checkpoints/{checkpoint.file}' in names
+        assert shipped == (checkpoint.data_set in ('cifar10', 'cifar100')), checkpoint.name
+    assert not any('tinyin' in name for name in names if name.endswith(('.safetensors', '.index.json')))

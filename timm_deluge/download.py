@@ -1,0 +1,64 @@
+"""A checkpoint's file from the Hugging Face Hub: whole and as the manifest says, or not at all."""
+import hashlib
+from pathlib import Path
+
+from huggingface_hub import hf_hub_url
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+from .weights import HUB_FILE, Checkpoint, CheckpointError, downloads_dir, verify_checkpoint
+
+__all__ = ['download_checkpoint', 'ensure_checkpoint']
+
+
+def ensure_checkpoint(checkpoint: Checkpoint) -> None:
+    """Hold a checkpoint's files against the manifest, and download them first if they are not on this machine.
+
+    Args:
+        checkpoint: The manifest's entry.
+
+    Raises:
+        CheckpointError: If a file is truncated or altered, or is missing and the manifest records no repository of the
+            Hub.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
+    """
+    if checkpoint.hf_hub_id and not checkpoint.files:
+        download_checkpoint(checkpoint, checkpoint.hf_hub_id)
+    verify_checkpoint(checkpoint)
+
+
+def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
+    """Download a checkpoint into the Hugging Face cache; one that was cut off goes on where it ended.
+
+    Processes that want the same file wait for the first one.
+
+    Args:
+        checkpoint: The manifest's entry.
+        repo_id: Repository of the Hub that has it, `USER/REPO` or `USER/REPO@REVISION`.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: If the repository's file is not what the manifest says; nothing of it is kept.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
+        OSError: If it cannot be written, such as on a full disk.
+    """
+    target = downloads_dir() / checkpoint.file
+    incomplete = target.with_suffix('.incomplete')
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(target.with_suffix('.lock')):
+        if not target.is_file():
+            repository, _, revision = repo_id.partition('@')
+            with incomplete.open('ab') as file:
+                http_get(
+                    hf_hub_url(repository, HUB_FILE, revision=revision or None), file, resume_size=file.tell(),
+                    headers=build_hf_headers(), expected_size=checkpoint.bytes, displayed_filename=checkpoint.file)
+            sha256 = hashlib.sha256(incomplete.read_bytes()).hexdigest()
+            if sha256 != checkpoint.sha256:
+                incomplete.unlink()
+                raise CheckpointError(
+                    f'{HUB_FILE} of {repo_id} has the SHA-256 {sha256}, but the manifest says {checkpoint.sha256} of '
+                    f'{checkpoint.name}. Nothing of it was kept. Try again, or name another repository.')
+            incomplete.replace(target)
+    return target
