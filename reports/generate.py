@@ -16,9 +16,10 @@ import matplotlib.pyplot as plt
 from tabulate import tabulate
 
 from timm_deluge.card import best_table, checkpoint_table, model_card, model_table
+from timm_deluge.connectivity import block_connectivity, draw_connectivity
 from timm_deluge.paper import PUBLISHED
 from timm_deluge.report import create_report, format_reports
-from timm_deluge.weights import list_checkpoints
+from timm_deluge.weights import Checkpoint, list_checkpoints, load_checkpoint
 
 REPORTS = Path(__file__).resolve().parent
 REPOSITORY = REPORTS.parent
@@ -44,7 +45,16 @@ def generate() -> dict[Path, str]:
     for name, reports in (('zoo', zoo), ('peers', peers)):
         for fmt, suffix in (('markdown', 'md'), ('csv', 'csv'), ('json', 'json')):
             texts[REPORTS / f'{name}.{suffix}'] = format_reports(reports, fmt) + '\n'
+    for checkpoint in checkpoints:
+        texts[REPORTS / 'connectivity' / f'{checkpoint.name}.json'] = _connectivity(checkpoint)
     return texts
+
+
+def _connectivity(checkpoint: Checkpoint) -> str:
+    """Write a checkpoint's connections as JSON, a line for each block."""
+    blocks = [json.dumps(block.as_dict()) for block in block_connectivity(load_checkpoint(checkpoint))]
+    rounded = [json.dumps(json.loads(block, parse_float=lambda number: round(float(number), 4))) for block in blocks]
+    return '[\n' + ',\n'.join(rounded) + '\n]\n'
 
 
 def _replace_block(text: str, name: str, content: str) -> str:
@@ -156,7 +166,11 @@ def _predict() -> str:
 
 if __name__ == '__main__':
     for path, text in generate().items():
+        path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding='utf-8')
         print(path.relative_to(REPOSITORY))
     draw_learning_curves(REPORTS / 'training' / 'learning_curves.png')
     draw_accuracies(REPORTS / 'training' / 'accuracy.png')
+    for checkpoint in list_checkpoints():
+        figure = draw_connectivity(block_connectivity(load_checkpoint(checkpoint)), checkpoint.name)
+        figure.savefig(REPORTS / 'connectivity' / f'{checkpoint.name}.png', dpi=150)

@@ -1,4 +1,4 @@
-"""The command line: `timm-deluge predict | report | validate | weights | publish | recipe`."""
+"""The command line: `timm-deluge predict | report | connectivity | validate | weights | publish | recipe`."""
 import csv
 import json
 import os
@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .connectivity import block_connectivity, draw_connectivity, read_state_dict
 from .download import download_checkpoint
 from .hub import hub_files, push_to_hub
 from .images import find_images
@@ -136,6 +137,38 @@ def report(
         print(format_reports([create_report(name) for name in models], fmt.value))
     except RuntimeError as error:
         _fail(error)
+
+
+@app.command()
+def connectivity(
+        source: Annotated[str, typer.Argument(
+            metavar='MODEL_OR_CHECKPOINT', help='Model, model.tag, hf-hub:USER/REPO, or a checkpoint file.')],
+        as_json: Annotated[bool, typer.Option('--json', help='Print JSON, with every connection.')] = False,
+        output: Annotated[Path | None, typer.Option(
+            help='Picture to write, .png or .svg, with every connection.', show_default=False)] = None,
+) -> None:
+    """How strongly each layer is connected: L2 norms of cross-layer weights, as in the paper's Fig. 3.
+
+    The table has one column for each block: the norms in the convolution with the most source layers, of the largest.
+    The sources are batch-normalised, so that their norms can be compared.
+    """
+    if output is not None and output.suffix not in ('.png', '.svg'):
+        _fail(f'{output}: pictures are written as .png or .svg')
+    try:
+        blocks = block_connectivity(read_state_dict(source))
+        if output is not None:
+            draw_connectivity(blocks, Path(source).name).savefig(output, dpi=150)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        _fail(f'{source}: {error}' if isinstance(error, ValueError) else error)
+    if as_json:
+        print(json.dumps([block.as_dict() for block in blocks], indent=2))
+        return
+    table = Table('source', header_style='bold')
+    for block in blocks:
+        table.add_column(f'block {block.block}', justify='right')
+    for i in range(max(len(block.last) for block in blocks)):
+        table.add_row(f'h_{i}', *(f'{block.last[i]:.2f}' if i < len(block.last) else '' for block in blocks))
+    console.print(table, soft_wrap=False)
 
 
 @app.command('validate')

@@ -1,0 +1,140 @@
+"""What the cross-layer depthwise convolutions have learned to connect: the paper's Fig. 3, and every connection.
+
+A connection is one source layer's weights, one per channel, in one cross-layer convolution. Its strength here is their
+L2 norm. The source layers are batch-normalised, so that a weight says how much its source can move the result, and
+norms of one convolution can be compared with each other.
+"""
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+
+from .weights import CheckpointError, join_parts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['BlockConnectivity', 'block_connectivity', 'draw_connectivity', 'read_state_dict']
+
+FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin')
+DEAD = 1e-3  # of the largest weight of a convolution
+
+
+@dataclass(frozen=True)
+class BlockConnectivity:
+    """The connections of a block.
+
+    Attributes:
+        block: Number of the block, the first is 1.
+        norms: L2 norm of the weights of source h_i, in ``norms[k][i]`` for the convolution that gives x_{k+2}, which
+            has k + 2 sources.
+        dead_channels: Share of the weights of each convolution that are below a thousandth of its largest.
+    """
+    block: int
+    norms: list[list[float]]
+    dead_channels: list[float]
+
+    @cached_property
+    def last(self) -> list[float]:
+        """Norm of each source layer in the convolution that has the most of them, of the largest (paper, Fig. 3)."""
+        return [norm / max(self.norms[-1]) for norm in self.norms[-1]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {'block': self.block, 'last': self.last, 'norms': self.norms, 'dead_channels': self.dead_channels}
+
+
+def block_connectivity(state_dict: dict[str, torch.Tensor]) -> list[BlockConnectivity]:
+    """Measure the connections of each block.
+
+    Args:
+        state_dict: A DelugeNet's tensors by name.
+
+    Returns:
+        The blocks in their order.
+
+    Raises:
+        ValueError: If there are no cross-layer convolutions.
+    """
+    blocks: dict[int, dict[int, torch.Tensor]] = {}
+    for name, tensor in state_dict.items():
+        if found := re.search(r'(?:^|\.)stages\.(\d+)\.cross_layers\.(\d+)\.weight$', name):
+            blocks.setdefault(int(found[1]), {})[int(found[2])] = tensor.detach().float()[:, 0, :, 0]
+    if not blocks:
+        raise ValueError(
+            'there are no cross-layer depthwise convolutions (stages.*.cross_layers.*.weight): this is no DelugeNet, '
+            'or one with residual sums, or one that was reparameterised')
+    return [
+        BlockConnectivity(
+            block=1 + index,
+            norms=[weights[i].norm(dim=0).tolist() for i in sorted(weights)],
+            dead_channels=[float((w.abs() < DEAD * w.abs().max()).float().mean()) for _, w in sorted(weights.items())],
+        )
+        for index, weights in sorted(blocks.items())
+    ]
+
+
+def read_state_dict(source: str) -> dict[str, torch.Tensor]:
+    """Get the tensors of a checkpoint.
+
+    Args:
+        source: A file of train.py or in safetensors form, also the first of several parts; or what
+            `timm.create_model` takes: a model, `model.tag` or `hf-hub:USER/REPO`, with its pretrained weights.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        CheckpointError: If there is neither such a file nor such a model with weights.
+    """
+    if Path(source).is_file():
+        return join_parts(dict(load_state_dict(source)), source)
+    if Path(source).suffix in FILE_SUFFIXES:
+        raise CheckpointError(f'{source}: no such file')
+    if not source.startswith(('hf-hub:', 'hf_hub:')) and not timm.is_model(source.partition('.')[0]):
+        raise CheckpointError(
+            f'{source}: neither a file nor a model of timm. Name a checkpoint file, a model such as delugenet146, or '
+            f'hf-hub:USER/REPO')
+    return timm.create_model(source, pretrained=True).state_dict()
+
+
+def draw_connectivity(blocks: list[BlockConnectivity], title: str) -> 'Figure':
+    """Plot the last convolution's norms for each block (paper, Fig. 3), and below all connections of the block.
+
+    Args:
+        blocks: See `block_connectivity`.
+        title: What they are of.
+
+    Returns:
+        A matplotlib figure, nine inches wide.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('pictures need the package matplotlib: pip install matplotlib') from error
+    figure = Figure(figsize=(9, 5), layout='constrained')
+    axes = figure.subplots(2, len(blocks), squeeze=False, height_ratios=(1, 1.6))
+    for block, last, matrix in zip(blocks, *axes):
+        last.bar(range(len(block.last)), block.last, color='#0072B2')
+        last.set(title=f'block {block.block}', ylim=(0, 1.05), xlim=(-0.6, len(block.last) - 0.4))
+        triangle = [
+            [norm / max(norms) for norm in norms] + [float('nan')] * (len(block.last) - len(norms))
+            for norms in block.norms]
+        image = matrix.imshow(triangle, cmap='viridis', vmin=0, vmax=1, aspect='auto', extent=(
+            -0.5, len(block.last) - 0.5, len(block.norms) + 1.5, 1.5))
+        matrix.set(xlabel='source layer i')
+        for axis in last, matrix:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        matrix.yaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel('norm in the last sum')
+    axes[1, 0].set_ylabel('input $x_l$')
+    figure.colorbar(image, ax=axes[1].tolist(), label='norm, of the largest in the row')
+    figure.suptitle(title)
+    return figure
