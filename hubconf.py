@@ -1,17 +1,10 @@
-"""Entrypoints for torch.hub: `torch.hub.load(repo, 'delugenet122', pretrained=False, **arguments_of_DelugeNet)`."""
-from timm_deluge.delugenet import (  # noqa: F401
-    delugenet92,
-    delugenet104,
-    delugenet122,
-    delugenet146,
-    delugenet218,
-    resnetlike146_1x1,
-    resnetlike146_3x3,
-    resnetlike218_1x1,
-    resnetlike218_3x3,
-    wide_delugenet146,
-    wide_resnetlike146_1x1,
-    wide_resnetlike146_3x3,
-)
+"""Entrypoints for torch.hub: `torch.hub.load(repo, 'delugenet122', pretrained=False, **arguments_of_DelugeNet)`.
+
+Every model that the package registers with timm is one.
+"""
+import timm
+
+import timm_deluge  # noqa: F401 registers the models
 
 dependencies = ['torch', 'timm']
+globals().update({name: timm.models.model_entrypoint(name) for name in timm.list_models(module='delugenet')})
