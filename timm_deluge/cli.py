@@ -179,7 +179,7 @@ def validate_command(
         workers: Annotated[int, typer.Option(min=0, help='Loader processes.')] = 1,
         device: Device = 'cpu',
 ) -> None:
-    """Measure a checkpoint's accuracy. Prints JSON; exits with 1 if it is over 0.05 points off the manifest's figure."""
+    """Measure a checkpoint's accuracy, as JSON; exits with 1 if it is over 0.05 points off the manifest's figure."""
     checkpoint = _find(name)
     try:
         model = timm.create_model(checkpoint.name, pretrained=True).eval().to(device)
