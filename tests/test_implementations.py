@@ -472,6 +472,17 @@ def test_switch():
         timm_deluge.set_implementation('fast')
 
 
+@pytest.mark.parametrize('name, expected', [
+    ('aten', 'aten'), ('nonsense', "TIMM_DELUGE_IMPLEMENTATION: implementation 'nonsense': must be one of")])
+def test_switch_in_the_environment(name, expected):
+    code = 'import timm_deluge; print(timm_deluge.get_implementation())'
+    result = subprocess.run(
+        [sys.executable, '-c', code], env={**os.environ, 'TIMM_DELUGE_IMPLEMENTATION': name}, capture_output=True,
+        text=True)
+    assert expected in result.stdout + result.stderr
+    assert (result.returncode == 0) == (name == expected)
+
+
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(timm_deluge.ops.implementation, '_has_triton', lambda: False)
     with pytest.raises(ImportError, match='pip install triton'):

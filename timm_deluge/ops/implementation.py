@@ -1,5 +1,6 @@
 """The switch between the implementations of the cross-layer depthwise convolution."""
 import logging
+import os
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -17,6 +18,8 @@ _logger = logging.getLogger(__name__)
 
 def set_implementation(name: str) -> None:
     """Choose by hand how cross-layer depthwise convolutions are computed, for every model of this process.
+
+    The environment variable `TIMM_DELUGE_IMPLEMENTATION` chooses the same before the package is imported.
 
     All implementations give the same numbers. While a model is traced, scripted, compiled or exported, under
     `torch.func` and on other devices than CPU and CUDA it is always the reference.
@@ -102,3 +105,9 @@ def _cpp(dtype: torch.dtype) -> ModuleType | None:
 @cache
 def _has_triton() -> bool:
     return find_spec('triton') is not None
+
+
+try:
+    set_implementation(os.environ.get('TIMM_DELUGE_IMPLEMENTATION', _implementation))
+except (ImportError, ValueError) as error:
+    raise type(error)(f'The environment variable TIMM_DELUGE_IMPLEMENTATION: {error}') from error
