@@ -284,10 +284,11 @@ def measure_calmly(name: str, number_of_rounds: int, threads: int) -> dict[str, 
 
 
 def cpu_name() -> str:
-    for line in Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []:
-        if line.startswith('model name'):
-            return line.partition(':')[2].strip()
-    return platform.processor()
+    """Name the processor, and AMX where it has it: virtual machines give several processors one name."""
+    path = Path('/proc/cpuinfo')
+    info = dict(re.findall(r'^(model name|flags)\s*: (.+)$', path.read_text(), re.MULTILINE)) if path.exists() else {}
+    name = info.get('model name', platform.processor())
+    return name + (' with AMX' if 'amx_bf16' in info.get('flags', '').split() else '')
 
 
 def slug(machine: str) -> str:
