@@ -102,6 +102,31 @@ def test_wrong_bytes_are_not_kept(call, published, downloads, server):
     assert download(call).returncode == 0
 
 
+@pytest.mark.parametrize('change', [lambda content: content + b'more', lambda content: content[:-10]])
+def test_a_file_of_another_size_is_not_kept(call, published, downloads, server, change):
+    server.repos[REPO]['model.safetensors'] = change(published)
+    result = download(call)
+    assert result.returncode == 2 and 'Nothing of it was kept' in result.stderr
+    assert files(downloads) == []
+
+
+def test_what_was_downloaded_before_it_was_killed_is_not_asked_for_again(call, published, downloads, server):
+    downloads.mkdir(parents=True)
+    (downloads / f'{NAME}.incomplete').write_bytes(published)
+    assert download(call).returncode == 0
+    assert not server.requests['download'] and not server.requests['resumed download']
+
+
+def test_a_spoiled_download_says_how_to_replace_it(call, published, downloads):
+    assert download(call).returncode == 0
+    path = downloads / f'{NAME}.safetensors'
+    path.write_bytes(published[:-1])
+    result = download(call)
+    assert result.returncode == 2
+    assert str(path) in result.stderr
+    assert f'Delete it and get it anew: `timm-deluge weights download {NAME}`' in result.stderr
+
+
 def test_a_full_disk(call, published, downloads):
     limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20)); '
     result = call(limit + 'from timm_deluge.cli import app; app()', 'weights', 'download', NAME)

@@ -51,9 +51,10 @@ def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
         if not target.is_file():
             repository, _, revision = repo_id.partition('@')
             with incomplete.open('ab') as file:
-                http_get(
-                    hf_hub_url(repository, HUB_FILE, revision=revision or None), file, resume_size=file.tell(),
-                    headers=build_hf_headers(), expected_size=checkpoint.bytes, displayed_filename=checkpoint.file)
+                if file.tell() < checkpoint.bytes:
+                    http_get(
+                        hf_hub_url(repository, HUB_FILE, revision=revision or None), file, resume_size=file.tell(),
+                        headers=build_hf_headers(), displayed_filename=checkpoint.file)
             sha256 = hashlib.sha256(incomplete.read_bytes()).hexdigest()
             if sha256 != checkpoint.sha256:
                 incomplete.unlink()

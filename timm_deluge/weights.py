@@ -223,12 +223,14 @@ def verify_checkpoint(checkpoint: Checkpoint) -> None:
         raise CheckpointError(_where_it_is_not(checkpoint))
     for part in checkpoint.files:
         path = part['path']
+        remedy = REMEDY if path.parent != downloads_dir() else (
+            f'Delete it and get it anew: `timm-deluge weights download {checkpoint.name}`.')
         size = path.stat().st_size
         if size != part['bytes']:
-            raise CheckpointError(f'{path}: {size} bytes, but the manifest says {part["bytes"]}. {REMEDY}')
+            raise CheckpointError(f'{path}: {size} bytes, but the manifest says {part["bytes"]}. {remedy}')
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         if sha256 != part['sha256']:
-            raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {part["sha256"]}. {REMEDY}')
+            raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {part["sha256"]}. {remedy}')
 
 
 def _where_it_is_not(checkpoint: Checkpoint) -> str:
