@@ -62,6 +62,7 @@ def test_bfloat16_is_as_exact_as_atens(monkeypatch, stride):
         return [(a.double() - b).norm() / b.norm() for a, b in zip(found, exact)]
 
     monkeypatch.setattr(conv, 'MAX_POSITIONS', 0)
+    monkeypatch.setattr(conv, 'MAX_POSITIONS_OF_WEIGHT_GRAD', 0)
     of_aten = errors()
     monkeypatch.setattr(conv, 'MAX_POSITIONS', 1000)
     for error, limit in zip(errors(), of_aten):
@@ -80,6 +81,25 @@ def test_patches_are_for_few_positions_in_channels_last(monkeypatch, few):
     assert len(calls) == few
     conv.conv2d(x.contiguous(), weight.contiguous(), conv_args)
     assert len(calls) == few
+
+
+@pytest.mark.parametrize('dtype, has_amx, by_patches', [
+    (torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float32, True, False)])
+def test_gradients_of_weights_take_patches_for_longer_with_amx(monkeypatch, dtype, has_amx, by_patches):
+    conv_args = (1, 1), (1, 1), (1, 1)
+    x, weight = example((3, 3), (5, 5), dtype)
+    grad = torch.randn_like(F.conv2d(x, weight, None, *conv_args))
+    expected = convolution_backward(grad, x, weight, conv_args)
+    calls = []
+    patches = conv._patches
+    monkeypatch.setattr(conv, '_patches', lambda *args: calls.append(args) or patches(*args))
+    monkeypatch.setattr(conv, '_has_amx', lambda: has_amx)
+    for actual, gradient in zip(conv.conv2d_backward(grad, x, weight, conv_args, True), expected):
+        torch.testing.assert_close(actual, gradient, rtol=2e-2, atol=1e-3)
+    assert bool(calls) == by_patches
+    calls.clear()
+    assert conv.conv2d_backward(grad, x, weight, conv_args, False)[1] is None
+    assert not calls
 
 
 def test_autocast_decides_the_dtype():

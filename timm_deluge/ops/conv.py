@@ -2,8 +2,10 @@
 
 In channels_last, a 1x1 convolution is a matrix product as it stands. With a larger kernel it is one of patches: a row
 for each output position, with all that the kernel sees there. Patches take memory and time, and pay where positions are
-few beside output channels, as late in a network: there oneDNN's convolutions are slowest.
+few beside output channels, as late in a network: there oneDNN's convolutions are slowest. Its gradients of weights are
+slow for longer, beside matrix products in AMX's tiles.
 """
+from functools import cache
 from itertools import product
 
 import torch
@@ -14,6 +16,8 @@ from .layout import rows
 __all__ = ['conv2d', 'conv2d_backward']
 
 MAX_POSITIONS = 4  # for each output channel
+MAX_POSITIONS_OF_WEIGHT_GRAD = 32  # for each output channel, in bfloat16 with AMX
+MAX_POSITIONS_OF_A_SUM = 4096  # longer ones are slower, and less exact
 ConvArgs = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
 
 
@@ -32,7 +36,7 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, conv_args: ConvArgs) -> torch.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     size = _output_size(x, weight, conv_args)
-    if not _pays(x, weight, size):
+    if not _pays(x, weight, size, MAX_POSITIONS):
         return F.conv2d(x, weight, None, *conv_args)
     kernels = weight.permute(0, 2, 3, 1).flatten(1)
     return _images(_patches(x, weight, size, conv_args) @ kernels.t(), len(x), size)
@@ -58,15 +62,17 @@ def conv2d_backward(
     if _is_matrix(x) and _is_matrix(grad) and _is_product(weight, conv_args):
         grad_x = _images(rows(grad) @ weight.flatten(1), len(x), x.shape[2:])
         grad_weight = _images(rows(grad).t() @ rows(x), len(weight), (1, 1)) if needs_weight_grad else None
-    elif _is_matrix(grad) and _pays(x, weight, size):
+        return grad_x, grad_weight
+    by_patches = _is_matrix(grad) and _pays(x, weight, size, MAX_POSITIONS)
+    weight_by_patches = by_patches or _is_matrix(grad) and _pays_for_weight_grad(x, weight, size)
+    mask = [not by_patches, needs_weight_grad and not weight_by_patches, False]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *conv_args, False, [0, 0], 1, mask) if any(mask) else (None, None, None)
+    if by_patches:
         grad_x = _input_grad(grad, x, weight, conv_args)
-        grad_weight = None
-        if needs_weight_grad:
-            kernels_grad = rows(grad).t() @ _patches(x, weight, size, conv_args)
-            grad_weight = _images(kernels_grad, len(weight), weight.shape[2:])
-    else:
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, *conv_args, False, [0, 0], 1, [True, needs_weight_grad, False])
+    if needs_weight_grad and weight_by_patches:
+        kernels_grad = rows(grad).t() @ _patches(x, weight, size, conv_args)
+        grad_weight = _images(kernels_grad, len(weight), weight.shape[2:])
     return grad_x, grad_weight
 
 
@@ -78,10 +84,20 @@ def _is_product(weight: torch.Tensor, conv_args: ConvArgs) -> bool:
     return weight.shape[2:] == (1, 1) and conv_args == ((1, 1), (0, 0), (1, 1))
 
 
-def _pays(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, ...]) -> bool:
+def _pays(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, ...], max_positions: int) -> bool:
     """Tell whether a product of patches is possible and, as far as was measured, faster."""
-    few = len(x) * size[0] * size[1] <= MAX_POSITIONS * len(weight)
+    few = len(x) * size[0] * size[1] <= max_positions * len(weight)
     return few and weight.shape[2:] != (1, 1) and _is_matrix(x) and _is_matrix(weight) and x.dtype == weight.dtype
+
+
+def _pays_for_weight_grad(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, ...]) -> bool:
+    few = len(x) * size[0] * size[1] <= MAX_POSITIONS_OF_A_SUM and _pays(x, weight, size, MAX_POSITIONS_OF_WEIGHT_GRAD)
+    return few and x.dtype is torch.bfloat16 and _has_amx()
+
+
+@cache
+def _has_amx() -> bool:
+    return getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16', False)
 
 
 def _output_size(x: torch.Tensor, weight: torch.Tensor, conv_args: ConvArgs) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ def combine_backward(
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Get each channel's mean and variance: see `timm_deluge.ops.aten.moments`."""
     [x], inner = same_layout([x])
-    mean, var = torch.empty(2, x.shape[1])
+    mean, var = torch.empty(x.shape[1]), torch.empty(x.shape[1])
     _call('moments', x, inner, x, mean, var)
     return mean, var
 
@@ -101,7 +101,7 @@ def _call(name: str, like: torch.Tensor, inner: int, *arguments: Any) -> None:
         return
     channels = like.shape[1]
     columns = channels if inner == 1 else inner
-    _library(_ELEMENTS[like.dtype])[name](
+    getattr(_library(_ELEMENTS[like.dtype]), name)(
         *map(_c_argument, arguments),
         (ctypes.c_int64 * 3)(like.numel() // columns, columns, channels),
         ctypes.c_int(inner == 1),

@@ -9,7 +9,7 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -24,6 +24,7 @@ constexpr int UNROLL = 4;        // vectors that share a weight
 constexpr int64_t ROWS = 64;     // whose products a float may sum
 constexpr int64_t VECTORS = 64;  // whose sums stay in a core's first cache
 constexpr int64_t COLUMNS = VECTORS / UNROLL * WIDTH;
+constexpr int64_t APART = 64;  // floats between what two threads write, lest a line of a cache go to and fro
 
 using Floats = float __attribute__((vector_size(4 * WIDTH)));
 using Words = uint32_t __attribute__((vector_size(4 * WIDTH)));
@@ -37,7 +38,13 @@ struct bfloat16 {
 };
 
 Floats widen(Floats values) { return values; }
-Floats widen(HalfWords bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
+Floats widen(HalfWords bits) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#else
+    return (Floats)(__builtin_convertvector(bits, Words) << 16);
+#endif
+}
 
 void narrow(Floats values, Floats& to) { to = values; }
 void narrow(Floats values, HalfWords& to) {  // rounds to the nearest, ties to even
@@ -75,7 +82,7 @@ struct Tile {
     int64_t row, end_row, column, end_column;
 };
 
-// M vectors of one matrix, and the channel that they are, or begin with, in each matrix.
+// M vectors of one matrix, a step apart, and the channel that they all are, or begin with.
 template <bool BY_COLUMN, int M, bool WHOLE>
 struct Vectors {
     static constexpr int size = M;
@@ -107,11 +114,16 @@ void for_each_tile(const Shape& shape, int threads, const Work& work) {
     const int64_t width = std::min(shape.columns, BY_COLUMN ? MAX_COLUMNS : VECTORS * WIDTH);
     const int64_t across = (shape.columns + width - 1) / width, tiles = across * ((shape.rows + height - 1) / height);
 #pragma omp parallel for num_threads(threads)
-    for (int thread = 0; thread < threads; thread++)
-        for (int64_t i = tiles * thread / threads; i < tiles * (thread + 1) / threads; i++) {
-            const int64_t row = i / across * height, column = i % across * width;
-            work(Tile{row, std::min(row + height, shape.rows), column, std::min(column + width, shape.columns)}, thread);
+    for (int thread = 0; thread < threads; thread++) {
+        const int64_t first = tiles * thread / threads, end = tiles * (thread + 1) / threads;
+        int64_t row = first / across * height, column = first % across * width;
+        for (int64_t i = first; i < end; i++) {
+            const int64_t end_column = std::min(column + width, shape.columns);
+            work(Tile{row, std::min(row + height, shape.rows), column, end_column}, thread);
+            column = end_column == shape.columns ? 0 : end_column;
+            row += column ? 0 : height;
         }
+    }
 }
 
 // Splits a tile into parts of at most VECTORS vectors; the next one is `distance` elements away.
@@ -232,6 +244,16 @@ void combine(const T* const* layers, int64_t num_layers, const float* const* wei
             layers, num_layers, weights + k, biases + k, outs + k, relu && k == 0, shape, threads);
 }
 
+template <class Lanes>
+float sum_of(const Lanes& lanes) {
+    if constexpr (sizeof lanes == 2 * sizeof(float)) return lanes[0] + lanes[1];
+    else {
+        float __attribute__((vector_size(sizeof lanes / 2))) halves[2];
+        std::memcpy(halves, &lanes, sizeof lanes);
+        return sum_of(halves[0] + halves[1]);
+    }
+}
+
 // Adds a tile's sums, one for each channel or the lanes of one channel's, to their totals, and clears them.
 template <bool BY_COLUMN>
 void move_sums(float* sums, double* totals, const Shape& shape, const Tile& tile) {
@@ -240,11 +262,7 @@ void move_sums(float* sums, double* totals, const Shape& shape, const Tile& tile
         std::fill(sums + tile.column, sums + tile.end_column, 0.f);
         return;
     }
-    double lanes[WIDTH];
-    std::copy_n(sums, WIDTH, lanes);
-    for (int half = WIDTH / 2; half > 0; half /= 2)
-        for (int k = 0; k < half; k++) lanes[k] += lanes[k + half];
-    totals[tile.row % shape.channels] += lanes[0];
+    totals[tile.row % shape.channels] += sum_of(load<true>(sums, WIDTH));
     std::fill_n(sums, WIDTH, 0.f);
 }
 
@@ -331,11 +349,11 @@ void combine_backward_layers(const T* const* grads, int64_t num_grads, const flo
                              const T* const* layers, const float* const* means, T* const* outs, bool begun,
                              double* dots, const Shape& shape, int threads) {
     const int64_t num_sums = BY_COLUMN ? (shape.channels + WIDTH - 1) / WIDTH * WIDTH : WIDTH;
-    const int64_t layer_sums = num_grads * num_sums;
-    std::vector<float> all_sums(threads * R * layer_sums);
+    const int64_t layer_sums = num_grads * num_sums, thread_sums = R * layer_sums + APART;
+    std::vector<float> all_sums(threads * thread_sums);
     float* const first_sums = all_sums.data();
     for_each_tile<BY_COLUMN, COLUMNS / R>(shape, threads, [=](const Tile& whole, int thread) {
-        float* const sums = first_sums + thread * R * layer_sums;
+        float* const sums = first_sums + thread * thread_sums;
         for_each_part<BY_COLUMN>(shape, whole, [=](const Tile& tile, int64_t distance) {
             Floats values[R * VECTORS], results[R * VECTORS];
             const auto add = [&](auto number, auto is_first, auto is_last, int64_t i) {
@@ -372,30 +390,65 @@ struct Pair {
     Floats first, second;
 };
 
-// Sums two terms of every element, terms(vectors, m), over its channel: [2, channels].
+// Sums two terms of every element, terms(its vector), over its channel: [2, channels].
 template <bool BY_COLUMN, class Terms>
 std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& terms) {
-    const int64_t num_sums = BY_COLUMN ? (shape.channels + WIDTH - 1) / WIDTH * WIDTH : WIDTH;
-    std::vector<double> totals(threads * 2 * shape.channels);
-    std::vector<float> all_sums(threads * 2 * num_sums);
-    for_each_tile<BY_COLUMN>(shape, threads, [=, &totals, &all_sums](const Tile& tile, int thread) {
-        float *const first = &all_sums[thread * 2 * num_sums], *const second = first + num_sums;
-        for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
-            const int64_t k = BY_COLUMN ? vectors.channel : 0;
-            Floats first_sum{}, second_sum{};
-            for (int m = 0; m < vectors.size; m++) {
-                const Pair pair = terms(vectors, m);
-                first_sum += pair.first;
-                second_sum += pair.second;
+    const int64_t stride = 2 * shape.channels + APART;
+    std::vector<double> totals(threads * stride);
+    for_each_tile<BY_COLUMN>(shape, threads, [=, &totals](const Tile& tile, int thread) {
+        double *const first_totals = &totals[thread * stride], *const second_totals = first_totals + shape.channels;
+        // SIZE vectors side by side, and those `distance` elements apart
+        const auto add = [&](auto size, auto whole, int64_t first, int64_t distance, int64_t length, int64_t channel,
+                             int count) {
+            Floats sums[size], products[size];
+            for (int n = 0; n < size; n++) sums[n] = products[n] = Floats{};
+            for (int64_t i = 0; i < length; i++)
+                for (int n = 0; n < size; n++) {
+                    const int64_t lane = n * WIDTH;
+                    const Pair pair = terms(Vectors<BY_COLUMN, 1, whole>{
+                        first + i * distance + lane, 0, channel + (BY_COLUMN ? lane : 0), count});
+                    sums[n] += pair.first;
+                    products[n] += pair.second;
+                }
+            if constexpr (BY_COLUMN) {
+                float lanes[2][size * WIDTH];
+                std::memcpy(lanes[0], sums, sizeof sums);
+                std::memcpy(lanes[1], products, sizeof products);
+                for (int k = 0; k < (whole ? size * WIDTH : count); k++) {
+                    first_totals[channel + k] += lanes[0][k];
+                    second_totals[channel + k] += lanes[1][k];
+                }
+            } else {
+                for (int n = 1; n < size; n++) {
+                    sums[0] += sums[n];
+                    products[0] += products[n];
+                }
+                first_totals[channel] += sum_of(sums[0]);
+                second_totals[channel] += sum_of(products[0]);
             }
-            store<true>(load<true>(first + k, WIDTH) + first_sum, first + k, WIDTH);
-            store<true>(load<true>(second + k, WIDTH) + second_sum, second + k, WIDTH);
-        });
-        double* const total = &totals[thread * 2 * shape.channels];
-        move_sums<BY_COLUMN>(first, total, shape, tile);
-        move_sums<BY_COLUMN>(second, total + shape.channels, shape, tile);
+        };
+        constexpr int64_t across = UNROLL * WIDTH;
+        const int64_t first = tile.row * shape.columns, rows = tile.end_row - tile.row;
+        int64_t c = tile.column;
+        if constexpr (BY_COLUMN) {
+            for (; c + across <= tile.end_column; c += across)
+                add(Int<UNROLL>{}, std::true_type{}, first + c, shape.columns, rows, c, WIDTH);
+            for (; c + WIDTH <= tile.end_column; c += WIDTH)
+                add(Int<1>{}, std::true_type{}, first + c, shape.columns, rows, c, WIDTH);
+        } else {
+            const int64_t channel = tile.row % shape.channels, length = (tile.end_column - c) / across;
+            if (length) add(Int<UNROLL>{}, std::true_type{}, first + c, across, length, channel, WIDTH);
+            c += length * across;
+            const int64_t rest = (tile.end_column - c) / WIDTH;
+            if (rest) add(Int<1>{}, std::true_type{}, first + c, WIDTH, rest, channel, WIDTH);
+            c += rest * WIDTH;
+        }
+        if (c < tile.end_column)
+            add(Int<1>{}, std::false_type{}, first + c, shape.columns, rows, BY_COLUMN ? c : tile.row % shape.channels,
+                int(tile.end_column - c));
     });
-    for (int64_t i = 2 * shape.channels; i < int64_t(totals.size()); i++) totals[i % (2 * shape.channels)] += totals[i];
+    for (int thread = 1; thread < threads; thread++)
+        for (int64_t k = 0; k < 2 * shape.channels; k++) totals[k] += totals[thread * stride + k];
     return totals;
 }
 
@@ -406,8 +459,10 @@ void moments(const T* x, float* mean, float* var, const Shape& shape, int thread
     for (int64_t k = 0; k < shape.channels; k++)
         origin[k] = load<false>(x + (BY_COLUMN ? k : k * shape.columns), 1)[0];
     const float* from = origin.data();
-    const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](auto vectors, int m) {
-        const Floats distance = vectors.load(x, m) - vectors.parameter(from);
+    const int64_t ahead = BY_COLUMN ? ROWS * shape.columns : VECTORS * WIDTH;
+    const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](auto vector) {
+        vector.prefetch(x + ahead, 0);
+        const Floats distance = vector.load(x, 0) - vector.parameter(from);
         return Pair{distance, distance * distance};
     });
     const double count = double(shape.rows) * shape.columns / shape.channels;
@@ -434,9 +489,9 @@ void norm_act_backward(const T* grads, const T* x, const float* weight, const fl
         const Floats result = vectors.parameter(shift) + vectors.parameter(scale) * values;
         return result <= floor ? Floats{} : vectors.load(grads, m);
     };
-    const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](auto vectors, int m) {
-        const Floats values = vectors.load(x, m), grad = relu_grad(vectors, m, values);
-        return Pair{grad, grad * (values - vectors.parameter(mean))};
+    const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](auto vector) {
+        const Floats values = vector.load(x, 0), grad = relu_grad(vector, 0, values);
+        return Pair{grad, grad * (values - vector.parameter(mean))};
     });
     const double count = double(shape.rows) * shape.columns / shape.channels;
     for (int64_t k = 0; k < shape.channels; k++) {
