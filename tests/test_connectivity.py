@@ -90,12 +90,14 @@ def test_unknown_sources(scratch_weights, source, message):
     assert result.exit_code == 2 and message in result.stderr
 
 
-def test_networks_without_cross_layer_convolutions(tmp_path):
-    path = tmp_path / 'residual.safetensors'
-    model = timm.create_model('resnetlike146_3x3', depths=(1, 1), widths=(2, 4))
+@pytest.mark.parametrize('aggregation, message', [
+    ('residual', 'no cross-layer depthwise convolutions'), ('last', 'no connections to compare')])
+def test_networks_without_connections(tmp_path, aggregation, message):
+    path = tmp_path / f'{aggregation}.safetensors'
+    model = timm.create_model('delugenet146', depths=(2, 2), widths=(2, 4), aggregation=aggregation)
     safetensors.torch.save_file(model.state_dict(), path)
     result = invoke('connectivity', path)
-    assert result.exit_code == 2 and 'no cross-layer depthwise convolutions' in result.stderr
+    assert result.exit_code == 2 and message in ' '.join(result.stderr.split())
 
 
 def test_pictures_are_png_or_svg(scratch_weights, tmp_path):

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_deluge.delugenet import CrossLayerDepthwiseConv2d
+from timm_deluge.aggregation import CrossLayerDepthwiseConv2d
 from timm_deluge.paper import PUBLISHED
 from timm_deluge.report import create_report
 

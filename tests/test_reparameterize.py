@@ -10,6 +10,7 @@ from timm.models._features import FeatureGetterNet
 from timm.utils import reparameterize_model
 from torch import nn
 
+from timm_deluge.aggregation import AGGREGATIONS
 from timm_deluge.delugenet import DelugeBlock, DelugeNet, FusedDelugeBlock
 from timm_deluge.ops import kept_memory, set_implementation
 from timm_deluge.reparameterize import InferenceConv2d
@@ -17,6 +18,8 @@ from timm_deluge.reparameterize import InferenceConv2d
 KINDS = [
     dict(stem_type='cifar'),
     dict(stem_type='imagenet'),
+    dict(stem_type='cifar', aggregation='scalar'),
+    dict(stem_type='cifar', aggregation='last'),
     dict(stem_type='cifar', aggregation='residual'),
     dict(stem_type='cifar', aggregation='residual', transition_type='1x1'),
     dict(stem_type='imagenet', output_stride=8, drop_path_rate=0.2),
@@ -200,7 +203,7 @@ def test_frozen_and_synchronised_batch_norms_are_folded():
         assert_same_function(fused, model, torch.randn(2, 3, 16, 16))
 
 
-@pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
+@pytest.mark.parametrize('aggregation', [*AGGREGATIONS, 'residual'])
 def test_torchscript_export_and_compile(tmp_path, aggregation):
     model = trained(aggregation=aggregation)
     fused, x = reparameterize_model(model), torch.randn(2, 3, 16, 16)

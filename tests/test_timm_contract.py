@@ -5,6 +5,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
 
+from timm_deluge.aggregation import AGGREGATIONS
 from timm_deluge.delugenet import DelugeNet
 
 NAMES = [
@@ -32,7 +33,8 @@ def test_every_model_takes_every_common_argument(name):
 
 
 def test_unknown_options_say_what_is_allowed():
-    with pytest.raises(ValueError, match="aggregation='sum': must be one of 'cross_layer', 'residual'"):
+    choices = "'cross_layer', 'scalar', 'last', 'residual'"
+    with pytest.raises(ValueError, match=f"aggregation='sum': must be one of {choices}"):
         timm.create_model('delugenet146', aggregation='sum')
     with pytest.raises(ValueError, match='output_stride=4: must be one of 8, 16, 32'):
         timm.create_model('delugenet122', output_stride=4)
@@ -99,7 +101,7 @@ def test_prune_intermediate_layers_leaves_nothing_unused(stem_type, indices):
     assert model(x).shape[1] == model.num_features == expected[-1].shape[1]
 
 
-@pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
+@pytest.mark.parametrize('aggregation', [*AGGREGATIONS, 'residual'])
 @pytest.mark.parametrize('drop_path_rate', [0., 0.3])
 def test_torchscript(aggregation, drop_path_rate):
     model = tiny(aggregation=aggregation, drop_path_rate=drop_path_rate).eval()
@@ -115,7 +117,7 @@ def test_export():
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
-@pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
+@pytest.mark.parametrize('aggregation', [*AGGREGATIONS, 'residual'])
 def test_grad_checkpointing_gives_the_same_gradients(aggregation):
     model = tiny(aggregation=aggregation).train()
     x = torch.randn(4, 3, 16, 16)
@@ -128,7 +130,7 @@ def test_grad_checkpointing_gives_the_same_gradients(aggregation):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
+@pytest.mark.parametrize('aggregation', [*AGGREGATIONS, 'residual'])
 def test_channels_last_gives_the_same_and_stays_channels_last(aggregation):
     model = tiny(aggregation=aggregation).eval()
     x = torch.randn(2, 3, 16, 16)
@@ -162,12 +164,3 @@ def test_layer_decay_orders_stem_to_head():
     scales = [by_name[n] for n in order]
     assert scales == sorted(scales) and len(set(scales)) == len(scales) and scales[-1] == 1
     assert by_name['stages.1.layers.3.conv1.weight'] == by_name['stages.1.cross_layers.3.weight']
-
-
-def test_muon_leaves_cross_layer_convolutions_to_its_fallback():
-    from timm.optim.muon import _is_suitable_for_muon
-
-    model = timm.create_model('delugenet146', device='meta')
-    for name, parameter in model.named_parameters():
-        if 'cross_layers' in name:
-            assert not _is_suitable_for_muon(parameter)

@@ -1,4 +1,5 @@
 """The command line: `timm-deluge predict | report | connectivity | validate | weights | publish | recipe`."""
+import ast
 import csv
 import json
 import os
@@ -7,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import timm
 import torch
@@ -123,19 +124,32 @@ def _print_predictions(predictions: list[Prediction]) -> None:
         console.print(table, soft_wrap=False)
 
 
+def _parse_model_kwarg(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition('=')
+    if not key or not equals:
+        _fail(f'--model-kwargs {text}: expected KEY=VALUE, such as aggregation=scalar')
+    try:
+        return key, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return key, value
+
+
 @app.command()
 def report(
         models: Annotated[list[str], typer.Argument(help='Any model names of timm, these included.')],
         fmt: Annotated[Format, typer.Option('--format', help='How to write it.')] = Format.table,
+        model_kwargs: Annotated[list[str] | None, typer.Option(
+            help='KEY=VALUE for the models, such as aggregation=scalar; may be repeated.')] = None,
 ) -> None:
     """Parameters, multiply-adds and FLOPs, by fvcore's and by the paper's convention."""
     for name in models:
         if not timm.is_model(name):
             close = timm.list_models(f'*{name[:6]}*')[:5]
             _fail(f'timm has no model {name!r}' + (f'; similar names: {", ".join(close)}' if close else ''))
+    kwargs = dict(map(_parse_model_kwarg, model_kwargs or []))
     try:
-        print(format_reports([create_report(name) for name in models], fmt.value))
-    except RuntimeError as error:
+        print(format_reports([create_report(name, **kwargs) for name in models], fmt.value))
+    except (RuntimeError, TypeError, ValueError) as error:
         _fail(error)
 
 

@@ -68,6 +68,10 @@ def block_connectivity(state_dict: dict[str, torch.Tensor]) -> list[BlockConnect
         raise ValueError(
             'there are no cross-layer depthwise convolutions (stages.*.cross_layers.*.weight): this is no DelugeNet, '
             'or one with residual sums, or one that was reparameterised')
+    if any(tensor.shape[1] != 2 + i for tensors in blocks.values() for i, tensor in tensors.items()):
+        raise ValueError(
+            "a sum does not have all layers before it as its sources: with aggregation='last' there are no connections "
+            'to compare')
     return [
         BlockConnectivity(
             block=1 + index,

@@ -22,7 +22,7 @@ Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Inform
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,10 +33,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 
+from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
 from .download import ensure_checkpoint
 from .ops import (
     LayerOutputs,
-    cross_layer_depthwise_conv,
     kept_memory,
     kernels,
     norm_act_conv,
@@ -63,42 +63,6 @@ _logger = logging.getLogger(__name__)
 
 CIFAR100_MEAN = (0.5071, 0.4866, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
-
-
-class CrossLayerDepthwiseConv2d(nn.Module):
-    """Cross-layer depthwise convolution over the normalised outputs of ``num_layers`` layers (paper, Eq. 1)."""
-
-    def __init__(self, num_layers: int, channels: int, device=None, dtype=None):
-        """
-        Args:
-            num_layers: Number of source layers l.
-            channels: Number of channels C of each.
-        """
-        super().__init__()
-        self.num_layers = num_layers
-        self.channels = channels
-        self.weight = nn.Parameter(torch.empty(channels, 1, num_layers, 1, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(channels, 1, num_layers, 1, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start from the mean of the source layers."""
-        nn.init.constant_(self.weight, 1 / self.num_layers)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
-        """Combine the layers.
-
-        Args:
-            layers: l tensors ``[N, C, H, W]``.
-
-        Returns:
-            One tensor ``[N, C, H, W]``.
-        """
-        return cross_layer_depthwise_conv(layers, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f'num_layers={self.num_layers}, channels={self.channels}'
 
 
 class FinalNorm(BatchNormAct2d):
@@ -128,7 +92,7 @@ def _why_not_plain(module: nn.Module) -> str | None:
     """Get the reason why more than a module's parameters matters, None if nothing does."""
     plain_types = (
         nn.ModuleList, CompositeLayer, nn.Conv2d, nn.BatchNorm2d, BatchNormAct2d, nn.ReLU, nn.Identity, DropPath,
-        CrossLayerDepthwiseConv2d)
+        *AGGREGATIONS.values())
     if type(module) not in plain_types:
         return f'was replaced by a {type(module).__name__}'
     if _has_hooks(module):
@@ -312,14 +276,20 @@ class DelugeBlock(ResidualBlock):
             width: int,
             drop_path_rates: Sequence[float],
             dilation: int = 1,
+            cross_layer: type[CrossLayerDepthwiseConv2d] = CrossLayerDepthwiseConv2d,
             device=None,
             dtype=None,
     ):
+        """
+        Args:
+            transition, depth, width, drop_path_rates, dilation: See `ResidualBlock`.
+            cross_layer: What combines the layers, one of `AGGREGATIONS`.
+        """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(transition, depth, width, drop_path_rates, dilation, **dd)
         self.norm = nn.BatchNorm2d(2 * width, affine=False, **dd)  # of h_0
         self.norms = nn.ModuleList([nn.BatchNorm2d(2 * width, affine=False, **dd) for _ in range(depth)])
-        self.cross_layers = nn.ModuleList([CrossLayerDepthwiseConv2d(i + 2, 2 * width, **dd) for i in range(depth)])
+        self.cross_layers = nn.ModuleList([cross_layer(i + 2, 2 * width, **dd) for i in range(depth)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.transition(x)
@@ -340,7 +310,7 @@ class DelugeBlock(ResidualBlock):
     def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
         """From h_0 on, the same with less memory traffic, and less kept for the backward pass."""
         cross_layers: Any = self.cross_layers
-        outputs = LayerOutputs([c.weight for c in cross_layers], [c.bias for c in cross_layers])
+        outputs = LayerOutputs(*zip(*(cross_layer.kernel() for cross_layer in cross_layers)))
         x = outputs.append(x, self.norm)
         parts: Any = zip(self.layers, self.norms, self.drop_paths)
         for layer, norm, drop_path in parts:
@@ -367,9 +337,9 @@ class DelugeBlock(ResidualBlock):
         scales, shifts = map(torch.stack, zip(*(affine_of(norm) for norm in (self.norm, *self.norms))))  # [L + 1, C]
         weights, biases = [torch.ones_like(scales[:1])], [torch.zeros_like(scales[0])]  # x_1 = h_0
         for cross_layer in cross_layers:
-            weight, bias = cross_layer.weight[:, 0, :, 0].t(), cross_layer.bias.sum((1, 2, 3))
+            weight, bias = (parameter[:, 0, :, 0].t() for parameter in cross_layer.kernel())
             weights.append(weight * scales[:len(weight)])
-            biases.append(bias + (weight * shifts[:len(weight)]).sum(0))
+            biases.append((bias + weight * shifts[:len(weight)]).sum(0))
         for i, layer in enumerate(layers):
             scale, shift = affine_of(layer.norm1)
             weights[i], biases[i] = weights[i] * scale, biases[i] * scale + shift
@@ -526,7 +496,9 @@ class DelugeNet(nn.Module):
             output_stride: Stride of the features to the input, 8, 16 or 32; dilation replaces what is left out.
             stem_type: 'imagenet' (7x7 convolution and max pooling, stride 4) or 'cifar' (3x3 convolution; the first
                 composite layer of `depths` gives h_0).
-            aggregation: 'cross_layer' convolutions, or the 'residual' sum of the unnormalised layer outputs.
+            aggregation: What gives a layer's input: 'cross_layer' depthwise convolutions; with only one weight for each
+                source layer, 'scalar'; only the 'last' output, scaled; or the 'residual' sum of the layer outputs, not
+                normalised.
             transition_type: '3x3' block transitions, or '1x1' for the projection shortcuts of a standard ResNet, where
                 the first composite layer of every block gives h_0 (paper, Table 2).
             drop_rate: Dropout rate before the classifier.
@@ -541,7 +513,7 @@ class DelugeNet(nn.Module):
             raise ValueError(f'depths {tuple(depths)} and widths {tuple(widths)} must name the same number of blocks')
         _check_option('output_stride', output_stride, (8, 16, 32))
         _check_option('stem_type', stem_type, ('imagenet', 'cifar'))
-        _check_option('aggregation', aggregation, ('cross_layer', 'residual'))
+        _check_option('aggregation', aggregation, (*AGGREGATIONS, 'residual'))
         _check_option('transition_type', transition_type, ('3x3', '1x1'))
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -567,7 +539,9 @@ class DelugeNet(nn.Module):
         # a composite layer that gives h_0 counts among its block's
         depths = [d - int(transition_type == '1x1' or (i == 0 and stem_type == 'cifar')) for i, d in enumerate(depths)]
         block_dprs: Any = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        block_fn = DelugeBlock if aggregation == 'cross_layer' else ResidualBlock
+        block_fn: Any = ResidualBlock
+        if aggregation in AGGREGATIONS:
+            block_fn = partial(DelugeBlock, cross_layer=AGGREGATIONS[aggregation])
         dilation = 1
         self.stages = nn.Sequential()
         for i, (depth, width, dpr) in enumerate(zip(depths, widths, block_dprs)):

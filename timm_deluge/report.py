@@ -20,7 +20,7 @@ from fvcore.nn.jit_handles import elementwise_flop_counter, get_shape
 from tabulate import tabulate
 from torch import nn
 
-from .delugenet import CrossLayerDepthwiseConv2d
+from .aggregation import CrossLayerDepthwiseConv2d
 
 __all__ = ['BlockReport', 'ModelReport', 'create_report', 'format_reports']
 
@@ -97,11 +97,12 @@ def _count(name: str, module: nn.Module, prefix: str, flops: dict[str, Counter[s
     )
 
 
-def create_report(model_name: str) -> ModelReport:
+def create_report(model_name: str, **model_kwargs: Any) -> ModelReport:
     """Count a model's parameters and the arithmetic of one image's inference, at the model's own input size.
 
     Args:
         model_name: Any name of timm's registry.
+        **model_kwargs: What else `timm.create_model` takes, such as DelugeNet's `aggregation`.
 
     Returns:
         The counts of the model and of each of its blocks.
@@ -109,7 +110,7 @@ def create_report(model_name: str) -> ModelReport:
     Raises:
         RuntimeError: If timm has no such model.
     """
-    model = timm.create_model(model_name).eval()
+    model = timm.create_model(model_name, **model_kwargs).eval()
     input_size = tuple(timm.data.resolve_model_data_config(model)['input_size'])
     uncounted: Counter[str] = Counter()
 
@@ -135,7 +136,7 @@ def create_report(model_name: str) -> ModelReport:
         else:
             blocks[name] = child
     return ModelReport(
-        **asdict(_count(model_name, model, '', flops)),
+        **asdict(_count(' '.join([model_name, *(f'{k}={v}' for k, v in model_kwargs.items())]), model, '', flops)),
         input_size=input_size,
         blocks=[_count(name, block, name, flops) for name, block in blocks.items()],
         uncounted=dict(uncounted + Counter({

@@ -7,6 +7,7 @@ slow for longer, beside matrix products in AMX's tiles.
 """
 from functools import cache
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,15 +66,16 @@ def conv2d_backward(
         return grad_x, grad_weight
     by_patches = _is_matrix(grad) and _pays(x, weight, size, MAX_POSITIONS)
     weight_by_patches = by_patches or _is_matrix(grad) and _pays_for_weight_grad(x, weight, size)
-    mask = [not by_patches, needs_weight_grad and not weight_by_patches, False]
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, *conv_args, False, [0, 0], 1, mask) if any(mask) else (None, None, None)
-    if by_patches:
-        grad_x = _input_grad(grad, x, weight, conv_args)
+    grad_weight: torch.Tensor | None = None
     if needs_weight_grad and weight_by_patches:
         kernels_grad = rows(grad).t() @ _patches(x, weight, size, conv_args)
         grad_weight = _images(kernels_grad, len(weight), weight.shape[2:])
-    return grad_x, grad_weight
+    if by_patches:
+        return _input_grad(grad, x, weight, conv_args), grad_weight
+    mask = [True, needs_weight_grad and grad_weight is None, False]
+    grad_x, of_aten, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *conv_args, False, [0, 0], 1, mask)
+    return grad_x, of_aten if mask[1] else grad_weight
 
 
 def _is_matrix(x: torch.Tensor) -> bool:
@@ -97,7 +99,8 @@ def _pays_for_weight_grad(x: torch.Tensor, weight: torch.Tensor, size: tuple[int
 
 @cache
 def _has_amx() -> bool:
-    return getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16', False)
+    capabilities: Any = getattr(torch.cpu, 'get_capabilities', dict)()
+    return capabilities.get('amx_bf16', False)
 
 
 def _output_size(x: torch.Tensor, weight: torch.Tensor, conv_args: ConvArgs) -> tuple[int, ...]:
