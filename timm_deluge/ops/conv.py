@@ -60,13 +60,13 @@ def conv2d_backward(
         needs_weight_grad: Whether the weight's gradient is needed.
     """
     size = grad.shape[2:]
+    grad_weight: torch.Tensor | None = None
     if _is_matrix(x) and _is_matrix(grad) and _is_product(weight, conv_args):
-        grad_x = _images(rows(grad) @ weight.flatten(1), len(x), x.shape[2:])
-        grad_weight = _images(rows(grad).t() @ rows(x), len(weight), (1, 1)) if needs_weight_grad else None
-        return grad_x, grad_weight
+        if needs_weight_grad:
+            grad_weight = _images(rows(grad).t() @ rows(x), len(weight), (1, 1))
+        return _images(rows(grad) @ weight.flatten(1), len(x), x.shape[2:]), grad_weight
     by_patches = _is_matrix(grad) and _pays(x, weight, size, MAX_POSITIONS)
     weight_by_patches = by_patches or _is_matrix(grad) and _pays_for_weight_grad(x, weight, size)
-    grad_weight: torch.Tensor | None = None
     if needs_weight_grad and weight_by_patches:
         kernels_grad = rows(grad).t() @ _patches(x, weight, size, conv_args)
         grad_weight = _images(kernels_grad, len(weight), weight.shape[2:])
