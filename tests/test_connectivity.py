@@ -91,7 +91,7 @@ def test_unknown_sources(scratch_weights, source, message):
 
 
 @pytest.mark.parametrize('aggregation, message', [
-    ('residual', 'no cross-layer depthwise convolutions'), ('last', 'no connections to compare')])
+    ('residual', 'no cross-layer depthwise convolutions'), ('last', 'nothing to compare')])
 def test_networks_without_connections(tmp_path, aggregation, message):
     path = tmp_path / f'{aggregation}.safetensors'
     model = timm.create_model('delugenet146', depths=(2, 2), widths=(2, 4), aggregation=aggregation)

@@ -581,32 +581,44 @@ def test_a_large_mean_leaves_the_variance_exact(name):
 @pytest.mark.parametrize('implementation', FAST)
 @pytest.mark.parametrize('num_sums', [1, 4, 5, 11])
 @pytest.mark.parametrize('relu', [True, False])
-def test_running_sums_are_sums_of_all_layers_so_far(implementation, num_sums, relu):
+@pytest.mark.parametrize('pruned', [True, False])
+def test_running_sums_are_sums_of_the_layers_so_far(implementation, num_sums, relu, pruned):
     set_implementation(implementation)
     torch.manual_seed(0)
     layers = list(torch.randn(num_sums, 2, 6, 3, 4))
     weights, biases = torch.randn(num_sums, num_sums, 6, 1, 1), torch.randn(num_sums, 6, 1, 1)
     outs = list(torch.full((num_sums, 2, 6, 3, 4), float('nan')))
+    sources = [[n for n in range(i + 1) if n % 3 == i % 3] for i in range(num_sums)] if pruned else None
+    if pruned:
+        for i, numbers in enumerate(sources):
+            weights[i, [n for n in range(num_sums) if n not in numbers]] = 0
 
-    def terms(i, start, stop):
-        return weights[i, start:stop], biases[i] * (start == 0)
+    def terms(i, numbers, begins):
+        return weights[i, list(numbers)], biases[i] * begins
 
     for memory in (None, outs):
         known = layers[:1]
-        for i, actual in enumerate(running_sums(known, num_sums, terms, memory, relu)):
+        for i, actual in enumerate(running_sums(known, num_sums, terms, memory, relu, sources)):
             expected = biases[i] + sum(weight * layer for weight, layer in zip(weights[i], layers[:i + 1]))
             torch.testing.assert_close(actual, expected.relu() if relu else expected)
             known += layers[i + 1:i + 2]
 
 
-def test_running_sums_read_each_layer_once_for_four_sums(monkeypatch):
+@pytest.mark.parametrize('sources, expected', [
+    (None, [1, 2, 3, 4, 5, 2, 3, 4]),
+    ([[0], [1], [0], [0], [1], [3], [1], [7]], [1, 2, 1, 1, 2, 1, 1, 2]),
+])
+def test_running_sums_read_each_layer_once_for_four_sums(monkeypatch, sources, expected):
+    def terms(i, numbers, begins):
+        return torch.ones(len(numbers), 2, 1, 1), torch.zeros(2, 1, 1)
+
     set_implementation('aten')
     layers, reads = [torch.randn(1, 2, 3, 3)], []
     combine = aten.combine
     monkeypatch.setattr(aten, 'combine', lambda layers, *args: reads.append(len(layers)) or combine(layers, *args))
-    for _ in running_sums(layers, 8, lambda i, start, stop: (torch.ones(stop - start, 2, 1, 1), torch.zeros(2, 1, 1))):
+    for _ in running_sums(layers, 8, terms, sources=sources):
         layers.append(torch.randn(1, 2, 3, 3))
-    assert reads == [1, 2, 3, 4, 5, 2, 3, 4]
+    assert reads == expected
 
 
 def test_an_explanation_names_the_implementation_and_what_is_against_it(caplog):

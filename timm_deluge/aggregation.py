@@ -2,10 +2,11 @@
 
 The paper's cross-layer depthwise convolution has a weight per source layer and channel. The two others leave out the
 one or the other, which shows what each is worth. All are special cases of the first: their `kernel` is one of its
-weights, with which they train and are folded for inference as it is.
+weights, with which they train. A pruned convolution is one of fewer source layers.
 """
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .ops import cross_layer_depthwise_conv
@@ -16,15 +17,24 @@ __all__ = ['AGGREGATIONS', 'CrossLayerDepthwiseConv2d', 'LastLayerScale', 'Weigh
 class CrossLayerDepthwiseConv2d(nn.Module):
     """Cross-layer depthwise convolution over the normalised outputs of ``num_layers`` layers (paper, Eq. 1)."""
 
-    def __init__(self, num_layers: int, channels: int, device=None, dtype=None):
+    def __init__(
+            self,
+            num_layers: int,
+            channels: int,
+            sources: Sequence[int] | None = None,
+            device=None,
+            dtype=None,
+    ):
         """
         Args:
-            num_layers: Number of source layers l.
+            num_layers: Number of layers l that there are.
             channels: Number of channels C of each.
+            sources: Those of them that take part, in their order; all if None.
         """
         super().__init__()
         self.num_layers = num_layers
         self.channels = channels
+        self.sources = list(range(num_layers) if sources is None else sources)
         shape = self.parameter_shape()
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -33,18 +43,24 @@ class CrossLayerDepthwiseConv2d(nn.Module):
     @torch.jit.ignore
     def parameter_shape(self) -> tuple[int, int, int, int]:
         """Get the shape of the weight, and of the bias."""
-        return self.channels, 1, self.num_layers, 1
+        return self.channels, 1, len(self.sources), 1
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
         """Start from the mean of the source layers."""
-        nn.init.constant_(self.weight, 1 / self.weight.shape[2])
+        nn.init.constant_(self.weight, 1 / len(self.sources))
         nn.init.zeros_(self.bias)
 
     @torch.jit.ignore
     def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Get weight and bias, ``[C, 1, l, 1]`` each, of the cross-layer depthwise convolution that does the same."""
-        return self.weight, self.bias
+        shape = self.channels, 1, len(self.sources), 1
+        weight, bias = self.weight.expand(shape), self.bias.expand(shape)
+        if len(self.sources) == self.num_layers:
+            return weight, bias
+        index = torch.tensor(self.sources, device=weight.device)
+        zeros = weight.new_zeros(self.channels, 1, self.num_layers, 1)
+        return zeros.index_copy(2, index, weight), zeros.index_copy(2, index, bias)
 
     def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
         """Combine the layers.
@@ -55,10 +71,11 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         Returns:
             One tensor ``[N, C, H, W]``.
         """
-        return cross_layer_depthwise_conv(layers, self.weight, self.bias)
+        return cross_layer_depthwise_conv([layers[i] for i in self.sources], self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return f'num_layers={self.num_layers}, channels={self.channels}'
+        sources = '' if len(self.sources) == self.num_layers else f', sources={self.sources}'
+        return f'num_layers={self.num_layers}, channels={self.channels}{sources}'
 
 
 class WeightedLayerSum(CrossLayerDepthwiseConv2d):
@@ -69,31 +86,17 @@ class WeightedLayerSum(CrossLayerDepthwiseConv2d):
 
     @torch.jit.ignore
     def parameter_shape(self) -> tuple[int, int, int, int]:
-        return 1, 1, self.num_layers, 1
-
-    @torch.jit.ignore
-    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = self.channels, 1, self.num_layers, 1
-        return self.weight.expand(shape), self.bias.expand(shape)
+        return 1, 1, len(self.sources), 1
 
 
 class LastLayerScale(CrossLayerDepthwiseConv2d):
     """The last of the layers alone, each channel with its weight: a network without connections across layers."""
 
-    @torch.jit.ignore
-    def parameter_shape(self) -> tuple[int, int, int, int]:
-        return self.channels, 1, 1, 1
-
-    @torch.jit.ignore
-    def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
-        of_others = 0, 0, self.num_layers - 1, 0
-        return F.pad(self.weight, of_others), F.pad(self.bias, of_others)
-
-    def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
-        return cross_layer_depthwise_conv(layers[-1:], self.weight, self.bias)
+    def __init__(self, num_layers: int, channels: int, device=None, dtype=None):
+        super().__init__(num_layers, channels, [num_layers - 1], device, dtype)
 
 
-AGGREGATIONS = {
+AGGREGATIONS: dict[str, type[CrossLayerDepthwiseConv2d]] = {
     'cross_layer': CrossLayerDepthwiseConv2d,
     'scalar': WeightedLayerSum,
     'last': LastLayerScale,

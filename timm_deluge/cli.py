@@ -1,4 +1,4 @@
-"""The command line: `timm-deluge predict | report | connectivity | validate | weights | publish | recipe`."""
+"""The command line: `timm-deluge predict | report | connectivity | prune | validate | weights | publish | recipe`."""
 import ast
 import csv
 import json
@@ -18,12 +18,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from timm.utils import reparameterize_model
 
+from .aggregation import CrossLayerDepthwiseConv2d
 from .connectivity import block_connectivity, draw_connectivity, read_state_dict
+from .delugenet import DelugeBlock, FusedDelugeBlock
 from .download import download_checkpoint
 from .hub import hub_files, push_to_hub
 from .images import find_images
 from .predict import Prediction, predict
+from .prune import prune_connections, save_pruned
 from .publish import add_checkpoint
 from .recipes import list_recipes, recipe_path
 from .report import create_report, format_reports
@@ -38,6 +42,13 @@ err_console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 T = TypeVar('T')
 EXAMPLE_IMAGE = Path(__file__).parent / 'assets' / 'rocket.jpg'
+
+
+class Criterion(str, Enum):
+    """How connections are ranked: see `timm_deluge.connection_scores`."""
+    norm = 'norm'
+    taylor = 'taylor'
+    random = 'random'
 
 
 class Format(str, Enum):
@@ -136,14 +147,15 @@ def _parse_model_kwarg(text: str) -> tuple[str, Any]:
 
 @app.command()
 def report(
-        models: Annotated[list[str], typer.Argument(help='Any model names of timm, these included.')],
+        models: Annotated[list[str], typer.Argument(
+            help='Any model names of timm, these included; hf-hub:USER/REPO, local-dir:FOLDER.')],
         fmt: Annotated[Format, typer.Option('--format', help='How to write it.')] = Format.table,
         model_kwargs: Annotated[list[str] | None, typer.Option(
             help='KEY=VALUE for the models, such as aggregation=scalar; may be repeated.')] = None,
 ) -> None:
     """Parameters, multiply-adds and FLOPs, by fvcore's and by the paper's convention."""
     for name in models:
-        if not timm.is_model(name):
+        if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.is_model(name):
             close = timm.list_models(f'*{name[:6]}*')[:5]
             _fail(f'timm has no model {name!r}' + (f'; similar names: {", ".join(close)}' if close else ''))
     kwargs = dict(map(_parse_model_kwarg, model_kwargs or []))
@@ -156,7 +168,8 @@ def report(
 @app.command()
 def connectivity(
         source: Annotated[str, typer.Argument(
-            metavar='MODEL_OR_CHECKPOINT', help='Model, model.tag, hf-hub:USER/REPO, or a checkpoint file.')],
+            metavar='MODEL_OR_CHECKPOINT',
+            help='Model, model.tag, hf-hub:USER/REPO, local-dir:FOLDER, or a checkpoint file.')],
         as_json: Annotated[bool, typer.Option('--json', help='Print JSON, with every connection.')] = False,
         output: Annotated[Path | None, typer.Option(
             help='Picture to write, .png or .svg, with every connection.', show_default=False)] = None,
@@ -183,6 +196,46 @@ def connectivity(
     for i in range(max(len(block.last) for block in blocks)):
         table.add_row(f'h_{i}', *(f'{block.last[i]:.2f}' if i < len(block.last) else '' for block in blocks))
     console.print(table, soft_wrap=False)
+
+
+@app.command()
+def prune(
+        source: Annotated[str, typer.Argument(
+            metavar='MODEL', help='Model, model.tag, hf-hub:USER/REPO or local-dir:FOLDER; its pretrained weights.')],
+        output: Annotated[Path, typer.Option(help='Folder to make, for local-dir:FOLDER.')],
+        fraction: Annotated[float, typer.Option(min=0, max=1, help='Share of all connections that are to go.')] = 0.5,
+        by: Annotated[Criterion, typer.Option(help='Which are the weakest.')] = Criterion.norm,
+        data_dir: Annotated[Path | None, typer.Option(
+            help='Folder with one folder of training images per class, for taylor.', show_default=False)] = None,
+        num_images: Annotated[int, typer.Option(min=1, help='Images to look at, for taylor.')] = 1000,
+        seed: Annotated[int, typer.Option(help='For random.')] = 0,
+) -> None:
+    """Remove the weakest connections of a network, and save what is left.
+
+    Prints the number of connections and, with those gone, of layers that inference leaves out.
+    """
+    if output.exists():
+        _fail(f'{output} exists: name a folder that does not')
+    if (by is Criterion.taylor) != (data_dir is not None):
+        _fail('--by taylor and --data-dir need each other')
+    try:
+        model = timm.create_model(source, pretrained=True)
+        batches = None
+        if data_dir is not None:
+            loader = create_validation_loader(model, data_dir, 100, 1, num_images)
+            batches = _show_progress(loader, len(loader), 'batches')
+        pruned = prune_connections(model, fraction, by.value, batches, seed)
+        fused = reparameterize_model(pruned)
+        save_pruned(pruned, output)
+    except (FileExistsError, RuntimeError, ValueError) as error:
+        _fail(error)
+    before, after = (sum(len(m.sources) for m in network.modules() if isinstance(m, CrossLayerDepthwiseConv2d))
+                     for network in (model, pruned))
+    layers = [sum(len(m.layers) for m in network.modules() if isinstance(m, kind))
+              for network, kind in ((pruned, DelugeBlock), (fused, FusedDelugeBlock))]
+    print(json.dumps({
+        'connections': after, 'removed': before - after, 'layers': layers[0], 'layers in inference': layers[1],
+        'model': f'local-dir:{output}'}, indent=2))
 
 
 @app.command('validate')

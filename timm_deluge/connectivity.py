@@ -14,6 +14,7 @@ import timm
 import torch
 from timm.models import load_state_dict
 
+from .aggregation import CrossLayerDepthwiseConv2d
 from .weights import CheckpointError, join_parts
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def block_connectivity(state_dict: dict[str, torch.Tensor]) -> list[BlockConnect
             'or one with residual sums, or one that was reparameterised')
     if any(tensor.shape[1] != 2 + i for tensors in blocks.values() for i, tensor in tensors.items()):
         raise ValueError(
-            "a sum does not have all layers before it as its sources: with aggregation='last' there are no connections "
-            'to compare')
+            'a sum does not have all layers before it as its sources, and which it has is not in these tensors. Of a '
+            "pruned network, name the folder, local-dir:FOLDER; with aggregation='last' there is nothing to compare")
     return [
         BlockConnectivity(
             block=1 + index,
@@ -87,10 +88,11 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
 
     Args:
         source: A file of train.py or in safetensors form, also the first of several parts; or what
-            `timm.create_model` takes: a model, `model.tag` or `hf-hub:USER/REPO`, with its pretrained weights.
+            `timm.create_model` takes: a model, `model.tag`, `hf-hub:USER/REPO` or `local-dir:FOLDER`, with its
+            pretrained weights.
 
     Returns:
-        The tensors by name.
+        The tensors by name; connections that were pruned from a model are zeros.
 
     Raises:
         CheckpointError: If there is neither such a file nor such a model with weights.
@@ -99,11 +101,15 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
         return join_parts(dict(load_state_dict(source)), source)
     if Path(source).suffix in FILE_SUFFIXES:
         raise CheckpointError(f'{source}: no such file')
-    if not source.startswith(('hf-hub:', 'hf_hub:')) and not timm.is_model(source.partition('.')[0]):
+    if not source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(source.partition('.')[0]):
         raise CheckpointError(
-            f'{source}: neither a file nor a model of timm. Name a checkpoint file, a model such as delugenet146, or '
-            f'hf-hub:USER/REPO')
-    return timm.create_model(source, pretrained=True).state_dict()
+            f'{source}: neither a file nor a model of timm. Name a checkpoint file, a model such as delugenet146, '
+            f'hf-hub:USER/REPO or local-dir:FOLDER')
+    model = timm.create_model(source, pretrained=True)
+    kernels = {
+        f'{name}.weight': module.kernel()[0].detach()
+        for name, module in model.named_modules() if isinstance(module, CrossLayerDepthwiseConv2d)}
+    return {**model.state_dict(), **kernels}
 
 
 def draw_connectivity(blocks: list[BlockConnectivity], title: str) -> 'Figure':

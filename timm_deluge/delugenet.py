@@ -22,7 +22,7 @@ Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Inform
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -276,7 +276,8 @@ class DelugeBlock(ResidualBlock):
             width: int,
             drop_path_rates: Sequence[float],
             dilation: int = 1,
-            cross_layer: type[CrossLayerDepthwiseConv2d] = CrossLayerDepthwiseConv2d,
+            cross_layer: Callable[..., CrossLayerDepthwiseConv2d] = CrossLayerDepthwiseConv2d,
+            pruned_connections: Sequence[Sequence[int]] | None = None,
             device=None,
             dtype=None,
     ):
@@ -284,12 +285,19 @@ class DelugeBlock(ResidualBlock):
         Args:
             transition, depth, width, drop_path_rates, dilation: See `ResidualBlock`.
             cross_layer: What combines the layers, one of `AGGREGATIONS`.
+            pruned_connections: Of each combination, the source layers that take no part; none if None.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(transition, depth, width, drop_path_rates, dilation, **dd)
         self.norm = nn.BatchNorm2d(2 * width, affine=False, **dd)  # of h_0
         self.norms = nn.ModuleList([nn.BatchNorm2d(2 * width, affine=False, **dd) for _ in range(depth)])
-        self.cross_layers = nn.ModuleList([cross_layer(i + 2, 2 * width, **dd) for i in range(depth)])
+        self.cross_layers = nn.ModuleList()
+        for i in range(depth):
+            if pruned_connections and pruned_connections[i]:
+                kept = [source for source in range(i + 2) if source not in pruned_connections[i]]
+                self.cross_layers.append(cross_layer(i + 2, 2 * width, kept, **dd))
+            else:
+                self.cross_layers.append(cross_layer(i + 2, 2 * width, **dd))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.transition(x)
@@ -335,16 +343,26 @@ class DelugeBlock(ResidualBlock):
         layers: Any = self.layers
         cross_layers: Any = self.cross_layers
         scales, shifts = map(torch.stack, zip(*(affine_of(norm) for norm in (self.norm, *self.norms))))  # [L + 1, C]
-        weights, biases = [torch.ones_like(scales[:1])], [torch.zeros_like(scales[0])]  # x_1 = h_0
+        sources, weights, biases = [[0]], [torch.ones_like(scales[:1])], [torch.zeros_like(scales[0])]  # x_1 = h_0
         for cross_layer in cross_layers:
             weight, bias = (parameter[:, 0, :, 0].t() for parameter in cross_layer.kernel())
-            weights.append(weight * scales[:len(weight)])
+            sources.append(cross_layer.sources)
+            weights.append((weight * scales[:len(weight)])[cross_layer.sources])
             biases.append((bias + weight * shifts[:len(weight)]).sum(0))
         for i, layer in enumerate(layers):
             scale, shift = affine_of(layer.norm1)
             weights[i], biases[i] = weights[i] * scale, biases[i] * scale + shift
-        sums = [FusedCrossLayer(w, b, relu=i < len(layers)) for i, (w, b) in enumerate(zip(weights, biases))]
-        fused_layers = [FusedCompositeLayer(layer) for layer in layers]
+
+        needed = set(sources[-1])  # of the h_i, the others' layers are left out
+        for i in reversed(range(len(layers))):
+            if i + 1 in needed:
+                needed.update(sources[i])
+        kept = [i for i in range(len(layers)) if i + 1 in needed]
+        number = {0: 0, **{i + 1: n for n, i in enumerate(kept, start=1)}}
+        sums = [
+            FusedCrossLayer(weights[i], biases[i], [number[source] for source in sources[i]], relu=i < len(layers))
+            for i in (*kept, len(layers))]
+        fused_layers = [FusedCompositeLayer(layers[i]) for i in kept]
         return FusedDelugeBlock(self.transition, fused_layers, sums).train(self.training)
 
 
@@ -377,28 +395,35 @@ class FusedCompositeLayer(nn.Module):
 class FusedCrossLayer(nn.Module):
     """Cross-layer depthwise convolution for inference, with BNs in its weights (paper, Eq. 1), and ReLU."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, relu: bool):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, sources: list[int], relu: bool):
         """
         Args:
-            weight: Scale of each source layer's channels, ``[l, C]``.
+            weight: Scale of each source layer's channels, ``[number of sources, C]``.
             bias: Shift of each channel, ``[C]``.
+            sources: Number of each source among the block's layers.
             relu: Whether a ReLU follows.
         """
         super().__init__()
         self.weight = nn.Parameter(weight[..., None, None].contiguous())
         self.bias = nn.Parameter(bias[:, None, None].contiguous())
+        self.sources = sources
         self.relu = relu
 
     def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
-        x = torch.addcmul(self.bias, layers[0], self.weight[0])
-        for i, layer in enumerate(layers[1:]):
-            x = torch.addcmul(x, layer, self.weight[i + 1])
+        x: torch.Tensor = self.bias
+        for i, source in enumerate(self.sources):
+            x = torch.addcmul(x, layers[source], self.weight[i])
         return torch.relu(x) if self.relu else x
 
     @torch.jit.ignore
-    def terms(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Get the weights of some layers, and the bias if the first is among them: see `running_sums`."""
-        return self.weight[start:stop], self.bias if start == 0 else torch.zeros_like(self.bias)
+    def terms(self, numbers: Sequence[int], begins: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Get the weights of some layers, zero for those that are no sources: see `running_sums`."""
+        bias = self.bias if begins else torch.zeros_like(self.bias)
+        if isinstance(numbers, range):
+            return self.weight[numbers.start:numbers.stop], bias
+        weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
+        rows = {source: row for row, source in enumerate(self.sources)}
+        return weight[[rows.get(number, -1) for number in numbers]], bias
 
 
 class FusedDelugeBlock(nn.Module):
@@ -460,11 +485,14 @@ class FusedDelugeBlock(nn.Module):
         cross_layers: Any = self.cross_layers
         last: Any = self.last_cross_layer
         layers = [h]
+        sources = [cross_layer.sources for cross_layer in cross_layers]
+        pruned = any(len(numbers) <= i for i, numbers in enumerate(sources))
         inputs = running_sums(
-            layers, len(cross_layers), lambda i, start, stop: cross_layers[i].terms(start, stop), outs, relu=True)
+            layers, len(cross_layers), lambda i, *of_layers: cross_layers[i].terms(*of_layers), outs, relu=True,
+            sources=sources if pruned else None)
         for layer, x in zip(self.layers, inputs):
             layers.append(layer(x, None if outs is None else x))
-        return kernels(h).combine(layers, [last.weight], [last.bias])[0]
+        return kernels(h).combine([layers[source] for source in last.sources], [last.weight], [last.bias])[0]
 
 
 class DelugeNet(nn.Module):
@@ -481,6 +509,7 @@ class DelugeNet(nn.Module):
             stem_type: str = 'imagenet',
             aggregation: str = 'cross_layer',
             transition_type: str = '3x3',
+            pruned_connections: Sequence[Sequence[Sequence[int]]] | None = None,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             device=None,
@@ -501,6 +530,8 @@ class DelugeNet(nn.Module):
                 normalised.
             transition_type: '3x3' block transitions, or '1x1' for the projection shortcuts of a standard ResNet, where
                 the first composite layer of every block gives h_0 (paper, Table 2).
+            pruned_connections: Of each block's cross-layer convolutions, the source layers that take no part; all do if
+                None. See `timm_deluge.prune_connections`.
             drop_rate: Dropout rate before the classifier.
             drop_path_rate: Stochastic depth rate of the last composite layer; grows linearly from 0.
 
@@ -539,9 +570,11 @@ class DelugeNet(nn.Module):
         # a composite layer that gives h_0 counts among its block's
         depths = [d - int(transition_type == '1x1' or (i == 0 and stem_type == 'cifar')) for i, d in enumerate(depths)]
         block_dprs: Any = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        block_fn: Any = ResidualBlock
+        block_fn: type[ResidualBlock] = ResidualBlock
+        block_args: dict[str, Any] = {}
         if aggregation in AGGREGATIONS:
-            block_fn = partial(DelugeBlock, cross_layer=AGGREGATIONS[aggregation])
+            block_fn, block_args['cross_layer'] = DelugeBlock, AGGREGATIONS[aggregation]
+        _check_pruned_connections(pruned_connections, depths, aggregation)
         dilation = 1
         self.stages = nn.Sequential()
         for i, (depth, width, dpr) in enumerate(zip(depths, widths, block_dprs)):
@@ -557,7 +590,9 @@ class DelugeNet(nn.Module):
                 transition = CompositeLayer(prev_chs, width, **dd)
             else:
                 transition = nn.Conv2d(prev_chs, 2 * width, 1, bias=False, **dd)
-            self.stages.append(block_fn(transition, depth, width, dpr, dilation, **dd))
+            if pruned_connections is not None:
+                block_args['pruned_connections'] = pruned_connections[i]
+            self.stages.append(block_fn(transition, depth, width, dpr, dilation, **block_args, **dd))
             prev_chs = 2 * width
             curr_stride *= stride
             feature_info.append(dict(num_chs=prev_chs, reduction=curr_stride, module=f'stages.{i}'))
@@ -723,6 +758,25 @@ class DelugeNet(nn.Module):
 def _check_option(name: str, value: int | str, choices: tuple[int | str, ...]) -> None:
     if value not in choices:
         raise ValueError(f'{name}={value!r}: must be one of {", ".join(map(repr, choices))}')
+
+
+def _check_pruned_connections(pruned_connections: Any, depths: Sequence[int], aggregation: str) -> None:
+    if pruned_connections is None:
+        return
+    if aggregation not in ('cross_layer', 'scalar'):
+        raise ValueError(f'pruned_connections: aggregation={aggregation!r} has no connections that could be pruned')
+    if [len(block) for block in pruned_connections] != list(depths):
+        raise ValueError(
+            f'pruned_connections: expected lists for {" + ".join(map(str, depths))} cross-layer convolutions, got '
+            f'{" + ".join(str(len(block)) for block in pruned_connections)}')
+    for i, block in enumerate(pruned_connections):
+        for k, pruned in enumerate(block):
+            name, num_layers = f'stages.{i}.cross_layers.{k}', k + 2
+            if not set(pruned) <= set(range(num_layers)):
+                raise ValueError(
+                    f'pruned_connections: {name} has the sources 0 to {num_layers - 1}, got {list(pruned)}')
+            if len(set(pruned)) == num_layers:
+                raise ValueError(f'pruned_connections: {name} would lose its last source')
 
 
 def _cfg(reduction: int = 32, **kwargs) -> dict[str, Any]:

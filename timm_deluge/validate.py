@@ -17,7 +17,8 @@ def list_classes(dataset: ImageDataset) -> list[str]:
     return sorted(class_to_idx, key=class_to_idx.__getitem__)
 
 
-def create_validation_loader(model: nn.Module, folder: Path, batch_size: int, workers: int) -> DataLoader:
+def create_validation_loader(
+        model: nn.Module, folder: Path, batch_size: int, workers: int, num_images: int | None = None) -> DataLoader:
     """Batches of a folder that holds one folder of images per class.
 
     Args:
@@ -25,6 +26,7 @@ def create_validation_loader(model: nn.Module, folder: Path, batch_size: int, wo
         folder: The images.
         batch_size: Number of images in a batch.
         workers: Number of loader processes.
+        num_images: Take that many, evenly from all classes' images in their order; all if None.
 
     Returns:
         timm's loader of ``(images, targets)`` on the CPU, every image once.
@@ -42,6 +44,9 @@ def create_validation_loader(model: nn.Module, folder: Path, batch_size: int, wo
         differing = sorted(set(found) ^ set(expected))
         raise ValueError(f'{folder}: its {len(found)} class folders are not the {len(expected)} classes that the model '
                          f'knows; {len(differing)} are only on one side, such as {differing[0]}')
+    if num_images is not None and num_images < len(dataset):
+        samples = dataset.reader.samples
+        dataset.reader.samples = [samples[i * len(samples) // num_images] for i in range(num_images)]
     return create_loader(
         dataset,
         input_size=config['input_size'],

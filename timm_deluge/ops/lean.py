@@ -117,11 +117,12 @@ class _Layer(NamedTuple):
         return normalized if self.sample_scale is None else normalized * self.sample_scale
 
 
-def _terms(weights, biases, statistics, index, start, stop) -> tuple[torch.Tensor, torch.Tensor]:
+def _terms(weights, biases, statistics, index, numbers, begins) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the weights and the bias of normalised layers for layers that are not: see `running_sums`."""
-    means, invstds = map(torch.stack, zip(*statistics[start:stop]))
-    scale = weights[index][start:stop] * invstds
-    shift = (biases[index][start:stop] - scale * means).sum(0)
+    of_layers = slice(numbers.start, numbers.stop)
+    means, invstds = map(torch.stack, zip(*statistics[of_layers]))
+    scale = weights[index][of_layers] * invstds
+    shift = (biases[index][of_layers] - scale * means).sum(0)
     return scale[..., None, None], shift[:, None, None]
 
 
@@ -135,7 +136,7 @@ class _Backward:
             self,
             weights: Sequence[torch.Tensor],
             biases: Sequence[torch.Tensor],
-            terms: Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]],
+            terms: Callable[[int, Sequence[int], bool], tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         self.parameters = [*weights, *biases]
         self._terms = terms
@@ -171,7 +172,7 @@ class _Backward:
             return x.to(layers[0].output.dtype)
         if index not in self._results:
             group = range(index, max(index - LAYERS_PER_PASS, -1), -1)
-            weights, biases = zip(*(self._terms(i, 0, i + 2) for i in group))
+            weights, biases = zip(*(self._terms(i, range(i + 2), True) for i in group))
             padded = [F.pad(weight, (0,) * 7 + (len(layers) - len(weight),)) for weight in weights]
             outputs = [layer.output for layer in layers]
             self._results = dict(zip(group, kernels(outputs[0]).combine(outputs, padded, biases)))

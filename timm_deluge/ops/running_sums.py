@@ -1,5 +1,5 @@
 """A block's cross-layer sums, several from one pass over its layers."""
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -13,9 +13,10 @@ SUMS_PER_PASS = 4
 def running_sums(
         layers: list[torch.Tensor],
         num_sums: int,
-        terms: Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]],
+        terms: Callable[[int, Sequence[int], bool], tuple[torch.Tensor, torch.Tensor]],
         outs: Sequence[torch.Tensor] | None = None,
         relu: bool = False,
+        sources: Sequence[Collection[int]] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Sum over all layers there are, each time one more is there.
 
@@ -25,22 +26,28 @@ def running_sums(
     Args:
         layers: ``[N, C, H, W]`` each; the caller appends one between two sums.
         num_sums: Number of sums.
-        terms: Gives the weights ``[stop - start, C, 1, 1]`` and their share of the bias ``[C, 1, 1]`` with which
-            ``layers[start:stop]`` enter sum i: ``terms(i, start, stop)``.
+        terms: Gives the weights ``[number of layers, C, 1, 1]`` and their share of the bias ``[C, 1, 1]`` with which
+            some layers, by number, enter sum i: ``terms(i, numbers, whether this begins the sum)``.
         outs: Memory that the sums may take, one tensor like a layer for each.
         relu: Apply a ReLU to every sum.
+        sources: Of each sum, the layers that enter it; all if None. What enters no sum of a pass is not read.
 
     Yields:
         ``[N, C, H, W]``, without autograd history.
     """
+    def entering(numbers: range, sums: Sequence[int]) -> Sequence[int]:
+        return numbers if sources is None else [n for n in numbers if any(n in sources[i] for i in sums)]
+
     for first in range(0, num_sums, SUMS_PER_PASS):
         combine = kernels(layers[0]).combine
         num_known = len(layers)
         group = range(first, min(first + SUMS_PER_PASS, num_sums))
-        weights, biases = zip(*(terms(i, 0, num_known) for i in group))
-        sums = combine(layers, weights, biases, outs and outs[first:group.stop], relu)
+        known = entering(range(num_known), group)
+        weights, biases = zip(*(terms(i, known, True) for i in group))
+        sums = combine([layers[n] for n in known], weights, biases, outs and outs[first:group.stop], relu)
         yield sums[0]
         for i, begun in zip(group[1:], sums[1:]):
-            weight, bias = terms(i, num_known, len(layers))
-            weight = torch.cat([torch.ones_like(weight[:1]), weight])
-            yield combine([begun, *layers[num_known:]], [weight], [bias], [begun], relu)[0]
+            new = entering(range(num_known, len(layers)), [i])
+            weight, bias = terms(i, new, False)
+            weight = torch.cat([torch.ones_like(bias)[None], weight])
+            yield combine([begun, *(layers[n] for n in new)], [weight], [bias], [begun], relu)[0]

@@ -1,0 +1,272 @@
+"""A pruned network is the one without what was removed, and as useful as before; nothing else is removed."""
+import copy
+import json
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_cli import invoke
+from test_implementations import FAST, LAYOUTS, assert_same, block, restore_implementation  # noqa: F401
+from test_reparameterize import assert_same_function
+from timm.utils import reparameterize_model
+
+from timm_deluge import connection_scores, prune_connections, pruned_connections, set_implementation
+from timm_deluge.aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
+from timm_deluge.connectivity import block_connectivity, read_state_dict
+from timm_deluge.delugenet import DelugeNet
+from timm_deluge.prune import Connection, save_pruned
+from timm_deluge.report import create_report
+
+DEPTHS = (4, 4)  # the first composite layer gives h_0: 2 + 3 + 4 and 2 + 3 + 4 + 5 connections
+NUM_CONNECTIONS, NUM_CONSUMERS = 23, 7
+
+
+def network(**kwargs) -> DelugeNet:
+    torch.manual_seed(0)
+    model = DelugeNet(DEPTHS, (4, 8), num_classes=5, stem_type='cifar', **kwargs)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.5)
+                module.running_var.uniform_(0.3, 3)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() != 4 or 'cross' in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def with_zeros(model: DelugeNet, pruned: DelugeNet) -> DelugeNet:
+    """The same as a pruned network, with all connections there, and zeros for those that are gone."""
+    model = copy.deepcopy(model)
+    convs = dict(pruned.named_modules())
+    with torch.no_grad():
+        for name, conv in model.named_modules():
+            if isinstance(conv, CrossLayerDepthwiseConv2d):
+                for parameter, value in zip((conv.weight, conv.bias), convs[name].kernel()):
+                    parameter.copy_(value)
+    return model
+
+
+def gone(model) -> set[Connection]:
+    return {
+        Connection(f'stages.{b}.cross_layers.{k}', source)
+        for b, block in enumerate(pruned_connections(model)) for k, sources in enumerate(block) for source in sources}
+
+
+@pytest.mark.parametrize('fraction, number', [(0, 0), (0.04, 0), (0.05, 1), (0.5, 11), (15 / 23, 15), (0.69, 15)])
+@pytest.mark.parametrize('by', ['norm', 'random'])
+def test_removes_the_weakest_and_no_more_than_asked(fraction, number, by):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    scores = connection_scores(model, by)
+    pruned = prune_connections(model, fraction, by)
+    removed = gone(pruned)
+    assert len(scores) == NUM_CONNECTIONS and len(removed) == number
+    consumers = {connection.consumer for connection in scores}
+    strongest = {max((c for c in scores if c.consumer == name), key=scores.get) for name in consumers}
+    assert not removed & strongest
+    others = scores.keys() - removed - strongest
+    assert not removed or not others or max(scores[c] for c in removed) <= min(scores[c] for c in others)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    total = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in pruned.parameters())
+    assert total == sum(2 * model.get_submodule(c.consumer).channels for c in removed)
+
+
+def test_a_removed_connection_is_replaced_by_its_mean():
+    model = network()
+    pruned = prune_connections(model, 0.5)
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        for consumer, source in gone(pruned):
+            expected.get_submodule(consumer).weight[:, 0, source] = 0
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(pruned(x), expected(x))
+
+
+def test_scores_by_hand():
+    model = network()
+    scores = connection_scores(model)
+    conv = model.stages[1].cross_layers[2]
+    for source in range(4):
+        share = conv.weight[:, 0, source].norm() / conv.weight.norm()
+        assert scores['stages.1.cross_layers.2', source] == pytest.approx(share.item(), rel=1e-5)
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4)) for _ in range(2)]
+    before = copy.deepcopy(model.state_dict())
+    scores = connection_scores(model.double(), 'taylor', [(x.double(), y) for x, y in batches])
+
+    def loss(network):
+        return sum(F.cross_entropy(network(x.double()), y, reduction='sum').item() for x, y in batches)
+
+    for connection in (('stages.0.cross_layers.1', 2), ('stages.1.cross_layers.3', 0)):
+        nudged, epsilon = copy.deepcopy(model), 1e-6
+        with torch.no_grad():
+            nudged.get_submodule(connection[0]).weight[:, 0, connection[1]] *= 1 - epsilon
+        assert scores[connection] == pytest.approx(abs(loss(nudged) - loss(model)) / epsilon, rel=1e-3)
+    assert all(torch.equal(tensor, before[name].to(tensor.dtype)) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('implementation', FAST)
+@pytest.mark.parametrize('layout', ['channels_last', 'contiguous'])
+@pytest.mark.parametrize('training', [True, False])
+def test_trains_as_the_reference(implementation, layout, training):
+    pruned = [[0], [1], [], [0, 2, 3], [1, 2, 5], [0]]
+    module = block(6, pruned_connections=pruned).train(training)
+    assert [len(conv.sources) for conv in module.cross_layers] == [1, 2, 4, 2, 3, 6]
+    assert_same(module, LAYOUTS[layout](torch.randn(4, 6, 5, 5)), implementation, 2e-4)
+
+
+def test_trains_as_the_network_with_zeros():
+    model = network()
+    pruned = prune_connections(model, 0.3, 'random').train()
+    full = with_zeros(model, pruned).train()
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(pruned(x), full(x))
+    for network_ in (pruned, full):
+        network_(x).square().mean().backward()
+    for name, parameter in pruned.named_parameters():
+        expected = full.get_parameter(name).grad
+        if 'cross_layers' in name:
+            expected = expected[:, :, pruned.get_submodule(name.rpartition('.')[0]).sources]
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('implementation', ['reference', *FAST])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('fraction, by', [(0.3, 'random'), (0.6, 'norm'), (0.69, 'random')])
+def test_inference_is_the_same_and_leaves_dead_layers_out(implementation, memory_format, fraction, by):
+    set_implementation(implementation)
+    model = network()
+    pruned = prune_connections(model, fraction, by)
+    fused = reparameterize_model(pruned).to(memory_format=memory_format)
+    x = torch.randn(3, 3, 16, 16).contiguous(memory_format=memory_format)
+    assert_same_function(fused, pruned, x)
+    assert_same_function(fused, with_zeros(model, pruned), x)
+    for stage, whole in zip(fused.stages, pruned.stages):
+        used, needed = set(whole.cross_layers[-1].sources), 0
+        for i in reversed(range(1, len(whole.layers) + 1)):
+            if i in used:
+                needed += 1
+                used.update(whole.cross_layers[i - 2].sources if i > 1 else [0])
+        assert len(stage.layers) == needed
+
+
+def test_a_layer_that_nothing_is_connected_to_is_left_out():
+    without_h_2 = [[[], [2], [2]], [[], [2], [2], [2]]]
+    model = DelugeNet(DEPTHS, (4, 8), 5, stem_type='cifar', pruned_connections=without_h_2).eval()
+    fused = reparameterize_model(model)
+    assert [len(stage.layers) for stage in fused.stages] == [2, 3]
+    assert_same_function(fused, model, torch.randn(2, 3, 16, 16))
+
+
+def test_pruned_again_and_again():
+    model = network()
+    once = prune_connections(model, 0.2)
+    twice = prune_connections(once, 0.6)
+    assert gone(once) < gone(twice) and len(gone(twice)) == 13
+    with pytest.raises(ValueError, match='fraction=0.3: 13 of 23 connections are gone already'):
+        prune_connections(twice, 0.3)
+
+
+def test_scripts_exports_and_compiles(tmp_path):
+    pruned, x = prune_connections(network(), 0.5), torch.randn(2, 3, 16, 16)
+    for model in (pruned, reparameterize_model(pruned)):
+        scripted = torch.jit.script(model)
+        exported = torch.export.export(model, (x,)).module()
+        compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+        for other in (scripted, exported, compiled):
+            assert_same_function(other, pruned, x)
+
+
+def test_what_is_wrong_is_said():
+    model = network()
+    for fraction in (-0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match=f'fraction={fraction}: must be from 0 to 1'):
+            prune_connections(model, fraction)
+    message = 'stages.0.cross_layers.0 would lose its last source; of 23 connections at most 16 can go'
+    with pytest.raises(ValueError, match=message):
+        prune_connections(model, 0.75)
+    with pytest.raises(ValueError, match="by='size': must be one of 'norm', 'taylor', 'random'"):
+        prune_connections(model, 0.5, 'size')
+    with pytest.raises(ValueError, match='needs batches'):
+        prune_connections(model, 0.5, 'taylor')
+    for other in (network(aggregation='residual'), reparameterize_model(model)):
+        with pytest.raises(ValueError, match='no cross-layer convolutions to prune'):
+            prune_connections(other, 0.5)
+
+
+@pytest.mark.parametrize('connections, kwargs, message', [
+    ([[[]] * 3], {}, r'expected lists for 3 \+ 4 cross-layer convolutions, got 3'),
+    ([[[], [], []], [[], [], [], [5]]], {}, r'stages.1.cross_layers.3 has the sources 0 to 4, got \[5\]'),
+    ([[[0, 1], [], []], [[]] * 4], {}, 'stages.0.cross_layers.0 would lose its last source'),
+    ([[[]] * 3, [[]] * 4], {'aggregation': 'residual'}, "aggregation='residual' has no connections"),
+    ([[[]] * 3, [[]] * 4], {'aggregation': 'last'}, "aggregation='last' has no connections"),
+])
+def test_configurations_are_checked(connections, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DelugeNet(DEPTHS, (4, 8), 5, stem_type='cifar', pruned_connections=connections, **kwargs)
+
+
+@pytest.mark.parametrize('aggregation', [name for name in AGGREGATIONS if name != 'last'])
+def test_saved_and_made_again(tmp_path, aggregation):
+    torch.manual_seed(0)
+    kwargs = dict(depths=DEPTHS, widths=(4, 8), num_classes=5, aggregation=aggregation)
+    pruned = prune_connections(timm.create_model('delugenet146', **kwargs).eval(), 0.5, 'random')
+    x = torch.randn(1, 3, 16, 16)
+    like = timm.create_model('delugenet146', pruned_connections=pruned_connections(pruned), **kwargs).eval()
+    like.load_state_dict(pruned.state_dict())
+    torch.testing.assert_close(like(x), pruned(x))
+
+
+def test_command(scratch_weights, tmp_path):
+    result = invoke('prune', 'delugenet146', '--fraction', '0.7', '--output', tmp_path / 'pruned')
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed['removed'] == 357 == 511 - printed['connections']
+    assert printed['layers'] == 47 > printed['layers in inference'] > 0
+    model = timm.create_model(printed['model'], pretrained=True).eval()
+    expected = prune_connections(timm.create_model('delugenet146', pretrained=True), 0.7).eval()
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model(x), expected(x))
+    report, kept = create_report(printed['model']), 0
+    for channels, size, stage in zip((64, 128, 256), (32, 16, 8), reparameterize_model(model).stages):
+        sums = [*stage.cross_layers[1:], stage.last_cross_layer]  # the first is x_1 = h_0
+        kept += channels * size ** 2 * sum(len(of_layers.sources) for of_layers in sums)
+    assert report.cross_layer_macs == kept
+    assert report.macs < create_report('delugenet146').macs
+    norms = block_connectivity(read_state_dict(printed['model']))[0].norms
+    assert [[norm == 0 for norm in of_sum] for of_sum in norms] == [
+        [i in sources for i in range(k + 2)] for k, sources in enumerate(pruned_connections(model)[0])]
+    again = invoke('prune', 'delugenet146', '--output', tmp_path / 'pruned')
+    assert again.exit_code == 2 and 'exists' in again.stderr
+
+
+def test_command_with_taylor_needs_images(scratch_weights, tmp_path):
+    for arguments in (['--by', 'taylor'], ['--data-dir', tmp_path]):
+        result = invoke('prune', 'delugenet146', '--output', tmp_path / 'pruned', *arguments)
+        assert result.exit_code == 2 and 'need each other' in result.stderr
+    by_taylor = ['prune', 'delugenet146', '--output', tmp_path / 'new', '--by', 'taylor', '--data-dir']
+    result = invoke(*by_taylor, tmp_path / 'no')
+    assert result.exit_code == 2 and 'no such folder' in result.stderr
+    names = timm.create_model('delugenet146', pretrained=True).pretrained_cfg['label_names']
+    for name in names:
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        Image.new('RGB', (32, 32), (len(name), 80, 200)).save(tmp_path / 'train' / name / 'image.png')
+    result = invoke(*by_taylor, tmp_path / 'train', '--fraction', '0.1', '--num-images', '3')
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)['removed'] == 51
+
+
+def test_nothing_is_left_half_written(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    model = prune_connections(timm.create_model('delugenet146', depths=DEPTHS, widths=(4, 8)), 0.5)
+    monkeypatch.setattr('timm.models._hub.save_config_for_hf', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_pruned(model, tmp_path / 'pruned')
+    assert not list(tmp_path.iterdir())

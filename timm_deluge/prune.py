@@ -1,0 +1,204 @@
+"""Which connections a DelugeNet can do without: scores, and a network without the weakest.
+
+A connection is one source layer's weights, one per channel, in one cross-layer convolution. It goes as a whole, and
+what it contributed on average, its bias, moves to a connection that stays: the sources are normalised, so that a
+removed one is replaced by its mean. A layer that nothing is connected to any more is left out for inference by
+`timm.utils.reparameterize_model`.
+"""
+import copy
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.models._hub import save_for_hf
+from torch import nn
+
+from .aggregation import CrossLayerDepthwiseConv2d
+from .delugenet import DelugeBlock
+
+__all__ = ['Connection', 'connection_scores', 'prune_connections', 'pruned_connections', 'save_pruned']
+
+CRITERIA = ('norm', 'taylor', 'random')
+
+
+class Connection(NamedTuple):
+    """A connection.
+
+    Attributes:
+        consumer: Name of the cross-layer convolution, such as 'stages.1.cross_layers.3'.
+        source: Number i of the source layer h_i in its block.
+    """
+    consumer: str
+    source: int
+
+
+def pruned_connections(model: nn.Module) -> list[list[list[int]]]:
+    """Get what is gone, as `pruned_connections=` of the model's entrypoint takes it.
+
+    Args:
+        model: A DelugeNet.
+
+    Returns:
+        Of each block's cross-layer convolutions, the source layers that take no part.
+    """
+    return [
+        [[i for i in range(conv.num_layers) if i not in conv.sources] for conv in block.cross_layers]  # type: ignore
+        for block in model.modules() if isinstance(block, DelugeBlock)]
+
+
+def connection_scores(
+        model: nn.Module,
+        by: str = 'norm',
+        batches: Iterable[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        seed: int = 0,
+) -> dict[Connection, float]:
+    """Estimate how much a network depends on each of its connections.
+
+    Args:
+        model: A DelugeNet, not reparameterised.
+        by: One of
+
+            * 'norm': L2 norm of the connection's weights, as a share of that of all weights of its convolution, which
+              the batch normalisation that follows would divide by.
+            * 'taylor': how much the loss changes if the connection's output becomes its mean, in absolute value, to
+              first order: ``|sum of weight * gradient|``.
+            * 'random': drawn.
+        batches: Images ``[N, in_chans, H, W]`` and targets ``[N]`` for 'taylor', on the model's device; the model's
+            parameters and statistics stay as they are.
+        seed: For 'random'.
+
+    Returns:
+        The connections that are there, with a score each that is larger for those the network depends on more.
+
+    Raises:
+        ValueError: If the model has no connections, there is no such criterion, or 'taylor' has no batches.
+    """
+    if by not in CRITERIA:
+        raise ValueError(f'by={by!r}: must be one of {", ".join(map(repr, CRITERIA))}')
+    consumers = {n: m for n, m in model.named_modules() if isinstance(m, CrossLayerDepthwiseConv2d)}
+    if not consumers:
+        raise ValueError(
+            'there are no cross-layer convolutions to prune: this is no DelugeNet, or it was reparameterised; prune '
+            'first')
+    if by == 'taylor':
+        importance = _taylor(model, consumers, batches)
+    elif by == 'norm':
+        importance = {name: _norm_shares(conv.weight.detach()) for name, conv in consumers.items()}
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        importance = {n: torch.rand(len(conv.sources), generator=generator) for n, conv in consumers.items()}
+    return {
+        Connection(name, source): score
+        for name, conv in consumers.items() for source, score in zip(conv.sources, importance[name].tolist())}
+
+
+def _norm_shares(weight: torch.Tensor) -> torch.Tensor:
+    norms = weight.float().flatten(0, 1).norm(dim=0).flatten()
+    return norms / norms.norm().clamp(min=torch.finfo(norms.dtype).tiny)
+
+
+def _taylor(model, consumers, batches) -> dict[str, torch.Tensor]:
+    if batches is None:
+        raise ValueError("by='taylor' needs batches of images and targets: their loss is what it looks at")
+    weights = [conv.weight for conv in consumers.values()]
+    totals = [torch.zeros_like(weight) for weight in weights]
+    was_training = model.training
+    model.eval()
+    try:
+        for images, targets in batches:
+            loss = F.cross_entropy(model(images).float(), targets, reduction='sum')
+            for total, gradient in zip(totals, torch.autograd.grad(loss, weights)):
+                total += gradient
+    finally:
+        model.train(was_training)
+    return {
+        name: (weight.detach() * total).float().sum((0, 1, 3)).abs()
+        for name, weight, total in zip(consumers, weights, totals)}
+
+
+def prune_connections(
+        model: nn.Module,
+        fraction: float,
+        by: str = 'norm',
+        batches: Iterable[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        seed: int = 0,
+) -> nn.Module:
+    """Remove a network's weakest connections.
+
+    Args:
+        model: A DelugeNet, not reparameterised; left as it is. It may have been pruned before.
+        fraction: Share of all connections of the unpruned network that are to be gone, 0 to 1; rounded down.
+        by: Criterion, see `connection_scores`.
+        batches: See `connection_scores`.
+        seed: See `connection_scores`.
+
+    Returns:
+        The pruned network, in which every cross-layer convolution keeps at least its strongest connection. It trains,
+        saves and exports like any other; ``timm.create_model`` makes one like it with
+        ``pruned_connections=timm_deluge.pruned_connections(model)``.
+
+    Raises:
+        ValueError: See `connection_scores`; if the fraction is no share, or less than what is gone already; or if it
+            would take the last source of a cross-layer convolution.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f'fraction={fraction}: must be from 0 to 1')
+    scores = connection_scores(model, by, batches, seed)
+    consumers = {n: m for n, m in model.named_modules() if isinstance(m, CrossLayerDepthwiseConv2d)}
+    strongest = {max((c for c in scores if c.consumer == name), key=lambda c: scores[c]) for name in consumers}
+    total = sum(conv.num_layers for conv in consumers.values())
+    number = math.floor(fraction * total + 1e-6) - (total - len(scores))
+    if number < 0:
+        raise ValueError(f'fraction={fraction}: {total - len(scores)} of {total} connections are gone already')
+    if number > len(scores) - len(consumers):
+        raise ValueError(
+            f'fraction={fraction}: {next(iter(consumers))} would lose its last source; of {total} connections at most '
+            f'{total - len(consumers)} can go')
+    removed = sorted(scores.keys() - strongest, key=lambda c: (scores[c], c))[:number]
+    pruned = copy.deepcopy(model)
+    for name, conv in consumers.items():
+        sources = {connection.source for connection in removed if connection.consumer == name}
+        if sources:
+            parent, _, index = name.rpartition('.')
+            pruned.get_submodule(parent)[int(index)] = _without(conv, sources)  # type: ignore[operator]
+    return pruned
+
+
+@torch.no_grad()
+def _without(conv: CrossLayerDepthwiseConv2d, removed: set[int]) -> CrossLayerDepthwiseConv2d:
+    kept = [row for row, source in enumerate(conv.sources) if source not in removed]
+    weight, bias = conv.weight, conv.bias
+    smaller = type(conv)(
+        conv.num_layers, conv.channels, [conv.sources[row] for row in kept], device=weight.device, dtype=weight.dtype)
+    smaller.weight.copy_(weight[:, :, kept])
+    smaller.bias.copy_(bias[:, :, kept])
+    smaller.bias[:, :, -1] += bias.sum(2) - bias[:, :, kept].sum(2)
+    for parameter, before in ((smaller.weight, weight), (smaller.bias, bias)):
+        parameter.requires_grad_(before.requires_grad)
+    return smaller.train(conv.training)
+
+
+def save_pruned(model: nn.Module, folder: Path) -> None:
+    """Save a pruned network so that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` makes it again.
+
+    The folder is also what a repository of the Hugging Face Hub has to hold for ``hf-hub:USER/REPO``.
+
+    Args:
+        model: The network, as `timm.create_model` and `prune_connections` made it.
+        folder: Where to; there must be nothing yet.
+
+    Raises:
+        FileExistsError: If there is something.
+    """
+    if folder.exists():
+        raise FileExistsError(f'{folder} exists: name a folder that does not')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as scratch:
+        whole: Any = Path(scratch, folder.name)
+        save_for_hf(
+            model, whole, model_args={'pruned_connections': pruned_connections(model)}, safe_serialization=True)
+        whole.rename(folder)
