@@ -1,0 +1,73 @@
+"""What each connection is worth: the loss without it, measured and not estimated.
+
+A network's loss is measured once for every connection that could go. What comes before a connection is computed once
+for all of them, and only what comes after it again; batch normalisation is folded away where that changes nothing.
+"""
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.utils import reparameterize_model
+
+from .prune import Connection, connection_scores
+
+__all__ = ['removal_losses']
+
+
+@torch.no_grad()
+def removal_losses(
+        model: Any,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        keep_mean: bool = True,
+) -> tuple[float, dict[Connection, float]]:
+    """Measure the loss without each of a network's connections.
+
+    Args:
+        model: A DelugeNet in eval mode, not reparameterised; left as it is.
+        images: ``[N, in_chans, H, W]``, all at once.
+        targets: ``[N]``.
+        keep_mean: Leave the connection's bias, which is what it contributes on average; else that goes, too.
+
+    Returns:
+        The mean cross entropy of the network as it is, and without each connection.
+
+    Raises:
+        ValueError: If the model has no connections, or is in training mode.
+    """
+    if model.training:
+        raise ValueError('the model is in training mode, in which a loss depends on the batch: call model.eval() first')
+    connection_scores(model)  # raises if there are none
+    fused: Any = reparameterize_model(model)
+
+    def loss_of(x: torch.Tensor, number: int) -> float:
+        logits = fused.forward_head(fused.norm(fused.stages[number:](x)))
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets).item()
+
+    losses: dict[Connection, float] = {}
+    x = model.stem(images)
+    loss = loss_of(x, 0)
+    for number, block in enumerate(model.stages):
+        inference_layers: Any = reparameterize_model(block.layers)
+        layers = list(zip(inference_layers, block.norms, block.cross_layers))
+        x = block.transition(x)
+        outputs = [block.norm(x)]
+        for k, (layer, norm, cross_layer) in enumerate(layers):
+            outputs.append(norm(layer(x)))
+            x = cross_layer(outputs)
+            for row, source in enumerate(cross_layer.sources):
+                contribution = outputs[source] * cross_layer.weight[:, :, row]
+                if not keep_mean:
+                    contribution += cross_layer.bias[:, :, row]
+                result = _finish_block(layers[k + 1:], outputs, x - contribution)
+                losses[Connection(f'stages.{number}.cross_layers.{k}', source)] = loss_of(result, number + 1)
+    return loss, losses
+
+
+def _finish_block(layers: list[tuple[Any, Any, Any]], outputs: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Go on through a block's layers, each with its normalisation and cross-layer convolution, from another input x."""
+    outputs = list(outputs)
+    for layer, norm, cross_layer in layers:
+        outputs.append(norm(layer(x)))
+        x = cross_layer(outputs)
+    return x
