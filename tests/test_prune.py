@@ -163,6 +163,15 @@ def test_a_layer_that_nothing_is_connected_to_is_left_out():
     assert_same_function(fused, model, torch.randn(2, 3, 16, 16))
 
 
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_a_block_may_lose_all_its_layers(memory_format):
+    only_h_0 = [[[1], [1, 2], [1, 2, 3]], [[], [], [], []]]
+    model = DelugeNet(DEPTHS, (4, 8), 5, stem_type='cifar', pruned_connections=only_h_0).eval()
+    fused = reparameterize_model(model).to(memory_format=memory_format)
+    assert [len(stage.layers) for stage in fused.stages] == [0, 4]
+    assert_same_function(fused, model, torch.randn(2, 3, 16, 16).contiguous(memory_format=memory_format))
+
+
 def test_pruned_again_and_again():
     model = network()
     once = prune_connections(model, 0.2)

@@ -11,9 +11,9 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_deluge.aggregation import AGGREGATIONS
-from timm_deluge.delugenet import DelugeBlock, DelugeNet, FusedDelugeBlock
+from timm_deluge.delugenet import DelugeBlock, DelugeNet
 from timm_deluge.ops import kept_memory, set_implementation
-from timm_deluge.reparameterize import InferenceConv2d
+from timm_deluge.reparameterize import FusedDelugeBlock, InferenceConv2d
 
 KINDS = [
     dict(stem_type='cifar'),

@@ -150,10 +150,10 @@ def test_first_load_says_once_what_the_weights_are(scratch_weights, caplog):
         entry = json.loads(manifest.read_text())['checkpoints'][0]
         manifest.write_text(json.dumps({'checkpoints': [{**entry, 'tag': tag}]}))
         caplog.clear()
-        with caplog.at_level(logging.INFO, 'timm_deluge.delugenet'):
+        with caplog.at_level(logging.INFO, 'timm_deluge.pretrained'):
             for _ in range(2):
                 create_from_scratch_checkpoint()
-        (record,) = (r for r in caplog.records if r.name == 'timm_deluge.delugenet')
+        (record,) = (r for r in caplog.records if r.name == 'timm_deluge.pretrained')
         assert record.levelno == level
         assert record.message.startswith(f'delugenet146.{tag} knows the 100 classes of none')
 

@@ -22,7 +22,7 @@ from timm.utils import reparameterize_model
 
 from .aggregation import CrossLayerDepthwiseConv2d
 from .connectivity import block_connectivity, draw_connectivity, read_state_dict
-from .delugenet import DelugeBlock, FusedDelugeBlock
+from .delugenet import DelugeBlock
 from .download import download_checkpoint
 from .hub import hub_files, push_to_hub
 from .images import find_images
@@ -30,6 +30,7 @@ from .predict import Prediction, predict
 from .prune import prune_connections, save_pruned
 from .publish import add_checkpoint
 from .recipes import list_recipes, recipe_path
+from .reparameterize import FusedDelugeBlock
 from .report import create_report, format_reports
 from .validate import accuracy, create_validation_loader, image_names, rank_targets
 from .weights import HUB_FILE, Checkpoint, CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint

@@ -19,47 +19,25 @@ transition (BN, strided 3x3 convolution), or after the last block to BN, ReLU, p
 Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows`
     - https://arxiv.org/abs/1611.05552 (Kuen, Kong, Wang and Tan, ICCV workshops 2017)
 """
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import BatchNormAct2d, ClassifierHead, DropPath, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 
 from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
-from .download import ensure_checkpoint
-from .ops import (
-    LayerOutputs,
-    kept_memory,
-    kernels,
-    norm_act_conv,
-    running_sums,
-    split_batch,
-    takes_fast_path,
-    why_not_lean,
-)
-from .paper import PUBLISHED
-from .reparameterize import ChannelAffine, InferenceConv2d, affine_of, fold_into_conv
-from .weights import (
-    HUB_FILE,
-    CheckpointError,
-    find_checkpoint,
-    join_parts,
-    list_checkpoints,
-    verify_checkpoint,
-    verify_download,
-)
+from .ops import LayerOutputs, has_hooks, norm_act_conv, takes_fast_path, why_not_lean
+from .pretrained import checkpoint_filter_fn, choose_checkpoint
+from .reparameterize import ChannelAffine, FusedDelugeBlock, InferenceConv2d, fold_into_conv, fuse_block
+from .weights import list_checkpoints
 
 __all__ = ['DelugeNet']
-
-_logger = logging.getLogger(__name__)
 
 CIFAR100_MEAN = (0.5071, 0.4866, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
@@ -83,11 +61,6 @@ class Stem(nn.Sequential):
             layers.conv, layers.norm = fold_into_conv(layers.conv, layers.norm), nn.Identity()
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
 def _why_not_plain(module: nn.Module) -> str | None:
     """Get the reason why more than a module's parameters matters, None if nothing does."""
     plain_types = (
@@ -95,7 +68,7 @@ def _why_not_plain(module: nn.Module) -> str | None:
         *AGGREGATIONS.values())
     if type(module) not in plain_types:
         return f'was replaced by a {type(module).__name__}'
-    if _has_hooks(module):
+    if has_hooks(module):
         return 'has hooks'
     if isinstance(module, nn.Conv2d) and not (
             module.bias is None and module.groups == 1 and module.padding_mode == 'zeros'):
@@ -127,7 +100,16 @@ def _why_not_lean(module: nn.Module, x: torch.Tensor) -> str | None:
     return None
 
 
-class CompositeLayer(nn.Module):
+class LeanModule(nn.Module):
+    """A module that trains, where it can, through a path that keeps less for the backward pass."""
+
+    @torch.jit.ignore
+    def trains_lean(self, x: torch.Tensor) -> bool:
+        """Whether `forward` takes that path."""
+        return takes_fast_path(self, x, _why_not_lean(self, x))
+
+
+class CompositeLayer(LeanModule):
     """Composite layer: a pre-activation bottleneck without a shortcut of its own."""
 
     def __init__(self, in_chs: int, width: int, stride: int = 1, dilation: int = 1, device=None, dtype=None):
@@ -160,11 +142,6 @@ class CompositeLayer(nn.Module):
         return self.bottleneck(self.norm1(x))
 
     @torch.jit.ignore
-    def trains_lean(self, x: torch.Tensor) -> bool:
-        """Whether `forward` takes `forward_lean`."""
-        return takes_fast_path(self, x, _why_not_lean(self, x))
-
-    @torch.jit.ignore
     def forward_lean(self, x: torch.Tensor, recompute: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
         """The same, keeping only x, unless it can be recomputed, and the first two outputs for the backward pass."""
         x = norm_act_conv(x, self.norm1, self.conv1, recompute)
@@ -193,7 +170,7 @@ class ProjectionLayer(CompositeLayer):
         return self.shortcut(x) + self.bottleneck(x)
 
 
-class BlockTransition(nn.Module):
+class BlockTransition(LeanModule):
     """Block transition: BN and a strided 3x3 convolution, without ReLU.
 
     Its cross-layer convolution is the last one of the block before.
@@ -210,11 +187,6 @@ class BlockTransition(nn.Module):
             if self.trains_lean(x):
                 return norm_act_conv(x, self.norm, self.conv)
         return self.conv(self.norm(x))
-
-    @torch.jit.ignore
-    def trains_lean(self, x: torch.Tensor) -> bool:
-        """Whether `forward` keeps only its input for the backward pass."""
-        return takes_fast_path(self, x, _why_not_lean(self, x))
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -266,7 +238,7 @@ class ResidualBlock(nn.Module):
         return x
 
 
-class DelugeBlock(ResidualBlock):
+class DelugeBlock(LeanModule, ResidualBlock):
     """Block whose layers see a cross-layer depthwise convolution of all earlier outputs (paper, Eq. 1)."""
 
     def __init__(
@@ -332,167 +304,9 @@ class DelugeBlock(ResidualBlock):
         return x
 
     @torch.jit.ignore
-    def trains_lean(self, x: torch.Tensor) -> bool:
-        """Whether `forward` takes `forward_lean`."""
-        return takes_fast_path(self, x, _why_not_lean(self, x))
-
-    @torch.jit.ignore
-    @torch.no_grad()
-    def fuse(self) -> 'FusedDelugeBlock':
+    def fuse(self) -> FusedDelugeBlock:
         """Get the block for inference, for `timm.utils.reparameterize_model`."""
-        layers: Any = self.layers
-        cross_layers: Any = self.cross_layers
-        scales, shifts = map(torch.stack, zip(*(affine_of(norm) for norm in (self.norm, *self.norms))))  # [L + 1, C]
-        sources, weights, biases = [[0]], [torch.ones_like(scales[:1])], [torch.zeros_like(scales[0])]  # x_1 = h_0
-        for cross_layer in cross_layers:
-            weight, bias = (parameter[:, 0, :, 0].t() for parameter in cross_layer.kernel())
-            sources.append(cross_layer.sources)
-            weights.append((weight * scales[:len(weight)])[cross_layer.sources])
-            biases.append((bias + weight * shifts[:len(weight)]).sum(0))
-        for i, layer in enumerate(layers):
-            scale, shift = affine_of(layer.norm1)
-            weights[i], biases[i] = weights[i] * scale, biases[i] * scale + shift
-
-        needed = set(sources[-1])  # of the h_i, the others' layers are left out
-        for i in reversed(range(len(layers))):
-            if i + 1 in needed:
-                needed.update(sources[i])
-        kept = [i for i in range(len(layers)) if i + 1 in needed]
-        number = {0: 0, **{i + 1: n for n, i in enumerate(kept, start=1)}}
-        sums = [
-            FusedCrossLayer(weights[i], biases[i], [number[source] for source in sources[i]], relu=i < len(layers))
-            for i in (*kept, len(layers))]
-        fused_layers = [FusedCompositeLayer(layers[i]) for i in kept]
-        return FusedDelugeBlock(self.transition, fused_layers, sums).train(self.training)
-
-
-class FusedCompositeLayer(nn.Module):
-    """Composite layer for inference, after its first BN and ReLU: three convolutions with the other two in them."""
-
-    def __init__(self, layer: CompositeLayer):
-        """
-        Args:
-            layer: The layer to copy.
-        """
-        super().__init__()
-        self.conv1 = fold_into_conv(layer.conv1, layer.norm2)
-        self.conv2 = fold_into_conv(layer.conv2, layer.norm3)
-        self.conv3 = InferenceConv2d(layer.conv3)
-
-    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute a layer's output.
-
-        Args:
-            x: ``[N, 2n, H, W]``.
-            out: Memory in channels_last that the output may take, also that of `x`.
-
-        Returns:
-            ``[N, 2n, H, W]``.
-        """
-        return self.conv3(self.conv2(self.conv1(x)), out)
-
-
-class FusedCrossLayer(nn.Module):
-    """Cross-layer depthwise convolution for inference, with BNs in its weights (paper, Eq. 1), and ReLU."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, sources: list[int], relu: bool):
-        """
-        Args:
-            weight: Scale of each source layer's channels, ``[number of sources, C]``.
-            bias: Shift of each channel, ``[C]``.
-            sources: Number of each source among the block's layers.
-            relu: Whether a ReLU follows.
-        """
-        super().__init__()
-        self.weight = nn.Parameter(weight[..., None, None].contiguous())
-        self.bias = nn.Parameter(bias[:, None, None].contiguous())
-        self.sources = sources
-        self.relu = relu
-
-    def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
-        x: torch.Tensor = self.bias
-        for i, source in enumerate(self.sources):
-            x = torch.addcmul(x, layers[source], self.weight[i])
-        return torch.relu(x) if self.relu else x
-
-    @torch.jit.ignore
-    def terms(self, numbers: Sequence[int], begins: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Get the weights of some layers, zero for those that are no sources: see `running_sums`."""
-        bias = self.bias if begins else torch.zeros_like(self.bias)
-        if isinstance(numbers, range):
-            return self.weight[numbers.start:numbers.stop], bias
-        weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
-        rows = {source: row for row, source in enumerate(self.sources)}
-        return weight[[rows.get(number, -1) for number in numbers]], bias
-
-
-class FusedDelugeBlock(nn.Module):
-    """Deluge block for inference: cross-layer convolution, ReLU and three convolutions a layer, and no BN.
-
-    The BNs of the layer outputs, and each composite layer's first one, are in the cross-layer convolutions' weights.
-    """
-
-    def __init__(
-            self,
-            transition: nn.Module,
-            layers: Sequence[FusedCompositeLayer],
-            cross_layers: Sequence[FusedCrossLayer],
-    ):
-        """
-        Args:
-            transition: Maps the stem's or the previous block's output to this block's h_0.
-            layers: Composite layers.
-            cross_layers: Each layer's cross-layer convolution, and the block's last one.
-        """
-        super().__init__()
-        self.transition = transition
-        self.layers = nn.ModuleList(layers)
-        self.cross_layers = nn.ModuleList(cross_layers[:-1])
-        self.last_cross_layer = cross_layers[-1]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.transition(x)
-        if not torch.jit.is_scripting():
-            if self.infers_fast(x):
-                return self.forward_lean(x)
-        outputs = [x]
-        for layer, cross_layer in zip(self.layers, self.cross_layers):
-            outputs.append(layer(cross_layer(outputs)))
-        return self.last_cross_layer(outputs)
-
-    @torch.jit.ignore
-    def infers_fast(self, x: torch.Tensor) -> bool:
-        """Whether `forward` takes `forward_lean`."""
-        gradients = 'gradients are wanted' if torch.is_grad_enabled() else None
-        return takes_fast_path(self, x, why_not_lean(x) or gradients)
-
-    @torch.jit.ignore
-    def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
-        """From h_0 on, the same with several sums from one pass over the layers."""
-        if x.device.type != 'cpu' or not x.is_contiguous(memory_format=torch.channels_last):
-            return self.combine_layers(x)
-        if any(_has_hooks(module) for module in self.layers.modules()):  # hooks may keep what they see
-            return self.combine_layers(x)
-        results = []
-        for h in split_batch(x, len(self.layers)):
-            with kept_memory(len(self.layers), h) as outs:
-                results.append(self.combine_layers(h, outs))
-        return results[0] if len(results) == 1 else torch.cat(results)
-
-    @torch.jit.ignore
-    def combine_layers(self, h: torch.Tensor, outs: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """From h_0 on; with `outs` each layer's input is in that memory, and makes room for the layer's output."""
-        cross_layers: Any = self.cross_layers
-        last: Any = self.last_cross_layer
-        layers = [h]
-        sources = [cross_layer.sources for cross_layer in cross_layers]
-        pruned = any(len(numbers) <= i for i, numbers in enumerate(sources))
-        inputs = running_sums(
-            layers, len(cross_layers), lambda i, *of_layers: cross_layers[i].terms(*of_layers), outs, relu=True,
-            sources=sources if pruned else None)
-        for layer, x in zip(self.layers, inputs):
-            layers.append(layer(x, None if outs is None else x))
-        return kernels(h).combine([layers[source] for source in last.sources], [last.weight], [last.bias])[0]
+        return fuse_block(self)
 
 
 class DelugeNet(nn.Module):
@@ -815,70 +629,9 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Join a checkpoint's parts, and hold its tensors against the model before any is copied.
-
-    Args:
-        state_dict: The checkpoint, or its first part.
-        model: The model it is meant for; its number of classes and of input channels may differ.
-
-    Returns:
-        The whole checkpoint.
-
-    Raises:
-        CheckpointError: If a tensor is missing, superfluous or of another shape.
-    """
-    cfg: Any = model.pretrained_cfg
-    if cfg.get('file'):
-        state_dict = join_parts(state_dict, cfg['file'])
-    other_head = model.num_classes != len(state_dict.get('head.fc.weight', ()))
-
-    def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int | str, ...]]:
-        found: dict[str, tuple[int | str, ...]] = {
-            k: tuple(v.shape) for k, v in tensors.items() if not (other_head and k.startswith('head.fc.'))}
-        if len(stem := found.get('stem.conv.weight', ())) == 4:
-            found['stem.conv.weight'] = (stem[0], 'in_chans', *stem[2:])
-        return found
-
-    expected, found = shapes(model.state_dict()), shapes(state_dict)
-    differing = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-    if differing:
-        key = differing[0]
-        raise CheckpointError(
-            f'The checkpoint does not fit this model: {len(differing)} tensors differ, the first one is {key} '
-            f'(model: {expected.get(key, "absent")}, checkpoint: {found.get(key, "absent")}). '
-            f'Create the model with the arguments it was trained with.')
-    return state_dict
-
-
-@cache
-def _say_what_it_is(name: str) -> None:
-    """Log once what a checkpoint is; so that it is seen if its data are not those that the model is known for."""
-    checkpoint = find_checkpoint(*name.split('.', 1))
-    level = logging.INFO if checkpoint.data_set in PUBLISHED[checkpoint.model].top1_error else logging.WARNING
-    _logger.log(
-        level, '%s knows the %d classes of %s and takes %dx%d pixels; %.2f %% of %d test images are classified right.',
-        name, len(checkpoint.class_names), checkpoint.dataset['name'], *checkpoint.input_size[:0:-1],
-        checkpoint.metrics['top1'], checkpoint.metrics['num_images'])
-
-
 def _create_delugenet(variant: str, pretrained: bool = False, **kwargs) -> DelugeNet:
     if pretrained:
-        cfg, overlay = kwargs.get('pretrained_cfg') or '', kwargs.get('pretrained_cfg_overlay') or {}
-        own_source = overlay.keys() & {'file', 'url', 'hf_hub_id', 'state_dict'}
-        if isinstance(cfg, str) and not own_source:
-            checkpoint = find_checkpoint(variant, cfg)
-            ensure_checkpoint(checkpoint)
-            _say_what_it_is(checkpoint.name)
-            kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': str(checkpoint.path)}
-        else:
-            source = resolve_pretrained_cfg(variant, cfg, overlay)
-            if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):
-                verify_download(source.hf_hub_id, source.hf_hub_filename or HUB_FILE, kwargs.get('cache_dir'))
-            for checkpoint in list_checkpoints():
-                if source.file == str(checkpoint.path):
-                    verify_checkpoint(checkpoint)
-                    _say_what_it_is(checkpoint.name)
+        choose_checkpoint(variant, kwargs)
     elif not kwargs.get('pretrained_cfg'):
         kwargs['pretrained_cfg'] = _CFG_FNS[variant]()  # the paper's classes and input, whatever a checkpoint's are
     return build_model_with_cfg(

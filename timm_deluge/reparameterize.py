@@ -1,13 +1,27 @@
-"""Batch normalisation in inference is affine: here it becomes part of a neighbour's weights."""
-from collections.abc import Callable
+"""Batch normalisation in inference is affine: here it becomes part of a neighbour's weights.
+
+A composite layer's second and third batch normalisation go into the convolutions before them. All others of a Deluge
+block, those of the layer outputs and each composite layer's first, go into the cross-layer convolutions' weights.
+"""
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .ops import is_lean, rows
+from .ops import (
+    has_hooks,
+    is_lean,
+    kept_memory,
+    kernels,
+    rows,
+    running_sums,
+    split_batch,
+    takes_fast_path,
+    why_not_lean,
+)
 
-__all__ = ['ChannelAffine', 'InferenceConv2d', 'affine_of', 'fold_into_conv']
+__all__ = ['ChannelAffine', 'FusedDelugeBlock', 'InferenceConv2d', 'affine_of', 'fold_into_conv', 'fuse_block']
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,3 +154,167 @@ class ChannelAffine(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(torch.addcmul(self.bias, x, self.weight))
+
+
+class FusedCompositeLayer(nn.Module):
+    """Composite layer for inference, after its first BN and ReLU: three convolutions with the other two in them."""
+
+    def __init__(self, layer: Any):
+        """
+        Args:
+            layer: The `CompositeLayer` to copy.
+        """
+        super().__init__()
+        self.conv1 = fold_into_conv(layer.conv1, layer.norm2)
+        self.conv2 = fold_into_conv(layer.conv2, layer.norm3)
+        self.conv3 = InferenceConv2d(layer.conv3)
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute a layer's output.
+
+        Args:
+            x: ``[N, 2n, H, W]``.
+            out: Memory in channels_last that the output may take, also that of `x`.
+
+        Returns:
+            ``[N, 2n, H, W]``.
+        """
+        return self.conv3(self.conv2(self.conv1(x)), out)
+
+
+class FusedCrossLayer(nn.Module):
+    """Cross-layer depthwise convolution for inference, with BNs in its weights (paper, Eq. 1), and ReLU."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, sources: list[int], relu: bool):
+        """
+        Args:
+            weight: Scale of each source layer's channels, ``[number of sources, C]``.
+            bias: Shift of each channel, ``[C]``.
+            sources: Number of each source among the block's layers.
+            relu: Whether a ReLU follows.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(weight[..., None, None].contiguous())
+        self.bias = nn.Parameter(bias[:, None, None].contiguous())
+        self.sources = sources
+        self.relu = relu
+
+    def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
+        x: torch.Tensor = self.bias
+        for i, source in enumerate(self.sources):
+            x = torch.addcmul(x, layers[source], self.weight[i])
+        return torch.relu(x) if self.relu else x
+
+    @torch.jit.ignore
+    def terms(self, numbers: Sequence[int], begins: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Get the weights of some layers, zero for those that are no sources: see `running_sums`."""
+        bias = self.bias if begins else torch.zeros_like(self.bias)
+        if isinstance(numbers, range):
+            return self.weight[numbers.start:numbers.stop], bias
+        weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
+        rows = {source: row for row, source in enumerate(self.sources)}
+        return weight[[rows.get(number, -1) for number in numbers]], bias
+
+
+class FusedDelugeBlock(nn.Module):
+    """Deluge block for inference: cross-layer convolution, ReLU and three convolutions a layer, and no BN.
+
+    The BNs of the layer outputs, and each composite layer's first one, are in the cross-layer convolutions' weights.
+    """
+
+    def __init__(
+            self,
+            transition: nn.Module,
+            layers: Sequence[FusedCompositeLayer],
+            cross_layers: Sequence[FusedCrossLayer],
+    ):
+        """
+        Args:
+            transition: Maps the stem's or the previous block's output to this block's h_0.
+            layers: Composite layers.
+            cross_layers: Each layer's cross-layer convolution, and the block's last one.
+        """
+        super().__init__()
+        self.transition = transition
+        self.layers = nn.ModuleList(layers)
+        self.cross_layers = nn.ModuleList(cross_layers[:-1])
+        self.last_cross_layer = cross_layers[-1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.transition(x)
+        if not torch.jit.is_scripting():
+            if self.infers_fast(x):
+                return self.forward_lean(x)
+        outputs = [x]
+        for layer, cross_layer in zip(self.layers, self.cross_layers):
+            outputs.append(layer(cross_layer(outputs)))
+        return self.last_cross_layer(outputs)
+
+    @torch.jit.ignore
+    def infers_fast(self, x: torch.Tensor) -> bool:
+        """Whether `forward` takes `forward_lean`."""
+        gradients = 'gradients are wanted' if torch.is_grad_enabled() else None
+        return takes_fast_path(self, x, why_not_lean(x) or gradients)
+
+    @torch.jit.ignore
+    def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
+        """From h_0 on, the same with several sums from one pass over the layers."""
+        if x.device.type != 'cpu' or not x.is_contiguous(memory_format=torch.channels_last):
+            return self.combine_layers(x)
+        if any(has_hooks(module) for module in self.layers.modules()):  # hooks may keep what they see
+            return self.combine_layers(x)
+        results = []
+        for h in split_batch(x, len(self.layers)):
+            with kept_memory(len(self.layers), h) as outs:
+                results.append(self.combine_layers(h, outs))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    @torch.jit.ignore
+    def combine_layers(self, h: torch.Tensor, outs: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """From h_0 on; with `outs` each layer's input is in that memory, and makes room for the layer's output."""
+        cross_layers: Any = self.cross_layers
+        last: Any = self.last_cross_layer
+        layers = [h]
+        sources = [cross_layer.sources for cross_layer in cross_layers]
+        pruned = any(len(numbers) <= i for i, numbers in enumerate(sources))
+        inputs = running_sums(
+            layers, len(cross_layers), lambda i, *of_layers: cross_layers[i].terms(*of_layers), outs, relu=True,
+            sources=sources if pruned else None)
+        for layer, x in zip(self.layers, inputs):
+            layers.append(layer(x, None if outs is None else x))
+        return kernels(h).combine([layers[source] for source in last.sources], [last.weight], [last.bias])[0]
+
+
+@torch.no_grad()
+def fuse_block(block: Any) -> FusedDelugeBlock:
+    """Make a `DelugeBlock` ready for inference.
+
+    Args:
+        block: The block; left as it is.
+
+    Returns:
+        One that gives the same in inference, without what nothing is connected to.
+    """
+    layers, cross_layers = block.layers, block.cross_layers
+    scales, shifts = map(torch.stack, zip(*(affine_of(norm) for norm in (block.norm, *block.norms))))  # [L + 1, C]
+    sources, weights, biases = [[0]], [torch.ones_like(scales[:1])], [torch.zeros_like(scales[0])]  # x_1 = h_0
+    for cross_layer in cross_layers:
+        weight, bias = (parameter[:, 0, :, 0].t() for parameter in cross_layer.kernel())
+        sources.append(cross_layer.sources)
+        weights.append((weight * scales[:len(weight)])[cross_layer.sources])
+        biases.append((bias + weight * shifts[:len(weight)]).sum(0))
+    for i, layer in enumerate(layers):
+        scale, shift = affine_of(layer.norm1)
+        weights[i], biases[i] = weights[i] * scale, biases[i] * scale + shift
+
+    needed = set(sources[-1])  # of the h_i, the others' layers are left out
+    for i in reversed(range(len(layers))):
+        if i + 1 in needed:
+            needed.update(sources[i])
+    kept = [i for i in range(len(layers)) if i + 1 in needed]
+    number = {0: 0, **{i + 1: n for n, i in enumerate(kept, start=1)}}
+    sums = [
+        FusedCrossLayer(weights[i], biases[i], [number[source] for source in sources[i]], relu=i < len(layers))
+        for i in (*kept, len(layers))]
+    fused_layers = [FusedCompositeLayer(layers[i]) for i in kept]
+    return FusedDelugeBlock(block.transition, fused_layers, sums).train(block.training)

@@ -1,5 +1,5 @@
 """The cross-layer depthwise convolution: `reference` is its definition, everything else gives the same, leaner."""
-from .decision import Decision, explain_implementation, takes_fast_path
+from .decision import Decision, explain_implementation, has_hooks, takes_fast_path
 from .implementation import get_implementation, is_lean, kernels, set_implementation, why_not_lean
 from .layout import rows
 from .lean import LayerOutputs
@@ -9,7 +9,7 @@ from .reference import cross_layer_depthwise_conv
 from .running_sums import running_sums
 
 __all__ = [
-    'Decision', 'LayerOutputs', 'cross_layer_depthwise_conv', 'explain_implementation', 'get_implementation', 'is_lean',
-    'kept_memory', 'kernels', 'norm_act_conv', 'rows', 'running_sums', 'set_implementation', 'split_batch',
-    'takes_fast_path', 'why_not_lean',
+    'Decision', 'LayerOutputs', 'cross_layer_depthwise_conv', 'explain_implementation', 'get_implementation',
+    'has_hooks', 'is_lean', 'kept_memory', 'kernels', 'norm_act_conv', 'rows', 'running_sums', 'set_implementation',
+    'split_batch', 'takes_fast_path', 'why_not_lean',
 ]

@@ -9,7 +9,7 @@ from torch import nn
 
 from .implementation import kernels
 
-__all__ = ['Decision', 'explain_implementation', 'takes_fast_path']
+__all__ = ['Decision', 'explain_implementation', 'has_hooks', 'takes_fast_path']
 
 _logger = logging.getLogger(__name__)
 _decisions: ContextVar[dict[nn.Module, 'Decision'] | None] = ContextVar('decisions', default=None)
@@ -67,3 +67,9 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
     finally:
         _decisions.reset(token)
     return {name: decisions[module] for name, module in model.named_modules() if module in decisions}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether calls of a module, or their gradients, are watched."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

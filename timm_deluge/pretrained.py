@@ -1,0 +1,98 @@
+"""Which checkpoint a model is created with, and whether it is what it should be."""
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from timm.models import resolve_pretrained_cfg
+from torch import nn
+
+from .download import ensure_checkpoint
+from .paper import PUBLISHED
+from .weights import (
+    HUB_FILE,
+    CheckpointError,
+    find_checkpoint,
+    join_parts,
+    list_checkpoints,
+    verify_checkpoint,
+    verify_download,
+)
+
+__all__ = ['checkpoint_filter_fn', 'choose_checkpoint']
+
+_logger = logging.getLogger(__name__)
+
+
+def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
+    """Verify the checkpoint that a model is to be created with, and say what it is.
+
+    Args:
+        variant: The model's name in timm's registry.
+        kwargs: What else `timm.create_model` was given; one of the package's checkpoints goes in as the file to load.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or it is not what was published.
+    """
+    cfg, overlay = kwargs.get('pretrained_cfg') or '', kwargs.get('pretrained_cfg_overlay') or {}
+    own_source = overlay.keys() & {'file', 'url', 'hf_hub_id', 'state_dict'}
+    if isinstance(cfg, str) and not own_source:
+        checkpoint = find_checkpoint(variant, cfg)
+        ensure_checkpoint(checkpoint)
+        _say_what_it_is(checkpoint.name)
+        kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': str(checkpoint.path)}
+        return
+    source = resolve_pretrained_cfg(variant, cfg, overlay)
+    if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):
+        verify_download(source.hf_hub_id, source.hf_hub_filename or HUB_FILE, kwargs.get('cache_dir'))
+    for checkpoint in list_checkpoints():
+        if source.file == str(checkpoint.path):
+            verify_checkpoint(checkpoint)
+            _say_what_it_is(checkpoint.name)
+
+
+@cache
+def _say_what_it_is(name: str) -> None:
+    """Log once what a checkpoint is; so that it is seen if its data are not those that the model is known for."""
+    checkpoint = find_checkpoint(*name.split('.', 1))
+    level = logging.INFO if checkpoint.data_set in PUBLISHED[checkpoint.model].top1_error else logging.WARNING
+    _logger.log(
+        level, '%s knows the %d classes of %s and takes %dx%d pixels; %.2f %% of %d test images are classified right.',
+        name, len(checkpoint.class_names), checkpoint.dataset['name'], *checkpoint.input_size[:0:-1],
+        checkpoint.metrics['top1'], checkpoint.metrics['num_images'])
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Join a checkpoint's parts, and hold its tensors against the model before any is copied.
+
+    Args:
+        state_dict: The checkpoint, or its first part.
+        model: The model it is meant for; its number of classes and of input channels may differ.
+
+    Returns:
+        The whole checkpoint.
+
+    Raises:
+        CheckpointError: If a tensor is missing, superfluous or of another shape.
+    """
+    cfg: Any = model.pretrained_cfg
+    if cfg.get('file'):
+        state_dict = join_parts(state_dict, cfg['file'])
+    other_head = model.num_classes != len(state_dict.get('head.fc.weight', ()))
+
+    def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int | str, ...]]:
+        found: dict[str, tuple[int | str, ...]] = {
+            k: tuple(v.shape) for k, v in tensors.items() if not (other_head and k.startswith('head.fc.'))}
+        if len(stem := found.get('stem.conv.weight', ())) == 4:
+            found['stem.conv.weight'] = (stem[0], 'in_chans', *stem[2:])
+        return found
+
+    expected, found = shapes(model.state_dict()), shapes(state_dict)
+    differing = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+    if differing:
+        key = differing[0]
+        raise CheckpointError(
+            f'The checkpoint does not fit this model: {len(differing)} tensors differ, the first one is {key} '
+            f'(model: {expected.get(key, "absent")}, checkpoint: {found.get(key, "absent")}). '
+            f'Create the model with the arguments it was trained with.')
+    return state_dict
