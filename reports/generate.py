@@ -41,6 +41,7 @@ def generate() -> dict[Path, str]:
     if checkpoints:
         readme = _replace_block(readme, 'predict', f'```\n{_predict()}\n```')
     readme = _replace_block(readme, 'performance', _performance())
+    readme = _replace_block(readme, 'pruning', _pruning())
     texts = {REPOSITORY / 'MODEL_CARD.md': model_card(checkpoints), REPOSITORY / 'README.md': readme}
     for name, reports in (('zoo', zoo), ('peers', peers)):
         for fmt, suffix in (('markdown', 'md'), ('csv', 'csv'), ('json', 'json')):
@@ -132,6 +133,43 @@ def _performance() -> str:
         *map(_conditions, machines),
         *(f'![Cost of a layer against the length of its block, {machine["machine"]}]'
           f'(benchmarks/results/{path.stem}.png)' for path, machine in zip(files, machines)),
+    ))
+
+
+def _pruning() -> str:
+    """Show what connections are worth: accuracy and time without the weakest, and how well they can be guessed."""
+    path = REPOSITORY / 'benchmarks' / 'pruning.json'
+    if not path.exists():
+        return 'Not measured yet: `python benchmarks/pruning.py`.'
+    results = json.loads(path.read_text(encoding='utf-8'))
+    whole, *pruned = results['rows']
+    rows = []
+    for fraction in sorted({row['fraction'] for row in pruned}):
+        by = {row['by']: row for row in pruned if row['fraction'] == fraction}
+        rows.append({
+            'connections gone': f'{fraction:.0%}',
+            **{f'top-1, by {name}': f'{row["top1"]:.2f} %' for name, row in by.items()},
+            'layers left, by norm': f'{by["norm"]["layers"]} of {whole["layers"]}',
+            **{f'time, batch {n}': f'{ratio:.2f} ×' for n, ratio in by['norm']['time'].items()}})
+    importance = results['importance']
+    correlations = [
+        {'': part, 'connections': importance[part]['connections'], **{
+            f'{by}, {what}': f'{importance[part][what][by]:.2f}'
+            for what in ('replaced by its mean', 'set to zero') for by in ('norm', 'taylor')}}
+        for part in importance if part not in ('num_images', 'loss')]
+    tables = [tabulate(table, headers='keys', tablefmt='github', disable_numparse=True)
+              for table in (rows, correlations)]
+    return '\n\n'.join((
+        f'`{results["checkpoint"]}`, {results["connections"]} connections, top-1 {whole["top1"]:.2f} % on '
+        f'{whole["num_images"]:,} test images in {results["dtype"]}, no fine-tuning; time of inference, of the whole '
+        f'network\'s, pruned by norm:',
+        tables[0],
+        f'Rank correlation of a connection\'s norm, and of the first-order estimate, with the loss on '
+        f'{importance["num_images"]} training images without it:',
+        tables[1],
+        f'{results["machine"]}: {results["threads"]} threads, channels_last, torch {results["torch"]}, '
+        f'{results["date"]}; medians of {results["rounds"]} interleaved rounds.',
+        '![Accuracy and time against the share of connections gone](benchmarks/pruning.png)',
     ))
 
 

@@ -1,0 +1,138 @@
+"""Measure what a network's connections are worth: one JSON file and one figure.
+
+    pip install -e '.[benchmark]'
+    python benchmarks/pruning.py --train-dir cifar100/train --test-dir cifar100/validation
+
+Three things: how well the norm of a connection's weights and a first-order estimate rank what the loss on training
+images is without it; the accuracy on all test images without the weakest ones, before any fine-tuning; and the time of
+inference that is left, a ratio of medians of interleaved rounds.
+"""
+import json
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import run
+import timm
+import torch
+import typer
+from rich.progress import track
+from timm.utils import reparameterize_model
+from torch import nn
+
+from timm_deluge import connection_scores, prune_connections
+from timm_deluge.importance import removal_losses
+from timm_deluge.prune import CRITERIA, Connection
+from timm_deluge.validate import accuracy, create_validation_loader, rank_targets
+
+FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+BATCHES = (1, 64)
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    """Spearman's: how alike two lists order the same things, -1 to 1."""
+    ranks = [torch.tensor(values).argsort().argsort().double() for values in (a, b)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def measure_importance(
+        model: nn.Module, images: torch.Tensor, targets: torch.Tensor, scores: dict[str, dict[Connection, float]],
+) -> dict[str, Any]:
+    """Hold scores against the loss without each connection, for each block and for all of them."""
+    found: dict[str, Any] = {'num_images': len(images)}
+    for what, keep_mean in (('replaced by its mean', True), ('set to zero', False)):
+        loss, losses = removal_losses(model, images, targets, keep_mean)
+        found['loss'] = loss
+        blocks = sorted({connection.consumer.split('.')[1] for connection in losses})
+        for block, chosen in [
+                *((f'block {int(b) + 1}', [c for c in losses if c.consumer.split('.')[1] == b]) for b in blocks),
+                ('all', list(losses))]:
+            increases = [losses[c] - loss for c in chosen]
+            found.setdefault(block, {'connections': len(chosen)})[what] = {
+                'largest increase': max(increases),
+                **{by: rank_correlation([scores[by][c] for c in chosen], increases) for by in ('norm', 'taylor')}}
+    return found
+
+
+def inference_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return reparameterize_model(model).to(dtype, memory_format=torch.channels_last)
+
+
+def as_input(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return images.to(dtype, memory_format=torch.channels_last)
+
+
+def measure_speed(whole: nn.Module, pruned: nn.Module, dtype: torch.dtype) -> dict[str, float]:
+    """Get the time of inference, of the whole network's, for each batch size."""
+    input_size = timm.data.resolve_model_data_config(whole)['input_size']
+    ratios = {}
+    for batch in BATCHES:
+        x = as_input(torch.randn(batch, *input_size), dtype)
+        seconds = run.median_seconds({'whole': run.inference(whole, x), 'pruned': run.inference(pruned, x)})
+        ratios[str(batch)] = seconds['pruned'] / seconds['whole']
+    return ratios
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Plot accuracy and time against the share of connections that is gone."""
+    figure, (top1, time) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+    for by, colour, marker in zip(CRITERIA, ('#0072B2', '#D55E00', '#999999'), 'os^'):
+        chosen = [row for row in results['rows'] if row['by'] in (by, None)]
+        fractions = [row['fraction'] for row in chosen]
+        top1.plot(fractions, [row['top1'] for row in chosen], color=colour, marker=marker, label=by)
+    timed = [row for row in results['rows'] if row['time']]
+    for batch, colour, marker in zip(BATCHES, ('#0072B2', '#D55E00'), 'os'):
+        ratios = [row['time'][str(batch)] for row in timed]
+        time.plot([row['fraction'] for row in timed], ratios, color=colour, marker=marker, label=f'batch {batch}')
+    top1.set(title='top-1 on the test images, %', xlabel='share of connections gone', ylim=(0, 100))
+    time.set(title='time of inference, by norm', xlabel='share of connections gone', ylim=(0, 1.1))
+    for axis in top1, time:
+        axis.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main(
+        train_dir: Annotated[Path, typer.Option(help='Training images, a folder for each class.')],
+        test_dir: Annotated[Path, typer.Option(help='Test images, a folder for each class.')],
+        model_name: Annotated[str, typer.Option('--model', help='Model, or model.tag.')] = 'delugenet146',
+        num_images: Annotated[int, typer.Option(help='Training images for the estimate.')] = 1000,
+        num_loss_images: Annotated[int, typer.Option(help='Training images for the losses.')] = 250,
+        num_test_images: Annotated[int | None, typer.Option(help='Test images; all by default.')] = None,
+        dtype_name: Annotated[str, typer.Option('--dtype', help='Of pruned networks in inference.')] = 'float32',
+        rounds: Annotated[int, typer.Option(help='Timed rounds of each side.')] = 15,
+        threads: Annotated[int, typer.Option(help='Threads.')] = 2,
+        output: Annotated[Path, typer.Option(help='JSON file.')] = run.FOLDER / 'pruning.json',
+) -> None:
+    """Measure one checkpoint's connections on this machine."""
+    torch.set_num_threads(threads)
+    run.rounds = rounds
+    dtype = getattr(torch, dtype_name)
+    model = timm.create_model(model_name, pretrained=True).eval()
+    name = f'{model.pretrained_cfg["architecture"]}.{model.pretrained_cfg["tag"]}'
+
+    batches = list(create_validation_loader(model, train_dir, 100, 1, num_images))
+    scores = {by: connection_scores(model, by, batches) for by in CRITERIA}
+    (images, targets), = create_validation_loader(model, train_dir, num_loss_images, 1, num_loss_images)
+    importance = measure_importance(
+        model.to(memory_format=torch.channels_last), as_input(images, torch.float32), targets, scores)
+
+    test = [(as_input(x, dtype), y) for x, y in create_validation_loader(model, test_dir, 250, 1, num_test_images)]
+    whole = inference_model(model, dtype)
+    rows = []
+    for by, fraction in track([(None, 0.), *((by, fraction) for by in CRITERIA for fraction in FRACTIONS)]):
+        pruned = whole if by is None else inference_model(prune_connections(model, fraction, by, batches), dtype)
+        rows.append({
+            'by': by, 'fraction': fraction, **accuracy(rank_targets(pruned, test)),
+            'layers': sum(len(stage.layers) for stage in pruned.stages),
+            'time': measure_speed(whole, pruned, dtype) if by in ('norm', None) else None})
+    results = {
+        'date': str(date.today()), 'machine': run.cpu_name(), 'threads': threads, 'torch': torch.__version__,
+        'checkpoint': name, 'dtype': dtype_name, 'rounds': rounds, 'connections': len(scores['norm']),
+        'importance': importance, 'rows': rows}
+    output.write_text(json.dumps(results, indent=2) + '\n')
+    draw(results, output.with_suffix('.png'))
+
+
+if __name__ == '__main__':
+    typer.run(main)
