@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from timm_deluge.card import best_table, checkpoint_table, model_card, model_table
@@ -63,11 +64,14 @@ def _replace_block(text: str, name: str, content: str) -> str:
     return re.sub(f'{begin}.*?{end}', lambda _: f'{begin}\n{content}\n{end}', text, flags=re.DOTALL)
 
 
-def draw_learning_curves(path: Path) -> None:
+def draw_learning_curves(path: Path) -> Figure:
     """Plot each checkpoint's loss and error over the epochs of its training log.
 
     Args:
         path: PNG file to write.
+
+    Returns:
+        What was drawn.
     """
     figure, (loss, error) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
     for checkpoint in list_checkpoints():
@@ -83,6 +87,7 @@ def draw_learning_curves(path: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*error.get_legend_handles_labels(), loc='outside lower center', ncols=2)
     figure.savefig(path, dpi=150)
+    return figure
 
 
 def accuracies() -> list[dict[str, Any]]:

@@ -15,10 +15,9 @@ from typer.testing import CliRunner
 
 from timm_deluge import cli
 from timm_deluge.recipes import list_recipes, recipe_path
-from timm_deluge.weights import find_checkpoint, list_checkpoints
+from timm_deluge.weights import find_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-needs_checkpoint = pytest.mark.skipif(not list_checkpoints(), reason='no checkpoint is published yet')
 
 
 def invoke(*args, **kwargs):
@@ -33,7 +32,6 @@ def photos(tmp_path):
     return tmp_path
 
 
-@needs_checkpoint
 def test_predict_without_an_image_shows_the_packaged_photograph():
     result = invoke('predict')
     assert result.exit_code == 0, result.output
@@ -41,7 +39,6 @@ def test_predict_without_an_image_shows_the_packaged_photograph():
     assert 'rocket' in result.stdout.replace('rocket.jpg', '')
 
 
-@needs_checkpoint
 def test_predict_shows_what_the_class_names_stand_for():
     (prediction,) = json.loads(invoke('predict', '--model', 'delugenet92', '--json').stdout)
     assert {c['name'] for c in prediction['classes']} <= set(find_checkpoint('delugenet92').class_descriptions.values())
@@ -57,7 +54,6 @@ def test_predict_json_of_a_folder(photos):
         assert len(probabilities) == 3 and probabilities == sorted(probabilities, reverse=True)
 
 
-@needs_checkpoint
 def test_predict_agrees_with_timm(photos):
     model = timm.create_model('delugenet146', pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
@@ -67,7 +63,6 @@ def test_predict_agrees_with_timm(photos):
     assert best['probability'] == pytest.approx(probabilities.max().item(), abs=1e-5)
 
 
-@needs_checkpoint
 def test_predict_skips_what_it_cannot_read_and_says_so(photos):
     (photos / 'empty.png').touch()
     (photos / 'text.png').write_text('no image')
@@ -82,13 +77,11 @@ def test_predict_skips_what_it_cannot_read_and_says_so(photos):
         str(photos / 'empty.png'), str(photos / 'text.png')]
 
 
-@needs_checkpoint
 def test_predict_reads_paths_from_standard_input(photos):
     result = invoke('predict', '-', '--json', input=f'{photos / "one.png"}\n{photos / "two.jpg"}\n')
     assert len(json.loads(result.stdout)) == 2
 
 
-@needs_checkpoint
 def test_predict_caps_top_at_the_number_of_classes(photos):
     assert len(json.loads(invoke('predict', photos / 'one.png', '--json', '--top', 1000).stdout)[0]['classes']) == 100
 
@@ -104,7 +97,6 @@ def test_predict_on_a_device_that_is_not_there(photos):
     assert result.exit_code == 2 and "cannot run on 'xpu:77'" in result.stderr
 
 
-@needs_checkpoint
 def test_predict_of_an_empty_folder(tmp_path):
     result = invoke('predict', tmp_path)
     assert result.exit_code == 1 and 'a folder without images' in result.stderr
@@ -115,7 +107,6 @@ def test_predict_of_nothing_on_standard_input():
     assert result.exit_code == 2 and 'standard input named no images' in result.stderr
 
 
-@needs_checkpoint
 def test_predict_shows_paths_as_they_are(photos):
     for name in ('a [edited].jpg', 'b :smile:.jpg', 'c [/x].jpg'):
         (photos / 'two.jpg').rename(photos / name.replace('/', ''))

@@ -1,5 +1,6 @@
 """What is generated is up to date: README, model card and reports say what the code and the manifest say."""
 import csv
+import json
 import re
 import runpy
 from dataclasses import replace
@@ -92,15 +93,37 @@ def test_model_card_is_in_hugging_face_form(texts):
 def test_training_log_ends_with_the_published_accuracy(checkpoint):
     with (REPOSITORY / 'reports' / 'training' / f'{checkpoint.name}.csv').open(newline='') as f:
         epochs = list(csv.DictReader(f))
-    assert [int(e['epoch']) for e in epochs] == list(range(checkpoint.epochs))
+    measured = [int(e['epoch']) for e in epochs]  # train.py logs the epochs after which it measures
+    assert measured == sorted(set(measured)) and measured[-1] == checkpoint.epochs - 1
     # logged from float32 weights, and in the run's own arithmetic
     assert float(epochs[-1]['eval_top1']) == pytest.approx(checkpoint.metrics['top1'], abs=0.3)
     assert all(float(e['train_loss']) > 0 for e in epochs)
 
 
-def test_learning_curves_are_drawn(tmp_path):
+def test_learning_curves_are_those_of_the_logs(tmp_path):
     draw = runpy.run_path(str(REPOSITORY / 'reports' / 'generate.py'))['draw_learning_curves']
-    draw(tmp_path / 'curves.png')
+    figure = draw(tmp_path / 'curves.png')
+    for axis, column, of_percent in zip(figure.axes, ('train_loss', 'eval_top1'), (lambda x: x, lambda x: 100 - x)):
+        lines = {line.get_label(): line for line in axis.get_lines()}
+        for checkpoint in list_checkpoints():
+            log = (REPOSITORY / 'reports' / 'training' / f'{checkpoint.name}.csv').read_text().splitlines()
+            at = log[0].split(',').index(column)
+            expected = [of_percent(float(row.split(',')[at])) for row in log[1:]]
+            assert list(lines[checkpoint.name].get_ydata()) == pytest.approx(expected)
+            assert list(lines[checkpoint.name].get_xdata()) == [1 + int(row.split(',')[0]) for row in log[1:]]
     with Image.open(tmp_path / 'curves.png') as drawn, \
             Image.open(REPOSITORY / 'reports' / 'training' / 'learning_curves.png') as published:
         assert drawn.size == published.size
+
+
+def test_figures_on_the_page_are_those_of_the_manifest():
+    """By reading both files, without what writes the one from the other."""
+    manifest = json.loads((REPOSITORY / 'weights' / 'manifest.json').read_text(encoding='utf-8'))
+    page = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
+    table = page[page.index('<!-- checkpoints:'):page.index('<!-- end of checkpoints -->')]
+    rows = {cells[1].strip(' `'): [cell.strip() for cell in cells] for cells in
+            (line.split('|') for line in table.splitlines()) if len(cells) > 3}
+    for checkpoint in manifest['checkpoints']:
+        row = rows[f'{checkpoint["model"]}.{checkpoint["tag"]}']
+        assert f'{100 - checkpoint["metrics"]["top1"]:.2f}' in row
+        assert str(checkpoint['epochs']) in row and str(checkpoint['hours']) in row

@@ -14,7 +14,6 @@ from PIL import Image
 
 from timm_deluge.cli import EXAMPLE_IMAGE
 from timm_deluge.recipes import list_recipes, recipe_path
-from timm_deluge.weights import list_checkpoints
 
 SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', ''))
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
@@ -95,7 +94,6 @@ def test_killed_training_loses_only_its_current_epoch(images, tmp_path, launcher
     assert [int(e['epoch']) for e in resumed] == list(range(done + 1, 3))
 
 
-@pytest.mark.skipif(not list_checkpoints(), reason='no checkpoint is published yet')
 def test_validate_script_through_run(images):
     out = run('-m', 'timm_deluge.run', SCRIPTS / 'validate.py', '--model', 'delugenet146', '--pretrained',
               '--data-dir', images, '--split', 'validation', '--device', 'cpu', '--batch-size', 4, '--workers', 1)
