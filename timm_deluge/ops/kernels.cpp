@@ -244,6 +244,7 @@ void combine(const T* const* layers, int64_t num_layers, const float* const* wei
             layers, num_layers, weights + k, biases + k, outs + k, relu && k == 0, shape, threads);
 }
 
+// Sums the lanes of a vector.
 template <class Lanes>
 float sum_of(const Lanes& lanes) {
     if constexpr (sizeof lanes == 2 * sizeof(float)) return lanes[0] + lanes[1];
@@ -397,54 +398,54 @@ std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& t
     std::vector<double> totals(threads * stride);
     for_each_tile<BY_COLUMN>(shape, threads, [=, &totals](const Tile& tile, int thread) {
         double *const first_totals = &totals[thread * stride], *const second_totals = first_totals + shape.channels;
-        // SIZE vectors side by side, and those `distance` elements apart
-        const auto add = [&](auto size, auto whole, int64_t first, int64_t distance, int64_t length, int64_t channel,
+        // adds `size` vectors side by side, `length` times, each time `distance` elements further
+        const auto add = [&](auto size, auto whole, int64_t begin, int64_t distance, int64_t length, int64_t channel,
                              int count) {
-            Floats sums[size], products[size];
-            for (int n = 0; n < size; n++) sums[n] = products[n] = Floats{};
+            Floats first[size], second[size];
+            for (int n = 0; n < size; n++) first[n] = second[n] = Floats{};
             for (int64_t i = 0; i < length; i++)
                 for (int n = 0; n < size; n++) {
                     const int64_t lane = n * WIDTH;
                     const Pair pair = terms(Vectors<BY_COLUMN, 1, whole>{
-                        first + i * distance + lane, 0, channel + (BY_COLUMN ? lane : 0), count});
-                    sums[n] += pair.first;
-                    products[n] += pair.second;
+                        begin + i * distance + lane, 0, channel + (BY_COLUMN ? lane : 0), count});
+                    first[n] += pair.first;
+                    second[n] += pair.second;
                 }
             if constexpr (BY_COLUMN) {
                 float lanes[2][size * WIDTH];
-                std::memcpy(lanes[0], sums, sizeof sums);
-                std::memcpy(lanes[1], products, sizeof products);
+                std::memcpy(lanes[0], first, sizeof first);
+                std::memcpy(lanes[1], second, sizeof second);
                 for (int k = 0; k < (whole ? size * WIDTH : count); k++) {
                     first_totals[channel + k] += lanes[0][k];
                     second_totals[channel + k] += lanes[1][k];
                 }
             } else {
                 for (int n = 1; n < size; n++) {
-                    sums[0] += sums[n];
-                    products[0] += products[n];
+                    first[0] += first[n];
+                    second[0] += second[n];
                 }
-                first_totals[channel] += sum_of(sums[0]);
-                second_totals[channel] += sum_of(products[0]);
+                first_totals[channel] += sum_of(first[0]);
+                second_totals[channel] += sum_of(second[0]);
             }
         };
         constexpr int64_t across = UNROLL * WIDTH;
-        const int64_t first = tile.row * shape.columns, rows = tile.end_row - tile.row;
+        const int64_t row = tile.row * shape.columns, rows = tile.end_row - tile.row;
         int64_t c = tile.column;
         if constexpr (BY_COLUMN) {
             for (; c + across <= tile.end_column; c += across)
-                add(Int<UNROLL>{}, std::true_type{}, first + c, shape.columns, rows, c, WIDTH);
+                add(Int<UNROLL>{}, std::true_type{}, row + c, shape.columns, rows, c, WIDTH);
             for (; c + WIDTH <= tile.end_column; c += WIDTH)
-                add(Int<1>{}, std::true_type{}, first + c, shape.columns, rows, c, WIDTH);
+                add(Int<1>{}, std::true_type{}, row + c, shape.columns, rows, c, WIDTH);
         } else {
             const int64_t channel = tile.row % shape.channels, length = (tile.end_column - c) / across;
-            if (length) add(Int<UNROLL>{}, std::true_type{}, first + c, across, length, channel, WIDTH);
+            if (length) add(Int<UNROLL>{}, std::true_type{}, row + c, across, length, channel, WIDTH);
             c += length * across;
             const int64_t rest = (tile.end_column - c) / WIDTH;
-            if (rest) add(Int<1>{}, std::true_type{}, first + c, WIDTH, rest, channel, WIDTH);
+            if (rest) add(Int<1>{}, std::true_type{}, row + c, WIDTH, rest, channel, WIDTH);
             c += rest * WIDTH;
         }
         if (c < tile.end_column)
-            add(Int<1>{}, std::false_type{}, first + c, shape.columns, rows, BY_COLUMN ? c : tile.row % shape.channels,
+            add(Int<1>{}, std::false_type{}, row + c, shape.columns, rows, BY_COLUMN ? c : tile.row % shape.channels,
                 int(tile.end_column - c));
     });
     for (int thread = 1; thread < threads; thread++)
