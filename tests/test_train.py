@@ -65,7 +65,7 @@ def test_recipe_trains(recipe, images, tmp_path):
 
 def test_recipe_trains_in_two_processes(images, tmp_path):
     options = ('--epochs', 1, '--batch-size', 2)
-    epochs = train('imagenet_delugenet92', images, tmp_path / 'out', *options, launcher=TORCHRUN)
+    epochs = train('imagenet', images, tmp_path / 'out', *options, launcher=TORCHRUN)
     assert len(epochs) == 1 and 0 < float(epochs[0]['train_loss']) < 20
 
 
