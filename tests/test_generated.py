@@ -15,6 +15,8 @@ from timm_deluge.report import create_report
 from timm_deluge.weights import list_checkpoints
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# train.py logs the epochs after which it measures: all of them, but for runs with --val-interval
+MEASURED = {'delugenet146.muon30_cifar100': [5, 11, 29]}
 
 
 @pytest.fixture(scope='module')
@@ -93,8 +95,7 @@ def test_model_card_is_in_hugging_face_form(texts):
 def test_training_log_ends_with_the_published_accuracy(checkpoint):
     with (REPOSITORY / 'reports' / 'training' / f'{checkpoint.name}.csv').open(newline='') as f:
         epochs = list(csv.DictReader(f))
-    measured = [int(e['epoch']) for e in epochs]  # train.py logs the epochs after which it measures
-    assert measured == sorted(set(measured)) and measured[-1] == checkpoint.epochs - 1
+    assert [int(e['epoch']) for e in epochs] == MEASURED.get(checkpoint.name, list(range(checkpoint.epochs)))
     # logged from float32 weights, and in the run's own arithmetic
     assert float(epochs[-1]['eval_top1']) == pytest.approx(checkpoint.metrics['top1'], abs=0.3)
     assert all(float(e['train_loss']) > 0 for e in epochs)

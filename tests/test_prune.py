@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from test_cli import invoke
 from test_implementations import FAST, LAYOUTS, assert_same, block, restore_implementation  # noqa: F401
-from test_reparameterize import assert_same_function
+from test_reparameterize import assert_same_function, away_from_start
 from timm.utils import reparameterize_model
 
 from timm_deluge import connection_scores, prune_connections, pruned_connections, set_implementation
@@ -26,16 +26,7 @@ NUM_CONNECTIONS, NUM_CONSUMERS = 23, 7
 
 def network(**kwargs) -> DelugeNet:
     torch.manual_seed(0)
-    model = DelugeNet(DEPTHS, (4, 8), num_classes=5, stem_type='cifar', **kwargs)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.5)
-                module.running_var.uniform_(0.3, 3)
-        for name, parameter in model.named_parameters():
-            if parameter.dim() != 4 or 'cross' in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
+    return away_from_start(DelugeNet(DEPTHS, (4, 8), num_classes=5, stem_type='cifar', **kwargs))
 
 
 def with_zeros(model: DelugeNet, pruned: DelugeNet) -> DelugeNet:
@@ -223,12 +214,15 @@ def test_configurations_are_checked(connections, kwargs, message):
 @pytest.mark.parametrize('aggregation', [name for name in AGGREGATIONS if name != 'last'])
 def test_saved_and_made_again(tmp_path, aggregation):
     torch.manual_seed(0)
-    kwargs = dict(depths=DEPTHS, widths=(4, 8), num_classes=5, aggregation=aggregation)
-    pruned = prune_connections(timm.create_model('delugenet146', **kwargs).eval(), 0.5, 'random')
-    x = torch.randn(1, 3, 16, 16)
+    kwargs = dict(num_classes=5, in_chans=1, aggregation=aggregation)
+    pruned = prune_connections(away_from_start(timm.create_model('delugenet146', **kwargs)).eval(), 0.5, 'random')
     like = timm.create_model('delugenet146', pruned_connections=pruned_connections(pruned), **kwargs).eval()
     like.load_state_dict(pruned.state_dict())
-    torch.testing.assert_close(like(x), pruned(x))
+    save_pruned(pruned, tmp_path / 'pruned')
+    loaded = timm.create_model(f'local-dir:{tmp_path / "pruned"}', pretrained=True, in_chans=1).eval()
+    x = torch.randn(1, 1, 16, 16)
+    for other in (like, loaded):
+        torch.testing.assert_close(other(x), pruned(x))
 
 
 def test_command(scratch_weights, tmp_path):

@@ -30,7 +30,10 @@ def trained(stem_type='cifar', **kwargs) -> DelugeNet:
     """A small model whose parameters and running statistics are all away from their start."""
     torch.manual_seed(0)
     depths = (3, 3) if stem_type == 'cifar' else (2, 2, 2)
-    model = DelugeNet(depths, (4, 8, 8)[:len(depths)], num_classes=5, stem_type=stem_type, **kwargs)
+    return away_from_start(DelugeNet(depths, (4, 8, 8)[:len(depths)], num_classes=5, stem_type=stem_type, **kwargs))
+
+
+def away_from_start(model: DelugeNet) -> DelugeNet:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):

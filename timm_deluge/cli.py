@@ -27,7 +27,7 @@ from .download import download_checkpoint
 from .hub import hub_files, push_to_hub
 from .images import find_images
 from .predict import Prediction, predict
-from .prune import prune_connections, save_pruned
+from .prune import CRITERIA, prune_connections, save_pruned
 from .publish import add_checkpoint
 from .recipes import list_recipes, recipe_path
 from .reparameterize import FusedDelugeBlock
@@ -43,13 +43,6 @@ err_console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 T = TypeVar('T')
 EXAMPLE_IMAGE = Path(__file__).parent / 'assets' / 'rocket.jpg'
-
-
-class Criterion(str, Enum):
-    """How connections are ranked: see `timm_deluge.connection_scores`."""
-    norm = 'norm'
-    taylor = 'taylor'
-    random = 'random'
 
 
 class Format(str, Enum):
@@ -162,7 +155,7 @@ def report(
     kwargs = dict(map(_parse_model_kwarg, model_kwargs or []))
     try:
         print(format_reports([create_report(name, **kwargs) for name in models], fmt.value))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         _fail(error)
 
 
@@ -205,7 +198,7 @@ def prune(
             metavar='MODEL', help='Model, model.tag, hf-hub:USER/REPO or local-dir:FOLDER; its pretrained weights.')],
         output: Annotated[Path, typer.Option(help='Folder to make, for local-dir:FOLDER.')],
         fraction: Annotated[float, typer.Option(min=0, max=1, help='Share of all connections that are to go.')] = 0.5,
-        by: Annotated[Criterion, typer.Option(help='Which are the weakest.')] = Criterion.norm,
+        by: Annotated[str, typer.Option(help=f'Which are the weakest, by {", ".join(CRITERIA)}.')] = 'norm',
         data_dir: Annotated[Path | None, typer.Option(
             help='Folder with one folder of training images per class, for taylor.', show_default=False)] = None,
         num_images: Annotated[int, typer.Option(min=1, help='Images to look at, for taylor.')] = 1000,
@@ -213,11 +206,12 @@ def prune(
 ) -> None:
     """Remove the weakest connections of a network, and save what is left.
 
-    Prints the number of connections and, with those gone, of layers that inference leaves out.
+    Prints how many connections and layers there are, and how many layers are left in inference: none that nothing is
+    connected to.
     """
     if output.exists():
         _fail(f'{output} exists: name a folder that does not')
-    if (by is Criterion.taylor) != (data_dir is not None):
+    if (by == 'taylor') != (data_dir is not None):
         _fail('--by taylor and --data-dir need each other')
     try:
         model = timm.create_model(source, pretrained=True)
@@ -225,10 +219,10 @@ def prune(
         if data_dir is not None:
             loader = create_validation_loader(model, data_dir, 100, 1, num_images)
             batches = _show_progress(loader, len(loader), 'batches')
-        pruned = prune_connections(model, fraction, by.value, batches, seed)
+        pruned = prune_connections(model, fraction, by, batches, seed)
         fused = reparameterize_model(pruned)
         save_pruned(pruned, output)
-    except (FileExistsError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         _fail(error)
     before, after = (sum(len(m.sources) for m in network.modules() if isinstance(m, CrossLayerDepthwiseConv2d))
                      for network in (model, pruned))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from .aggregation import CrossLayerDepthwiseConv2d
+from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
 from .delugenet import DelugeBlock
 
 __all__ = ['Connection', 'connection_scores', 'prune_connections', 'pruned_connections', 'save_pruned']
@@ -197,8 +197,11 @@ def save_pruned(model: nn.Module, folder: Path) -> None:
     if folder.exists():
         raise FileExistsError(f'{folder} exists: name a folder that does not')
     folder.parent.mkdir(parents=True, exist_ok=True)
+    kind = next(type(module) for module in model.modules() if isinstance(module, CrossLayerDepthwiseConv2d))
+    model_args = {
+        'aggregation': next(name for name, aggregation in AGGREGATIONS.items() if aggregation is kind),
+        'pruned_connections': pruned_connections(model)}
     with TemporaryDirectory(dir=folder.parent) as scratch:
         whole: Any = Path(scratch, folder.name)
-        save_for_hf(
-            model, whole, model_args={'pruned_connections': pruned_connections(model)}, safe_serialization=True)
+        save_for_hf(model, whole, model_args=model_args, safe_serialization=True)
         whole.rename(folder)
