@@ -164,9 +164,9 @@ def test_the_places_are_looked_through_in_order(scratch_weights, split_weights, 
         verify_checkpoint(checkpoint)
     for folder in reversed(folders.values()):
         folder.mkdir()
-        for part in split_weights:
+        for part in checkpoint.parts:
             assert all(file['path'].parent != folder for file in checkpoint.files)
-            (folder / part.name).write_bytes(part.read_bytes())
+            (folder / part['file']).write_bytes((split_weights[0].parent / part['file']).read_bytes())
         assert {file['path'].parent for file in checkpoint.files} == {folder}
         verify_checkpoint(checkpoint)
 

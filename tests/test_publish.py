@@ -1,6 +1,8 @@
 """A training run becomes a checkpoint with a measured accuracy, and the measurement can be repeated."""
 import json
 import os
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from test_cli import invoke
 from typer.testing import CliRunner
 
 from timm_deluge import cli, weights
+from timm_deluge.card import model_card
 from timm_deluge.publish import add_checkpoint
 from timm_deluge.validate import accuracy, create_validation_loader, rank_targets
 
@@ -94,10 +98,29 @@ def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
     assert weights.list_checkpoints() == [again]
 
 
+@pytest.mark.parametrize('model_ema', [True, False])
+def test_the_moving_average_is_published_where_there_is_one(run_dir, data_dir, weights_dir, model_ema):
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'model_ema': model_ema, 'model_ema_decay': 0.99}))
+    trained = torch.load(run_dir / 'last.pth.tar')['state_dict']
+    average = {name: tensor + 1 for name, tensor in trained.items()}
+    torch.save({'state_dict': trained, 'state_dict_ema': average}, run_dir / 'last.pth.tar')
+    options = {'tag': 'test_noise', 'data-dir': data_dir, 'recipe': 'cifar100_delugenet146', 'dataset': 'Noise',
+               'provenance': 'numpy', 'hardware': 'none'}
+    result = invoke('weights', 'add', run_dir, *chain(*((f'--{name}', value) for name, value in options.items())))
+    assert result.exit_code == 0, result.output
+    assert ('moving average, decay 0.99' if model_ema else 'last weights') in result.stdout
+    (checkpoint,) = weights.list_checkpoints()
+    assert checkpoint.ema_decay == (0.99 if model_ema else None)
+    published, expected = weights.load_checkpoint(checkpoint), average if model_ema else trained
+    assert torch.equal(published['norm.bias'], expected['norm.bias'].half())
+    assert ('weights averaged with decay 0.99' in model_card([checkpoint])) == model_ema
+
+
 def test_large_checkpoint_is_split(run_dir, data_dir, weights_dir, monkeypatch):
     monkeypatch.setattr('timm_deluge.publish.PART_BYTES', 5 * 2 ** 20)
     checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
-    assert len(checkpoint.parts) == 3
+    assert [Path(part['file']).suffix for part in checkpoint.parts] == ['.safetensors'] * 3 + ['.json']
     trained = torch.load(run_dir / 'last.pth.tar')['state_dict']
     published = weights.load_checkpoint(checkpoint)
     assert published.keys() == trained.keys()

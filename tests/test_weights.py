@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -84,12 +85,15 @@ def test_scratch_checkpoint_adapts_to_other_classes_and_channels(scratch_weights
 
 def test_parts_follow_the_hubs_convention_and_the_manifest_knows_each(split_weights):
     checkpoint = find_checkpoint('delugenet146')
-    assert [part['file'] for part in checkpoint.parts] == [path.name for path in split_weights]
+    index_path = split_weights[0].parent / 'delugenet146.test_random.safetensors.index.json'
+    paths = [*split_weights, index_path]
+    assert [part['file'] for part in checkpoint.parts] == [path.name for path in paths]
     assert split_weights[0].name == 'delugenet146.test_random-00001-of-00004.safetensors' and len(split_weights) == 4
-    index = json.loads((split_weights[0].parent / 'delugenet146.test_random.safetensors.index.json').read_text())
-    for part, path in zip(checkpoint.parts, split_weights):
+    for part, path in zip(checkpoint.parts, paths):
         data = path.read_bytes()
         assert (part['bytes'], part['sha256']) == (len(data), hashlib.sha256(data).hexdigest())
+    index = json.loads(index_path.read_text())
+    for path in split_weights:
         tensors = safetensors.torch.load_file(path)
         assert tensors.keys() == {name for name, file in index['weight_map'].items() if file == path.name}
     assert index['weight_map'].keys() == load_checkpoint(checkpoint).keys()
@@ -115,11 +119,57 @@ def test_missing_or_altered_part_is_named(split_weights, create):
         create()
 
 
-@pytest.mark.parametrize('damage', [Path.unlink, lambda path: path.write_text('{'), lambda path: path.write_text('{}')])
-def test_missing_or_malformed_index_is_named(split_weights, damage):
+@pytest.mark.parametrize('create', [create_by_name, create_from_scratch_checkpoint])
+@pytest.mark.parametrize('damage, message', [
+    (Path.unlink, 'the file of .* is missing'),
+    (lambda path: path.write_text('{}'), '2 bytes, but the manifest says'),
+    (lambda path: path.write_text(path.read_text().replace('00001', '00002', 1)), 'SHA-256 .* but the manifest says'),
+])
+def test_missing_or_altered_index_is_named(split_weights, create, damage, message):
     damage(split_weights[0].parent / 'delugenet146.test_random.safetensors.index.json')
-    with pytest.raises(CheckpointError, match='safetensors.index.json: not an index of .*-00001-of-00004.safetensors'):
-        create_from_scratch_checkpoint()
+    with pytest.raises(CheckpointError, match=f'delugenet146.test_random.safetensors.index.json: {message}'):
+        create()
+
+
+@pytest.mark.parametrize('create', [create_by_name, create_from_scratch_checkpoint])
+def test_what_was_verified_is_what_is_loaded(split_weights, create, monkeypatch):
+    """Files that are swapped as soon as they were read for verification."""
+    expected = create().state_dict()
+    read_bytes = Path.read_bytes
+
+    def read_and_swap(path):
+        content = read_bytes(path)
+        if path.suffix == '.safetensors':
+            zeros = {name: torch.zeros_like(tensor) for name, tensor in safetensors.torch.load(content).items()}
+            safetensors.torch.save_file(zeros, path)
+        return content
+
+    monkeypatch.setattr(Path, 'read_bytes', read_and_swap)
+    model = create()
+    assert not any(tensor.any() for tensor in safetensors.torch.load_file(split_weights[0]).values())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'features_only': True}])
+def test_tensors_are_not_kept_with_the_configuration(scratch_weights, kwargs):
+    model = create_by_name(**kwargs)
+    assert model.pretrained_cfg['file'] == str(scratch_weights) and 'state_dict' not in model.pretrained_cfg
+
+
+def test_the_first_of_several_parts_loads_as_a_file(split_weights):
+    name = 'delugenet146.test_random'
+    for path in [*split_weights, split_weights[0].parent / f'{name}.safetensors.index.json']:
+        path.rename(path.with_name(path.name.replace(name, 'mine')))
+    (index,) = split_weights[0].parent.glob('*.index.json')
+    index.write_text(index.read_text().replace(name, 'mine'))
+    first = index.with_name('mine-00001-of-00004.safetensors')
+    create = partial(timm.create_model, 'delugenet146', pretrained=True, pretrained_cfg_overlay={'file': str(first)})
+    expected = {name: tensor for path in sorted(first.parent.glob('mine-*')) for name, tensor in
+                safetensors.torch.load_file(path).items()}
+    assert all(torch.equal(v, expected[k].to(v.dtype)) for k, v in create().state_dict().items())
+    index.write_text('{}')
+    with pytest.raises(CheckpointError, match='index.json: not an index of mine-00001-of-00004.safetensors'):
+        create()
 
 
 def test_joining_parts_takes_no_more_memory_than_one_file(tmp_path):

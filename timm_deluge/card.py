@@ -178,13 +178,14 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
                  f'{checkpoint.dataset["provenance"]}'),
         ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epochs from {_start(checkpoint)}, '
                      f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; '
-                     f'log in `reports/training/{checkpoint.name}.csv`'),
+                     + (f'weights averaged with decay {checkpoint.ema_decay}; ' if checkpoint.ema_decay else '')
+                     + f'log in `reports/training/{checkpoint.name}.csv`'),
         ('input', f'{"×".join(map(str, checkpoint.input_size))}, {checkpoint.interpolation} interpolation, '
                   f'mean {tuple(checkpoint.mean)}, std {tuple(checkpoint.std)}'),
         ('file', f'`{checkpoint.file}`, {checkpoint.bytes:,} bytes, SHA-256 `{checkpoint.sha256}`'
                  + (', joined from the parts' if checkpoint.parts else '')),
-        *(('part', f'`{part["file"]}`, {part["bytes"]:,} bytes, SHA-256 `{part["sha256"]}`')
-          for part in checkpoint.parts),
+        *(('index' if part['file'].endswith('.json') else 'part',
+           f'`{part["file"]}`, {part["bytes"]:,} bytes, SHA-256 `{part["sha256"]}`') for part in checkpoint.parts),
         ('reproduce', f'`{checkpoint.command}`'),
     ]
     return '\n\n'.join([

@@ -1,4 +1,4 @@
-"""The command line: `timm-deluge predict | report | connectivity | prune | validate | weights | publish | recipe`."""
+"""The command line, `timm-deluge`: predict, report, connectivity, prune, demo, validate, weights, publish, recipe."""
 import ast
 import csv
 import json
@@ -26,7 +26,7 @@ from .delugenet import DelugeBlock
 from .download import download_checkpoint
 from .hub import hub_files, push_to_hub
 from .images import find_images
-from .predict import Prediction, predict
+from .predict import EXAMPLE_IMAGE, Prediction, predict
 from .prune import CRITERIA, prune_connections, save_pruned
 from .publish import add_checkpoint
 from .recipes import list_recipes, recipe_path
@@ -42,7 +42,6 @@ console = Console(highlight=False, emoji=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 T = TypeVar('T')
-EXAMPLE_IMAGE = Path(__file__).parent / 'assets' / 'rocket.jpg'
 
 
 class Format(str, Enum):
@@ -233,6 +232,25 @@ def prune(
         'model': f'local-dir:{output}'}, indent=2))
 
 
+@app.command()
+def demo(
+        model: Annotated[str, typer.Option(help='Model, or model.tag, that is chosen at first.')] = 'delugenet146',
+        host: Annotated[str, typer.Option(help='Address to listen at; 0.0.0.0 for the whole network.')] = '127.0.0.1',
+        port: Annotated[int, typer.Option(min=1, max=65535, help='Port to listen at.')] = 7860,
+        open_browser: Annotated[bool, typer.Option('--open', help='Show it in the browser.')] = False,
+) -> None:
+    """Serve a page to try the checkpoints on pictures, see where they look, and take connections away."""
+    checkpoint = _find(model)
+    try:
+        from .demo import create_page, launch_page
+    except ImportError as error:
+        _fail(f"the page needs more packages: pip install 'timm-deluge[demo]' ({error})")
+    try:
+        launch_page(create_page(checkpoint.name), host, port, open_browser)
+    except (OSError, RuntimeError) as error:
+        _fail(error)
+
+
 @app.command('validate')
 def validate_command(
         name: Annotated[str, typer.Argument(help='Model, or model.tag.')],
@@ -272,7 +290,10 @@ def weights_add(
             help="Text file: a class folder's name, a tab and what it stands for on each line, as in WordNet's "
                  'words.txt.')] = None,
 ) -> None:
-    """Publish a training run: write the fp16 file and the log, measure the accuracy, add all to the manifest."""
+    """Publish a training run: write the fp16 file and the log, measure the accuracy, add all to the manifest.
+
+    Takes the last epoch's weights, or their moving average if it was trained with --model-ema, and says which.
+    """
     try:
         checkpoint = add_checkpoint(
             run_dirs, tag, data_dir, recipe_name, dataset_name, provenance, hardware,
@@ -281,7 +302,8 @@ def weights_add(
             if descriptions else None)
     except (FileNotFoundError, LookupError, RuntimeError, ValueError) as error:
         _fail(error)
-    console.print(f'{checkpoint.path}: {checkpoint.metrics}', markup=False)
+    kind = 'last weights' if checkpoint.ema_decay is None else f'moving average, decay {checkpoint.ema_decay}'
+    console.print(f'{checkpoint.path}, {kind}: {checkpoint.metrics}', markup=False)
 
 
 @weights_app.command('list')

@@ -6,25 +6,9 @@ from huggingface_hub import hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-from .weights import HUB_FILE, Checkpoint, CheckpointError, downloads_dir, verify_checkpoint
+from .weights import HUB_FILE, Checkpoint, CheckpointError, downloads_dir
 
-__all__ = ['download_checkpoint', 'ensure_checkpoint']
-
-
-def ensure_checkpoint(checkpoint: Checkpoint) -> None:
-    """Hold a checkpoint's files against the manifest, and download them first if they are not on this machine.
-
-    Args:
-        checkpoint: The manifest's entry.
-
-    Raises:
-        CheckpointError: If a file is truncated or altered, or is missing and the manifest records no repository of the
-            Hub.
-        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
-    """
-    if checkpoint.hf_hub_id and not checkpoint.files:
-        download_checkpoint(checkpoint, checkpoint.hf_hub_id)
-    verify_checkpoint(checkpoint)
+__all__ = ['download_checkpoint']
 
 
 def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:

@@ -9,9 +9,11 @@ import torch
 from timm.data import create_transform, resolve_data_config
 
 from .images import ImageError, read_image
-from .weights import find_checkpoint
+from .weights import Checkpoint, find_checkpoint
 
-__all__ = ['Prediction', 'predict']
+__all__ = ['EXAMPLE_IMAGE', 'Prediction', 'class_labels', 'predict']
+
+EXAMPLE_IMAGE = Path(__file__).parent / 'assets' / 'rocket.jpg'
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,12 @@ class Prediction:
     path: str
     classes: list[tuple[str, float]] = field(default_factory=list)
     error: str | None = None
+
+
+def class_labels(checkpoint: Checkpoint) -> list[str]:
+    """Get what the classes of a checkpoint are called, in the order of its logits."""
+    descriptions = checkpoint.class_descriptions or {}
+    return [descriptions.get(name, name) for name in checkpoint.class_names]
 
 
 def predict(
@@ -53,8 +61,8 @@ def predict(
     checkpoint = find_checkpoint(*model_name.split('.', 1))
     model = timm.create_model(checkpoint.name, pretrained=True).eval().to(device)
     transform = create_transform(**resolve_data_config(model=model))
-    descriptions = checkpoint.class_descriptions or {}
-    top = min(top, len(checkpoint.class_names))
+    labels = class_labels(checkpoint)
+    top = min(top, len(labels))
     paths = iter(paths)
     while batch := list(islice(paths, batch_size)):
         inputs: dict[Path, torch.Tensor] = {}
@@ -69,8 +77,6 @@ def predict(
             with torch.inference_mode():
                 probabilities = model(torch.stack(list(inputs.values())).to(device)).softmax(-1).cpu()
             for path, values, indices in zip(inputs, *probabilities.topk(top), strict=True):
-                names = [checkpoint.class_names[i] for i in indices.tolist()]
-                names = [descriptions.get(name, name) for name in names]
-                classes[path] = list(zip(names, values.tolist(), strict=True))
+                classes[path] = [(labels[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
         for path in batch:
             yield Prediction(str(path), classes.get(path, []), errors.get(path))

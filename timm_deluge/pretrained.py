@@ -7,15 +7,16 @@ import torch
 from timm.models import resolve_pretrained_cfg
 from torch import nn
 
-from .download import ensure_checkpoint
+from .download import download_checkpoint
 from .paper import PUBLISHED
 from .weights import (
     HUB_FILE,
+    Checkpoint,
     CheckpointError,
     find_checkpoint,
     join_parts,
     list_checkpoints,
-    verify_checkpoint,
+    load_checkpoint,
     verify_download,
 )
 
@@ -25,30 +26,31 @@ _logger = logging.getLogger(__name__)
 
 
 def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
-    """Verify the checkpoint that a model is to be created with, and say what it is.
+    """Read the checkpoint that a model is to be created with, hold it against the manifest, and say what it is.
 
     Args:
         variant: The model's name in timm's registry.
-        kwargs: What else `timm.create_model` was given; one of the package's checkpoints goes in as the file to load.
+        kwargs: What else `timm.create_model` was given; the tensors of one of the package's checkpoints go in.
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it is not what was published.
     """
     cfg, overlay = kwargs.get('pretrained_cfg') or '', kwargs.get('pretrained_cfg_overlay') or {}
     own_source = overlay.keys() & {'file', 'url', 'hf_hub_id', 'state_dict'}
+    checkpoint: Checkpoint | None
     if isinstance(cfg, str) and not own_source:
         checkpoint = find_checkpoint(variant, cfg)
-        ensure_checkpoint(checkpoint)
+        if checkpoint.hf_hub_id and not checkpoint.files:
+            download_checkpoint(checkpoint, checkpoint.hf_hub_id)
+    else:
+        source = resolve_pretrained_cfg(variant, cfg, overlay)
+        if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):
+            verify_download(source.hf_hub_id, source.hf_hub_filename or HUB_FILE, kwargs.get('cache_dir'))
+        checkpoint = next((c for c in list_checkpoints() if source.file == str(c.path)), None)
+    if checkpoint:
+        kwargs['pretrained_cfg_overlay'] = {
+            **overlay, 'file': str(checkpoint.path), 'state_dict': load_checkpoint(checkpoint)}
         _say_what_it_is(checkpoint.name)
-        kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': str(checkpoint.path)}
-        return
-    source = resolve_pretrained_cfg(variant, cfg, overlay)
-    if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):
-        verify_download(source.hf_hub_id, source.hf_hub_filename or HUB_FILE, kwargs.get('cache_dir'))
-    for checkpoint in list_checkpoints():
-        if source.file == str(checkpoint.path):
-            verify_checkpoint(checkpoint)
-            _say_what_it_is(checkpoint.name)
 
 
 @cache
@@ -63,10 +65,10 @@ def _say_what_it_is(name: str) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Join a checkpoint's parts, and hold its tensors against the model before any is copied.
+    """Hold a checkpoint's tensors against the model before any is copied.
 
     Args:
-        state_dict: The checkpoint, or its first part.
+        state_dict: The checkpoint, or the first part of one that its configuration names the file of.
         model: The model it is meant for; its number of classes and of input channels may differ.
 
     Returns:
@@ -76,7 +78,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         CheckpointError: If a tensor is missing, superfluous or of another shape.
     """
     cfg: Any = model.pretrained_cfg
-    if cfg.get('file'):
+    read_already = cfg.pop('state_dict', None)  # need not be kept with the configuration
+    if cfg.get('file') and not read_already:
         state_dict = join_parts(state_dict, cfg['file'])
     other_head = model.num_classes != len(state_dict.get('head.fc.weight', ()))
 

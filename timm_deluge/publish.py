@@ -36,8 +36,8 @@ def add_checkpoint(
 ) -> Checkpoint:
     """Publish the last checkpoint of a training run: fp16 file, measured accuracy, log, manifest entry.
 
-    The last epoch's weights are taken, not those with the best accuracy on the test images. A file larger than 45 MiB
-    is split, by the Hugging Face Hub's convention.
+    The last epoch's weights are taken, not those with the best accuracy on the test images; their moving average, where
+    train.py kept one (`--model-ema`). A file larger than 45 MiB is split, by the Hugging Face Hub's convention.
 
     Args:
         run_dirs: Output folder of train.py, with `args.yaml`, `summary.csv` and `last.pth.tar`; several, in order, for
@@ -77,7 +77,8 @@ def add_checkpoint(
         raise ValueError(f'{run_dir}: {epochs_done} of {args["epochs"]} epochs are done; resume the run with '
                          f'train.py --resume {run_dir / "last.pth.tar"}')
 
-    state_dict = load_state_dict(str(run_dir / 'last.pth.tar'))
+    ema_decay = args['model_ema_decay'] if args.get('model_ema') else None
+    state_dict = load_state_dict(str(run_dir / 'last.pth.tar'), use_ema=ema_decay is not None)
     train_set = create_dataset('', root=str(data_dir / args['train_split']))
     class_names = list_classes(train_set)
     model: Any = timm.create_model(
@@ -125,6 +126,7 @@ def add_checkpoint(
         recipe=recipe,
         epochs=1 + max(log),
         seed=args['seed'],
+        ema_decay=ema_decay,
         hardware=hardware,
         hours=round(sum(
             (d / 'last.pth.tar').stat().st_mtime - (d / 'args.yaml').stat().st_mtime for d in run_dirs) / 3600, 2),
@@ -150,8 +152,8 @@ def write_weights(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, A
     with TemporaryDirectory(dir=weights_dir()) as folder:
         save_torch_state_dict(
             state_dict, folder, filename_pattern=f'{name}{{suffix}}.safetensors', max_shard_size=PART_BYTES)
-        written = sorted(Path(folder).iterdir())
-        parts = [_account(path.name, path.read_bytes()) for path in written if path.suffix == '.safetensors']
+        written = sorted(Path(folder).iterdir())  # the index last
+        parts = [_account(path.name, path.read_bytes()) for path in written]
         split = len(parts) > 1
         whole = _account(f'{name}.safetensors', joined_bytes(state_dict)) if split else parts[0]
         for path in written:

@@ -7,6 +7,7 @@ cross-layer convolution (which cover its normalisation) and two per element of e
 import csv
 import io
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,12 +16,15 @@ from typing import Any
 
 import timm
 import torch
-from fvcore.nn import FlopCountAnalysis
-from fvcore.nn.jit_handles import elementwise_flop_counter, get_shape
 from tabulate import tabulate
 from torch import nn
 
 from .aggregation import CrossLayerDepthwiseConv2d
+
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore', FutureWarning)  # of functions that fvcore scripts
+    from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import elementwise_flop_counter, get_shape
 
 __all__ = ['BlockReport', 'ModelReport', 'create_report', 'format_reports']
 

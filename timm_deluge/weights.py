@@ -1,12 +1,12 @@
 """The checkpoints: what the manifest says of each, and the proof that a file is what it says.
 
 `weights/manifest.json` is the one source of truth. timm's pretrained configurations, the model card and the README's
-accuracies are derived from it, and every file is held against its SHA-256 before a tensor is read.
+accuracies are derived from it, and every file is held against its SHA-256 before a tensor is read from it.
 """
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.constants import HF_ASSETS_CACHE
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 
 __all__ = [
     'Checkpoint', 'CheckpointError', 'downloads_dir', 'find_checkpoint', 'join_parts', 'joined_bytes',
@@ -44,8 +44,8 @@ class Checkpoint:
             are joined to on the Hugging Face Hub.
         bytes: Size of that file.
         sha256: SHA-256 of that file.
-        parts: `file`, `bytes` and `sha256` of each file of the weights folder that has some of the tensors; an index
-            in the Hub's form, `<file>.index.json`, says which. Empty if one file has them all.
+        parts: `file`, `bytes` and `sha256` of each file of the weights folder that has some of the tensors, and of the
+            Hub's index, `<file>.index.json`, that says which. Empty if one file has them all.
         num_params: Number of parameters, buffers excluded.
         class_names: Name of each class, in the order of the logits.
         class_descriptions: What each name stands for, such as WordNet's words for its identifiers, or None.
@@ -60,6 +60,7 @@ class Checkpoint:
         recipe: Name of the recipe, see `timm-deluge recipe`.
         epochs: Passes over the training images.
         seed: Random seed.
+        ema_decay: Decay of the moving average of the weights, if that was published, or None.
         hardware: What it was trained on.
         hours: Wall-clock hours of training.
         metrics: `top1` and `top5` accuracy in percent and `num_images` they were measured on; in `exact` the same
@@ -86,6 +87,7 @@ class Checkpoint:
     recipe: str
     epochs: int
     seed: int
+    ema_decay: float | None
     hardware: str
     hours: float
     metrics: dict[str, Any]
@@ -219,18 +221,27 @@ def verify_checkpoint(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: If a file is missing, truncated or altered; says where it was looked for, and how to get it.
     """
-    if not checkpoint.files:
+    for _ in _verified_contents(checkpoint):
+        pass
+
+
+def _verified_contents(checkpoint: Checkpoint) -> Iterator[tuple[Path, bytes]]:
+    """Read a checkpoint's files one by one, each held against the manifest."""
+    files = checkpoint.files
+    if not files:
         raise CheckpointError(_where_it_is_not(checkpoint))
-    for part in checkpoint.files:
-        path = part['path']
+    for file in files:
+        path = file['path']
         remedy = REMEDY if path.parent != downloads_dir() else (
             f'Delete it and get it anew: `timm-deluge weights download {checkpoint.name}`.')
         size = path.stat().st_size
-        if size != part['bytes']:
-            raise CheckpointError(f'{path}: {size} bytes, but the manifest says {part["bytes"]}. {remedy}')
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        if sha256 != part['sha256']:
-            raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {part["sha256"]}. {remedy}')
+        if size != file['bytes']:
+            raise CheckpointError(f'{path}: {size} bytes, but the manifest says {file["bytes"]}. {remedy}')
+        content = path.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        if sha256 != file['sha256']:
+            raise CheckpointError(f'{path}: SHA-256 {sha256}, but the manifest says {file["sha256"]}. {remedy}')
+        yield path, content
 
 
 def _where_it_is_not(checkpoint: Checkpoint) -> str:
@@ -247,19 +258,22 @@ def _where_it_is_not(checkpoint: Checkpoint) -> str:
 
 
 def load_checkpoint(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Read a checkpoint's tensors, as they are stored.
+    """Read a checkpoint's tensors, as they are stored, from the very bytes that were held against the manifest.
 
     Args:
         checkpoint: The manifest's entry.
 
     Returns:
-        The tensors by name; they stay on the disk until they are used.
+        The tensors by name.
 
     Raises:
         CheckpointError: If a file is not what the manifest says.
     """
-    verify_checkpoint(checkpoint)
-    return join_parts(load_file(checkpoint.path), checkpoint.path)
+    state_dict: dict[str, torch.Tensor] = {}
+    for path, content in _verified_contents(checkpoint):
+        if path.suffix == '.safetensors':
+            state_dict.update(load(content))
+    return state_dict
 
 
 def join_parts(state_dict: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,196 @@
+"""The page of `timm-deluge demo`: what a network sees in a picture, where, and what without some connections."""
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import timm
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_data_config
+from timm.utils import reparameterize_model
+from torch import nn
+
+from .aggregation import CrossLayerDepthwiseConv2d
+from .connectivity import block_connectivity, draw_connectivity, read_state_dict
+from .delugenet import DelugeBlock
+from .images import ImageError, read_image
+from .predict import EXAMPLE_IMAGE, class_labels
+from .prune import prune_connections
+from .reparameterize import FusedDelugeBlock
+from .weights import find_checkpoint, list_checkpoints
+
+__all__ = ['answer', 'create_page', 'grad_cam', 'launch_page']
+
+MAX_FILE_SIZE = '20mb'
+MAX_PIXELS = 50_000_000  # of a picture: 200 MB once it is decoded
+MAX_FRACTION = 0.8  # of connections: each sum keeps one
+OVERLAY_SIZE = 320
+ROUNDS = 5
+TITLE = 'timm-deluge: look into a DelugeNet'
+INTRODUCTION = f"""# {TITLE}
+
+Every layer of a [DelugeNet](https://arxiv.org/abs/1611.05552) sees all earlier layers of its block, each through one
+learned weight for each channel: a connection. Drop a picture, and take connections away."""
+
+
+@lru_cache(maxsize=4)
+def _network(name: str) -> Any:
+    return timm.create_model(name, pretrained=True).eval().to(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=4)
+def _pruned(name: str, fraction: float) -> nn.Module:
+    return prune_connections(_network(name), fraction)
+
+
+@lru_cache(maxsize=4)
+def _fast(name: str, fraction: float) -> nn.Module:
+    return reparameterize_model(_pruned(name, fraction))
+
+
+def grad_cam(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """Find what speaks for the most probable class, by Grad-CAM (https://arxiv.org/abs/1610.02391, Eq. 1 and 2).
+
+    Args:
+        model: A DelugeNet in eval mode.
+        x: An image ``[1, in_chans, H, W]``.
+
+    Returns:
+        ``[h, w]``, of the last block's size, from 0 to 1.
+    """
+    with torch.enable_grad():
+        features = model.forward_features(x)
+        (gradient,) = torch.autograd.grad(model.forward_head(features).max(), features)
+    heat = (gradient.mean((2, 3), keepdim=True) * features).sum(1)[0].relu().detach()
+    return heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
+
+
+def _lay_over(heat: torch.Tensor, picture: Image.Image, crop_pct: float) -> Image.Image:
+    """Colour the part of a picture that the network was shown."""
+    shown = ImageOps.fit(picture, (OVERLAY_SIZE, OVERLAY_SIZE), bleed=(1 - crop_pct) / 2)
+    smooth = Image.fromarray(heat.numpy()).resize(shown.size, Image.Resampling.BICUBIC)
+    colours = Image.fromarray(colormaps['viridis'](np.asarray(smooth), bytes=True)).convert('RGB')
+    return Image.blend(shown, colours, 0.5)
+
+
+@torch.inference_mode()
+def _time_together(networks: list[nn.Module], x: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
+    """Get the networks' probabilities, and medians of the milliseconds that they take in turns."""
+    probabilities = [network(x)[0].softmax(-1) for network in networks]
+    times: list[list[float]] = [[] for _ in networks]
+    for _ in range(ROUNDS):
+        for network, taken in zip(networks, times):
+            start = perf_counter()
+            network(x)
+            taken.append(1000 * (perf_counter() - start))
+    return probabilities, [median(taken) for taken in times]
+
+
+def answer(
+        path: str | None,
+        name: str,
+        percent: float,
+) -> tuple[dict[str, float] | None, Image.Image | None, dict[str, float] | None, str]:
+    """Classify a picture with a network, and with what is left of it without its weakest connections.
+
+    Args:
+        path: The picture's file; None if there is none yet.
+        name: The checkpoint, `<model>.<tag>`.
+        percent: Share of the connections that are to go, by norm.
+
+    Returns:
+        Each class's probability, the picture with what decided it, the probabilities without the connections, and how
+        much of the network is left and how long it takes.
+
+    Raises:
+        gradio.Error: If the picture cannot be read.
+    """
+    if path is None:
+        return None, None, None, ''
+    try:
+        picture = read_image(Path(path))
+    except ImageError as error:
+        raise gr.Error(f'This picture cannot be used: {error}', print_exception=False) from None
+    model, fraction = _network(name), percent / 100
+    config = resolve_data_config(model=model)
+    x = create_transform(**config)(picture)[None].contiguous(memory_format=torch.channels_last)
+    probabilities, times = _time_together([_fast(name, 0.), _fast(name, fraction)], x)
+    labels = [label.replace('_', ' ') for label in class_labels(find_checkpoint(*name.split('.', 1)))]
+    whole, left = (dict(zip(labels, values.tolist())) for values in probabilities)
+    overlay = _lay_over(grad_cam(model, x), picture, config['crop_pct'])
+    return whole, overlay, left, _describe(name, fraction, times)
+
+
+def _describe(name: str, fraction: float, times: list[float]) -> str:
+    connections = [
+        sum(len(module.sources) for module in network.modules() if isinstance(module, CrossLayerDepthwiseConv2d))
+        for network in (_pruned(name, fraction), _network(name))]
+    layers = [
+        sum(len(module.layers) for module in network.modules() if isinstance(module, kind))
+        for network, kind in ((_fast(name, fraction), FusedDelugeBlock), (_network(name), DelugeBlock))]
+    return (f'{connections[0]} of {connections[1]} connections and {layers[0]} of {layers[1]} layers are left. An '
+            f'image takes {times[1]:.1f} ms here, instead of {times[0]:.1f} ms.')
+
+
+@lru_cache(maxsize=8)
+def _draw(name: str) -> Figure:
+    return draw_connectivity(block_connectivity(read_state_dict(name)), name)
+
+
+def create_page(default: str) -> gr.Blocks:
+    """Make the page.
+
+    Args:
+        default: The checkpoint that is chosen at first, `<model>.<tag>`.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or its file is not what the manifest says.
+    """
+    answer(str(EXAMPLE_IMAGE), default, 10)
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        gr.Markdown(INTRODUCTION)
+        with gr.Row():
+            with gr.Column():
+                picture = gr.Image(
+                    label='Picture', type='filepath', image_mode=None, sources=['upload', 'clipboard'], height=320)
+                gr.Examples([[str(EXAMPLE_IMAGE)]], [picture], label='Example')
+                names = [c.name for c in list_checkpoints()]
+                network = gr.Dropdown(names, value=default, label='Network')
+            with gr.Column():
+                classes = gr.Label(label='What it sees', num_top_classes=5)
+                overlay = gr.Image(label='Where (Grad-CAM)', interactive=False, height=320)
+            with gr.Column():
+                percent = gr.Slider(
+                    0, 100 * MAX_FRACTION, value=10, step=5, label='% of the connections removed, the weakest by norm')
+                without = gr.Label(label='What it sees without them', num_top_classes=5)
+                facts = gr.Markdown()
+        connections = gr.Plot(_draw(default), label='How strong each connection is')
+        gr.on(
+            [picture.change, network.change, percent.release], answer, [picture, network, percent],
+            [classes, overlay, without, facts])
+        network.change(_draw, network, connections)
+    return page
+
+
+def launch_page(page: gr.Blocks, host: str, port: int, open_browser: bool) -> None:
+    """Serve a page, without anything from the internet, until it is interrupted.
+
+    Args:
+        page: See `create_page`.
+        host: Address to listen at.
+        port: Port to listen at.
+        open_browser: Whether to show it in the browser.
+
+    Raises:
+        OSError: If the port is not free.
+    """
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many
+    page.launch(
+        server_name=host, server_port=port, inbrowser=open_browser, share=False, ssr_mode=False, footer_links=[],
+        max_file_size=MAX_FILE_SIZE, theme=gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']))
