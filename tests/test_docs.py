@@ -1,4 +1,5 @@
 """What the documentation shows runs as it stands."""
+import os
 import re
 from pathlib import Path
 
@@ -14,3 +15,13 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path):
     for block in blocks:
         exec(compile(block, str(page), 'exec'), names)
     assert blocks
+
+
+def test_the_tour_runs(monkeypatch):
+    nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
+    monkeypatch.setenv('PYTHONPATH', str(DOCS.parent), prepend=os.pathsep)
+    notebook = nbformat.read(DOCS / 'tour.ipynb', as_version=4)
+    nbclient.NotebookClient(notebook, timeout=500, resources={'metadata': {'path': str(DOCS)}}).execute()
+    last = notebook.cells[-1].outputs[-1]['text']
+    accuracy = re.fullmatch(r'([\d.]+)% of 400 digits that it has not seen\n', last)
+    assert accuracy and float(accuracy[1]) > 50, last

@@ -130,6 +130,27 @@ def test_operator_gives_values_and_gradients_of_the_reference(implementation, la
         assert_near(leaf.grad, exact_leaf.grad, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('of_weights, of_images', [
+    (torch.channels_last, 'channels_last'), (torch.channels_last, 'contiguous'),
+    (torch.contiguous_format, 'channels_last'), (torch.contiguous_format, 'contiguous')])
+@pytest.mark.parametrize('kwargs', [{'transition_type': '1x1'}, {'stem_type': 'cifar'}])
+def test_network_of_any_memory_format_trains_as_the_reference(batch, of_weights, of_images, kwargs):
+    torch.manual_seed(0)
+    model = DelugeNet((6, 5), (6, 12), num_classes=3, **kwargs).to(torch.float64, memory_format=of_weights)
+    assert_same(model, LAYOUTS[of_images](torch.randn(batch, 3, 24, 24, dtype=torch.float64)), 'auto', 1e-9)
+
+
+@pytest.mark.parametrize('implementation', FAST)
+@pytest.mark.parametrize('batch', [1, 4])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('training', [True, False])
+def test_block_with_weights_in_channels_last_trains_as_the_reference(implementation, batch, layout, training):
+    """Its layers' outputs are in another format than its input, if that is not in channels_last."""
+    module = block(depth=7).train(training).to(memory_format=torch.channels_last)
+    assert_same(module, LAYOUTS[layout](1 + torch.randn(batch, 6, 5, 7)), implementation, 2e-4)
+
+
 @pytest.mark.parametrize('implementation', FAST)
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('training', [True, False])

@@ -401,7 +401,7 @@ def recipe(
 ) -> None:
     """Print the path of an option file for timm's train.py."""
     try:
-        print(recipe_path(name) if name else '\n'.join(list_recipes()))
+        print(recipe_path(name) if name is not None else '\n'.join(list_recipes()))
     except LookupError as error:
         _fail(error)
 

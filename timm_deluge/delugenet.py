@@ -90,6 +90,8 @@ def _why_not_lean(module: nn.Module, x: torch.Tensor) -> str | None:
         return reason
     if not torch.is_grad_enabled():
         return 'no gradients are wanted; for inference there is timm.utils.reparameterize_model'
+    if isinstance(module, DelugeBlock) and not len(module.layers):
+        return 'there are no layers'
     if x.numel() <= x.shape[1]:
         return f'an input {list(x.shape)} has too few values for statistics'
     for name, part in module.named_modules():

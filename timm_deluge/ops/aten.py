@@ -3,6 +3,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .layout import same_layout
+
 __all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 
@@ -54,6 +56,8 @@ def combine_backward(
         Of each layer, ``sum_i weights[i] * grads[i]``, ``[N, C, H, W]``, added to what was begun; and of each layer and
         gradient ``sum grads[i] * (layer - mean)`` over images and positions, ``[number of layers, l, C]``.
     """
+    tensors, _ = same_layout([*layers, *grads])  # of mixed ones, ATen makes wrong sums where there is one image
+    layers, grads = tensors[:len(layers)], tensors[len(layers):]
     ones, zeros = torch.ones_like(means[0]), torch.zeros_like(means[0])[:, None, None]
     dots = [
         # the gradient of a batch normalisation's weight is this, and ATen finds it in one pass
@@ -109,5 +113,6 @@ def norm_act_backward(
     """
     if relu:
         torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
+    (x, grad), _ = same_layout([x, grad])
     return torch.ops.aten.native_batch_norm_backward(
-        grad.to(x.dtype), x, weight, mean, invstd ** -2, mean, invstd, training, 0., [True, True, True])
+        grad, x, weight, mean, invstd ** -2, mean, invstd, training, 0., [True, True, True])

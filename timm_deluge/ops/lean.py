@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .implementation import kernels
+from .layout import same_layout
 from .norm_act_conv import LeanFunction, norm_args, normalize, statistics
 from .running_sums import running_sums
 
@@ -269,6 +270,7 @@ def _combine_backward(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]
         for i, layer in enumerate(layers)]
     means = [layer.mean for layer in layers]
     outputs = [_scale_samples(layer.output, layer.sample_scale, layer.mean) for layer in layers]
+    outputs = same_layout([state.grads[0], *outputs])[0][1:]  # in that of what was begun
     grads, dots = kernels(outputs[0]).combine_backward(state.grads[num_known:], weights, outputs, means, begun)
     if begun:
         return grads[0], torch.cat([known, dots[0]])
@@ -288,7 +290,7 @@ def _differentiable_grads(state, index, layers) -> tuple[torch.Tensor, torch.Ten
 def _scale_samples(output, sample_scale, mean) -> torch.Tensor:
     """Get the output whose normalisation, by the same statistics, is the scaled one of this output."""
     if sample_scale is None:
-        return output.view_as(output)
+        return output.detach()
     mean = mean.to(output.dtype)[:, None, None]
     return (output - mean).mul_(sample_scale).add_(mean)
 

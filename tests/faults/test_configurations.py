@@ -1,0 +1,81 @@
+"""Any network, however built and called, computes on the fast path what the reference does."""
+import copy
+from contextlib import nullcontext
+from statistics import mean
+
+import pytest
+import torch
+from test_implementations import LAYOUTS, differentiate, restore_implementation  # noqa: F401
+from timm.layers import freeze_batch_norm_2d
+from timm.utils import reparameterize_model
+
+from timm_deluge.delugenet import DelugeNet
+
+hypothesis = pytest.importorskip('hypothesis')
+st = hypothesis.strategies
+NUM_NETWORKS = 500
+BASE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+networks = st.fixed_dictionaries(dict(
+    depths=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    in_chans=st.integers(1, 4),
+    stem_type=st.sampled_from(['cifar', 'imagenet']),
+    output_stride=st.sampled_from([8, 16, 32]),
+    aggregation=st.sampled_from(['cross_layer', 'cross_layer', 'scalar', 'last', 'residual']),
+    transition_type=st.sampled_from(['3x3', '1x1']),
+    drop_path_rate=st.sampled_from([0., 0., 0.3]),
+))
+calls = st.fixed_dictionaries(dict(
+    width=st.integers(1, 9),
+    batch=st.integers(1, 4),
+    size=st.sampled_from([16, 24, 33]),
+    dtype=st.sampled_from(list(BASE)),
+    autocast=st.booleans(),
+    layout=st.sampled_from(list(LAYOUTS)),
+    training=st.booleans(),
+    frozen=st.booleans(),
+    checkpointing=st.booleans(),
+))
+
+
+def error(actual, expected) -> float:
+    """Relative to the largest element, or 1."""
+    return float((actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+@hypothesis.settings(max_examples=NUM_NETWORKS, deadline=None, derandomize=True)
+@hypothesis.given(networks, calls, st.integers(0, 2 ** 31))
+def test_as_near_to_double_precision_as_the_reference(network, call, seed):
+    torch.manual_seed(seed)
+    widths = [call['width'] * 2 ** i for i in range(len(network['depths']))]
+    model = DelugeNet(widths=widths, num_classes=3, **network).train(call['training'])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    if call['frozen']:
+        model = freeze_batch_norm_2d(model)
+    model.set_grad_checkpointing(call['checkpointing'])
+    x = LAYOUTS[call['layout']](torch.randn(call['batch'], network['in_chans'], call['size'], call['size']))
+    exact = differentiate(copy.deepcopy(model).double(), x.double(), 'reference')
+    dtype = call['dtype']
+    autocast = call['autocast'] and dtype is torch.float32
+
+    def context():
+        return torch.autocast('cpu', torch.bfloat16) if autocast else nullcontext()
+
+    plain = differentiate(copy.deepcopy(model).to(dtype), x.to(dtype), 'reference', context())
+    fast = differentiate(copy.deepcopy(model).to(dtype), x.to(dtype), 'auto', context())
+    assert {name for name in fast if fast[name] is None} == {name for name in plain if plain[name] is None}
+    errors = {name: (error(fast[name], expected), error(plain[name], expected))
+              for name, expected in exact.items() if fast[name] is not None}
+    base = BASE[torch.bfloat16 if autocast else dtype]
+    if base == BASE[torch.bfloat16]:  # of one tensor, the error is chance
+        of_fast, of_plain = map(mean, zip(*errors.values()))
+        assert of_fast <= base + 3 * of_plain
+    else:
+        for name, (of_fast, of_plain) in errors.items():
+            assert of_fast <= base + 10 * of_plain, name
+    if not call['training'] and not call['frozen']:
+        with torch.no_grad():
+            fused = reparameterize_model(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+            assert error(fused(x), exact['y']) <= 1e-5 + 10 * error(model(x), exact['y'])
