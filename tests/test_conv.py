@@ -89,13 +89,14 @@ def test_gradients_of_weights_take_patches_for_longer_with_amx(monkeypatch, dtyp
     conv_args = (1, 1), (1, 1), (1, 1)
     x, weight = example((3, 3), (5, 5), dtype)
     grad = torch.randn_like(F.conv2d(x, weight, None, *conv_args))
-    expected = convolution_backward(grad, x, weight, conv_args)
+    exact = convolution_backward(grad.double(), x.double(), weight.double(), conv_args)
     calls = []
     patches = conv._patches
     monkeypatch.setattr(conv, '_patches', lambda *args: calls.append(args) or patches(*args))
     monkeypatch.setattr(conv, '_has_amx', lambda: has_amx)
-    for actual, gradient in zip(conv.conv2d_backward(grad, x, weight, conv_args, True), expected):
-        torch.testing.assert_close(actual, gradient, rtol=2e-2, atol=1e-3)
+    for actual, gradient in zip(conv.conv2d_backward(grad, x, weight, conv_args, True), exact):
+        # of the largest: without bfloat16 in hardware, convolutions round their sums, so that small ones differ
+        assert (actual.double() - gradient).abs().max() <= 1e-2 * gradient.abs().max()
     assert bool(calls) == by_patches
     calls.clear()
     assert conv.conv2d_backward(grad, x, weight, conv_args, False)[1] is None
