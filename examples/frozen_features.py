@@ -54,6 +54,7 @@ def main(
         num_train: Annotated[int | None, typer.Option(help='Training images; all by default.')] = None,
         num_test: Annotated[int | None, typer.Option(help='Test images; all by default.')] = None,
 ) -> None:
+    """Classify frozen features of MODEL on another data set."""
     network = timm.create_model(model, pretrained=True, num_classes=0).eval()
     train, test = extract(network, train_dir, num_train), extract(network, test_dir, num_test)
     classifiers = {

@@ -2,6 +2,7 @@
 
     python reports/robustness.py
 """
+import ast
 import os
 import platform
 import subprocess
@@ -26,8 +27,7 @@ A case is a damaged file, a hostile image, a wrong option or a random network; e
 
 def purpose(path: Path) -> str:
     """Get the first line of a test file's docstring."""
-    source = path.read_text(encoding='utf-8')
-    return source.split('"""')[1].splitlines()[0]
+    return str(ast.get_docstring(ast.parse(path.read_text(encoding='utf-8')))).splitlines()[0]
 
 
 def main() -> None:
@@ -40,14 +40,16 @@ def main() -> None:
             subprocess.run(command, cwd=FAULTS.parent.parent, env=environment, check=False)
             root = ET.parse(results).getroot()
         tests = list(root.iter('testcase'))
-        failed = [test for test in tests if test.find('failure') is not None or test.find('error') is not None]
+        outcomes = {test: {child.tag for child in test} & {'failure', 'error', 'skipped'} for test in tests}
         cases = sum(
             int(next((p.get('value', '1') for p in test.iter('property') if p.get('name') == 'cases'), '1'))
-            for test in tests if test not in failed)
+            for test, outcome in outcomes.items() if not outcome)
+        failed, skipped = (sum(bool(outcome & kinds) for outcome in outcomes.values())
+                           for kinds in ({'failure', 'error'}, {'skipped'}))
         seconds = sum(float(test.get('time', '0')) for test in tests)
-        rows.append((purpose(path), f'{cases:,}', str(len(failed)), f'{seconds:.0f}',
+        rows.append((purpose(path), f'{cases:,}', str(failed), str(skipped), f'{seconds:.0f}',
                      f'`pytest {path.relative_to(FAULTS.parent.parent)}`'))
-    headers = ('', 'cases that did', 'tests that failed', 'seconds', 'command')
+    headers = ('', 'cases that did', 'tests that failed', 'skipped', 'seconds', 'command')
     table = tabulate(rows, headers, tablefmt='github', disable_numparse=True)
     conditions = f'Python {platform.python_version()}, torch {torch.__version__}, {date.today()}.'
     REPORT.write_text(f'{INTRODUCTION}\n{table}\n\n{conditions}\n', encoding='utf-8')

@@ -130,6 +130,14 @@ def test_operator_gives_values_and_gradients_of_the_reference(implementation, la
         assert_near(leaf.grad, exact_leaf.grad, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_a_block_without_layers(training):
+    module, x = block(depth=0).train(training), torch.randn(4, 6, 5, 7)
+    assert_same(module, x, 'auto', 0)
+    reason = explain_implementation(module, x)[''].reason
+    assert reason == 'there are no layers'
+
+
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('of_weights, of_images', [
     (torch.channels_last, 'channels_last'), (torch.channels_last, 'contiguous'),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from test_cli import invoke
 from test_implementations import FAST, LAYOUTS, assert_same, block, restore_implementation  # noqa: F401
-from test_reparameterize import assert_same_function, away_from_start
+from test_reparameterize import assert_same_function, away_from_start, run_onnx
 from timm.utils import reparameterize_model
 
 from timm_deluge import connection_scores, prune_connections, pruned_connections, set_implementation
@@ -172,7 +172,30 @@ def test_pruned_again_and_again():
         prune_connections(twice, 0.3)
 
 
-def test_scripts_exports_and_compiles(tmp_path):
+@pytest.mark.parametrize('reparameterized', [False, True])
+def test_exports_to_onnx(tmp_path, reparameterized):
+    model, x = prune_connections(network(), 0.5), torch.randn(2, 3, 16, 16)
+    y = run_onnx(reparameterize_model(model) if reparameterized else model, x, tmp_path / 'model.onnx')
+    assert_same_function(lambda _: y, model, x)
+
+
+def test_its_folder_is_what_a_repository_of_the_hub_holds(tmp_path, call, server):
+    torch.manual_seed(0)
+    pruned = prune_connections(away_from_start(timm.create_model('delugenet146')).eval(), 0.5, 'random')
+    save_pruned(pruned, tmp_path / 'pruned')
+    upload = (f"from huggingface_hub.cli.hf import main\n"
+              f"sys.argv = ['hf', 'upload', 'somebody/pruned', {str(tmp_path / 'pruned')!r}]\nmain()")
+    result = call(upload)
+    assert result.returncode == 0, result.stderr
+    assert server.repos['somebody/pruned'].keys() == {'config.json', 'model.safetensors'}
+    loaded = call("model = timm.create_model('hf-hub:somebody/pruned', pretrained=True)\n"
+                  "print(timm_deluge.pruned_connections(model), float(model.stages[1].cross_layers[2].weight.sum()))")
+    assert loaded.returncode == 0, loaded.stderr
+    total = float(pruned.stages[1].cross_layers[2].weight.detach().sum())
+    assert loaded.stdout.strip() == f'{pruned_connections(pruned)} {total}'
+
+
+def test_scripts_exports_and_compiles():
     pruned, x = prune_connections(network(), 0.5), torch.randn(2, 3, 16, 16)
     for model in (pruned, reparameterize_model(pruned)):
         scripted = torch.jit.script(model)

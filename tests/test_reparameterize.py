@@ -219,17 +219,22 @@ def test_torchscript_export_and_compile(tmp_path, aggregation):
         assert_same_function(other, model, x)
 
 
-@pytest.mark.parametrize('reparameterized', [False, True])
-def test_onnx(tmp_path, reparameterized):
+def run_onnx(model, x, path) -> torch.Tensor:
+    """Export a model, and get what the file computes."""
     onnx = pytest.importorskip('onnx')
     pytest.importorskip('onnxscript')
     from onnx.reference import ReferenceEvaluator
 
+    torch.onnx.export(model, (x,), path, input_names=['x'], dynamo=True)
+    y, = ReferenceEvaluator(onnx.load(path)).run(None, {'x': x.numpy()})
+    return torch.from_numpy(y)
+
+
+@pytest.mark.parametrize('reparameterized', [False, True])
+def test_onnx(tmp_path, reparameterized):
     model, x = trained(), torch.randn(2, 3, 16, 16)
-    exported = reparameterize_model(model) if reparameterized else model
-    torch.onnx.export(exported, (x,), tmp_path / 'model.onnx', input_names=['x'], dynamo=True)
-    y, = ReferenceEvaluator(onnx.load(tmp_path / 'model.onnx')).run(None, {'x': x.numpy()})
-    assert_same_function(lambda _: torch.from_numpy(y), model, x)
+    y = run_onnx(reparameterize_model(model) if reparameterized else model, x, tmp_path / 'model.onnx')
+    assert_same_function(lambda _: y, model, x)
 
 
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'fx', 'getter'])

@@ -64,7 +64,3 @@ def test_bad_options_are_refused_in_one_line(arguments, tmp_path, monkeypatch):
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert 'Traceback' not in result.output and result.stderr.strip()
     assert not list(tmp_path.iterdir())
-
-
-def test_there_are_enough():
-    assert len(BAD) >= 100

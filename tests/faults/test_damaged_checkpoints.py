@@ -66,7 +66,7 @@ def swapped(parts, index, rng):
     return first
 
 
-def of_another_model(parts, index, rng):
+def of_another_training(parts, index, rng):
     path = rng.choice(parts)
     tensors = load_file(path).items()
     save_file({name: torch.randn(tensor.shape).to(tensor.dtype) for name, tensor in tensors}, path)
@@ -83,7 +83,7 @@ def a_link_elsewhere(parts, index, rng):
 
 
 @pytest.mark.parametrize('damage', [
-    in_the_header, in_the_header_length, in_the_tensors, in_the_index, cut_off, continued, swapped, of_another_model,
+    in_the_header, in_the_header_length, in_the_tensors, in_the_index, cut_off, continued, swapped, of_another_training,
     a_link_elsewhere])
 def test_damage_is_found_and_the_file_named(split_weights, damage, record_property):
     rng = random.Random(damage.__name__)
