@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from test_prune import network
 
-from timm_deluge import connection_scores, prune_connections
-from timm_deluge.importance import removal_losses
+from timm_deluge import connection_scores, prune_connections, remove_layers
+from timm_deluge.importance import layer_removal_losses, removal_losses
 
 
 @pytest.mark.parametrize('keep_mean', [True, False])
@@ -33,9 +33,26 @@ def test_each_loss_is_that_of_a_whole_pass(keep_mean, aggregation):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_each_loss_without_a_layer_is_that_of_the_network_without_it():
+    model = network(drop_rate=0.5, drop_path_rate=0.5).double().train()  # which are for training only
+    torch.manual_seed(0)
+    images, targets = torch.randn(6, 3, 16, 16).double(), torch.arange(6) % 5
+    before = copy.deepcopy(model.state_dict())
+    loss, losses = layer_removal_losses(model, images, targets)
+    plain = network().double().train()
+    assert loss == pytest.approx(F.cross_entropy(plain(images), targets).item(), rel=1e-9)
+    assert list(losses) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 3)]
+    for (block, layer), actual in losses.items():
+        without = remove_layers(plain, [[layer] if i == block else [] for i in range(2)])
+        assert actual == pytest.approx(F.cross_entropy(without(images), targets).item(), rel=1e-9)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_what_is_wrong_is_said():
     images, targets = torch.randn(2, 3, 16, 16), torch.arange(2)
     with pytest.raises(ValueError, match='in training mode'):
         removal_losses(network().train(), images, targets)
-    with pytest.raises(ValueError, match='no cross-layer convolutions'):
-        removal_losses(network(aggregation='residual'), images, targets)
+    for losses in (removal_losses, layer_removal_losses):
+        with pytest.raises(ValueError, match='no cross-layer convolutions'):
+            losses(network(aggregation='residual').eval(), images, targets)

@@ -13,7 +13,13 @@ from test_implementations import FAST, LAYOUTS, assert_same, block, restore_impl
 from test_reparameterize import assert_same_function, away_from_start, run_onnx
 from timm.utils import reparameterize_model
 
-from timm_deluge import connection_scores, prune_connections, pruned_connections, set_implementation
+from timm_deluge import (
+    connection_scores,
+    prune_connections,
+    pruned_connections,
+    remove_layers,
+    set_implementation,
+)
 from timm_deluge.aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
 from timm_deluge.connectivity import block_connectivity, read_state_dict
 from timm_deluge.delugenet import DelugeNet
@@ -203,6 +209,80 @@ def test_scripts_exports_and_compiles():
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
         for other in (scripted, exported, compiled):
             assert_same_function(other, pruned, x)
+
+
+def hands_on(model: DelugeNet, layers) -> DelugeNet:
+    """The same as without some layers, with all there: nobody listens to these, and what they took is handed on."""
+    model = copy.deepcopy(model)
+    for stage, removed in zip(model.stages, layers):
+        with torch.no_grad():
+            for conv in stage.cross_layers:
+                for source in [i + 1 for i in removed if i + 1 in conv.sources]:
+                    conv.weight[:, :, conv.sources.index(source)] = 0
+            for i in sorted(removed):
+                conv = stage.cross_layers[i]
+                conv.weight.zero_()
+                conv.bias.zero_()
+                if i == 0:  # h_0, which is normalised by its running statistics
+                    conv.weight[:, 0, 0, 0] = (stage.norm.running_var + stage.norm.eps).sqrt()
+                    conv.bias[:, 0, 0, 0] = stage.norm.running_mean
+                else:
+                    conv.weight[:, :, :-1] = stage.cross_layers[i - 1].weight
+                    conv.bias[:, :, :-1] = stage.cross_layers[i - 1].bias
+    return model
+
+
+@pytest.mark.parametrize('layers', [[[], []], [[1], [3]], [[0], [0, 2]], [[0, 1, 2], [1, 2]], [[2], []]])
+def test_without_a_layer_what_it_took_is_handed_on(layers):
+    model = network().eval()
+    x = torch.randn(2, 3, 16, 16)
+    shallower = remove_layers(model, layers)
+    assert_same_function(shallower, hands_on(model, layers), x)
+    assert_same_function(model, network().eval(), x)
+    depths = [depth - len(removed) for depth, removed in zip(DEPTHS, layers)]
+    variant = DelugeNet(depths, (4, 8), num_classes=5, stem_type='cifar').eval()
+    variant.load_state_dict(shallower.state_dict())
+    assert_same_function(shallower, variant, x)
+    loss = F.cross_entropy(shallower.train()(x), torch.tensor([0, 1]))
+    assert all(grad is not None for grad in torch.autograd.grad(loss, list(shallower.parameters())))
+
+
+@pytest.mark.parametrize('aggregation', AGGREGATIONS)
+def test_layers_go_from_networks_of_every_aggregation(aggregation):
+    shallower = remove_layers(network(aggregation=aggregation), [[1], [0, 3]]).eval()
+    variant = DelugeNet((3, 2), (4, 8), num_classes=5, stem_type='cifar', aggregation=aggregation).eval()
+    variant.load_state_dict(shallower.state_dict())
+    assert_same_function(shallower, variant, torch.randn(2, 3, 16, 16))
+
+
+def test_layers_go_from_a_pruned_network(tmp_path):
+    torch.manual_seed(0)
+    pruned = prune_connections(away_from_start(timm.create_model('delugenet146', num_classes=5)), 0.4, 'random')
+    layers = [[2], [0, 15], [7, 8, 9]]
+    shallower = remove_layers(pruned, layers).eval()
+    expected = [
+        [[numbers.index(i) for i in sources if i in numbers] for k, sources in enumerate(block) if k not in removed]
+        for block, removed in zip(pruned_connections(pruned), layers)
+        for numbers in [[0, *(k + 1 for k in range(len(block)) if k not in removed)]]]
+    assert pruned_connections(shallower) == expected
+    save_pruned(shallower, tmp_path / 'shallower')
+    again = timm.create_model(f'local-dir:{tmp_path / "shallower"}', pretrained=True).eval()
+    assert [len(block.layers) for block in again.stages] == [6, 14, 21]
+    assert_same_function(again, shallower, torch.randn(2, 3, 32, 32))
+
+
+def test_layers_that_cannot_go_are_named():
+    model = network()
+    with pytest.raises(ValueError, match='expected those of each of 2 blocks of a DelugeNet, got 1'):
+        remove_layers(model, [[1]])
+    with pytest.raises(ValueError, match=r'stages.1.layers has the numbers 0 to 3, got \[4\]'):
+        remove_layers(model, [[], [4]])
+    with pytest.raises(ValueError, match='got 1'):
+        remove_layers(network(aggregation='residual'), [[1]])
+    only_first = DelugeNet(
+        DEPTHS, (4, 8), num_classes=5, stem_type='cifar', pruned_connections=[[[], [], []], [[], [0, 2], [], []]])
+    with pytest.raises(ValueError, match='stages.1.cross_layers.1 would lose its last source'):
+        remove_layers(only_first, [[], [0]])
 
 
 def test_what_is_wrong_is_said():

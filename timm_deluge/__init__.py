@@ -1,10 +1,10 @@
 """DelugeNets for timm: importing this package registers every model."""
 from .delugenet import DelugeNet
 from .ops import explain_implementation, get_implementation, set_implementation
-from .prune import connection_scores, prune_connections, pruned_connections
+from .prune import connection_scores, prune_connections, pruned_connections, remove_layers
 
 __all__ = [
     'DelugeNet', '__version__', 'connection_scores', 'explain_implementation', 'get_implementation',
-    'prune_connections', 'pruned_connections', 'set_implementation',
+    'prune_connections', 'pruned_connections', 'remove_layers', 'set_implementation',
 ]
 __version__ = '0.1.0'

@@ -1,17 +1,19 @@
-"""What each connection is worth: the loss without it, measured and not estimated.
+"""What each connection and each layer is worth: the loss without it, measured and not estimated.
 
 A network's loss is measured once for every connection that could go. What comes before a connection is computed once
 for all of them, and only what comes after it again; batch normalisation is folded away where that changes nothing.
 """
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
+from torch import nn
 
-from .prune import Connection, connection_scores
+from .prune import Connection, connection_scores, remove_layers
 
-__all__ = ['removal_losses']
+__all__ = ['layer_removal_losses', 'removal_losses']
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def removal_losses(
 
     def loss_of(x: torch.Tensor, number: int) -> float:
         logits = fused.forward_head(fused.norm(fused.stages[number:](x)))
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets).item()
+        return _loss(logits, targets)
 
     losses: dict[Connection, float] = {}
     x = model.stem(images)
@@ -71,3 +73,42 @@ def _finish_block(layers: list[tuple[Any, Any, Any]], outputs: list[torch.Tensor
         outputs.append(norm(layer(x)))
         x = cross_layer(outputs)
     return x
+
+
+@torch.no_grad()
+def layer_removal_losses(
+        model: nn.Module,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+) -> tuple[float, dict[tuple[int, int], float]]:
+    """Measure the loss without each of a network's composite layers, as `timm_deluge.remove_layers` removes them.
+
+    All losses are with the statistics of these images: the running ones are not those of a network without a layer.
+
+    Args:
+        model: A DelugeNet, not reparameterised; left as it is.
+        images: ``[N, in_chans, H, W]``, all at once, a hundred or more.
+        targets: ``[N]``.
+
+    Returns:
+        The mean cross entropy of the network as it is, and without each layer: block, layer, both numbered from 0 on.
+
+    Raises:
+        ValueError: If the model has no connections.
+    """
+    connection_scores(model)  # raises if there are none
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train().momentum = 0.
+    depths = [len(stage.layers) for stage in model.stages]  # type: ignore
+    losses = {}
+    for block, depth in enumerate(depths):
+        for layer in range(depth):
+            removed = [{layer} if i == block else set() for i in range(len(depths))]
+            losses[block, layer] = _loss(remove_layers(model, removed)(images), targets)
+    return _loss(model(images), targets), losses
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets).item()

@@ -1,13 +1,16 @@
-"""Which connections a DelugeNet can do without: scores, and a network without the weakest.
+"""What a DelugeNet can do without: scores of its connections, and networks without some of these, or without layers.
 
 A connection is one source layer's weights, one per channel, in one cross-layer convolution. It goes as a whole, and
 what it contributed on average, its bias, moves to a connection that stays: the sources are normalised, so that a
 removed one is replaced by its mean. A layer that nothing is connected to any more is left out for inference by
 `timm.utils.reparameterize_model`.
+
+A composite layer goes together with the cross-layer convolution behind it: what took its result takes what the layer
+took itself. What is left is the network of a shallower variant.
 """
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -18,9 +21,11 @@ from timm.models._hub import save_for_hf
 from torch import nn
 
 from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
-from .delugenet import DelugeBlock
+from .delugenet import CompositeLayer, DelugeBlock
 
-__all__ = ['Connection', 'connection_scores', 'prune_connections', 'pruned_connections', 'save_pruned']
+__all__ = [
+    'Connection', 'connection_scores', 'prune_connections', 'pruned_connections', 'remove_layers', 'save_pruned',
+]
 
 CRITERIA = ('norm', 'taylor', 'random')
 
@@ -164,22 +169,61 @@ def prune_connections(
         sources = {connection.source for connection in removed if connection.consumer == name}
         if sources:
             parent, _, index = name.rpartition('.')
-            pruned.get_submodule(parent)[int(index)] = _without(conv, sources)  # type: ignore[operator]
+            rows = [row for row, source in enumerate(conv.sources) if source not in sources]
+            pruned.get_submodule(parent)[int(index)] = _with_rows(conv, rows)  # type: ignore[operator]
     return pruned
 
 
+def remove_layers(model: nn.Module, layers: Sequence[Collection[int]]) -> nn.Module:
+    """Remove composite layers, each with the cross-layer convolution behind it.
+
+    Args:
+        model: A DelugeNet, not reparameterised; left as it is.
+        layers: Of each block, the numbers of the layers to remove, from 0 on. A layer that gives h_0, as the first one
+            of the CIFAR networks, is not among them.
+
+    Returns:
+        The shallower network. Its running statistics are those of before, and wrong until it has trained.
+
+    Raises:
+        ValueError: If the model is no such network, there is no such layer, or a cross-layer convolution would lose
+            its last source.
+    """
+    shallower = copy.deepcopy(model)
+    blocks: Any = {name: block for name, block in shallower.named_modules() if isinstance(block, DelugeBlock)}
+    if len(blocks) != len(layers):
+        raise ValueError(f'layers: expected those of each of {len(blocks)} blocks of a DelugeNet, got {len(layers)}')
+    for (name, block), removed in zip(blocks.items(), layers):
+        depth = len(block.layers)
+        missing = set(removed) - set(range(depth))
+        if missing:
+            raise ValueError(f'layers: {name}.layers has the numbers 0 to {depth - 1}, got {sorted(missing)}')
+        kept = [i for i in range(depth) if i not in removed]
+        numbers = {source: number for number, source in enumerate([0, *(i + 1 for i in kept)])}
+        for i in kept:
+            conv = block.cross_layers[i]
+            rows = [row for row, source in enumerate(conv.sources) if source in numbers]
+            if not rows:
+                raise ValueError(f'layers: {name}.cross_layers.{i} would lose its last source')
+            block.cross_layers[i] = _with_rows(conv, rows)
+            block.cross_layers[i].sources = [numbers[conv.sources[row]] for row in rows]
+            block.cross_layers[i].num_layers = sum(source <= i + 1 for source in numbers)
+        for i in sorted(set(removed), reverse=True):
+            for parts in (block.layers, block.norms, block.drop_paths, block.cross_layers):
+                del parts[i]
+    return shallower
+
+
 @torch.no_grad()
-def _without(conv: CrossLayerDepthwiseConv2d, removed: set[int]) -> CrossLayerDepthwiseConv2d:
-    kept = [row for row, source in enumerate(conv.sources) if source not in removed]
-    weight, bias = conv.weight, conv.bias
-    smaller = type(conv)(
-        conv.num_layers, conv.channels, [conv.sources[row] for row in kept], device=weight.device, dtype=weight.dtype)
-    smaller.weight.copy_(weight[:, :, kept])
-    smaller.bias.copy_(bias[:, :, kept])
-    smaller.bias[:, :, -1] += bias.sum(2) - bias[:, :, kept].sum(2)
-    for parameter, before in ((smaller.weight, weight), (smaller.bias, bias)):
-        parameter.requires_grad_(before.requires_grad)
-    return smaller.train(conv.training)
+def _with_rows(conv: CrossLayerDepthwiseConv2d, rows: list[int]) -> CrossLayerDepthwiseConv2d:
+    """Get a cross-layer convolution of some of its sources; the last one takes the others' biases."""
+    smaller = copy.deepcopy(conv)
+    smaller.sources = [conv.sources[row] for row in rows]
+    weight, bias = conv.weight[:, :, rows], conv.bias[:, :, rows]
+    bias[:, :, -1] += conv.bias.sum(2) - bias.sum(2)
+    smaller.weight = nn.Parameter(weight, conv.weight.requires_grad)
+    smaller.bias = nn.Parameter(bias, conv.bias.requires_grad)
+    return smaller
 
 
 def save_pruned(model: nn.Module, folder: Path) -> None:
@@ -188,7 +232,7 @@ def save_pruned(model: nn.Module, folder: Path) -> None:
     The folder is also what a repository of the Hugging Face Hub has to hold for ``hf-hub:USER/REPO``.
 
     Args:
-        model: The network, as `timm.create_model` and `prune_connections` made it.
+        model: The network, as `timm.create_model`, `prune_connections` and `remove_layers` made it.
         folder: Where to; there must be nothing yet.
 
     Raises:
@@ -200,6 +244,9 @@ def save_pruned(model: nn.Module, folder: Path) -> None:
     kind = next(type(module) for module in model.modules() if isinstance(module, CrossLayerDepthwiseConv2d))
     model_args = {
         'aggregation': next(name for name, aggregation in AGGREGATIONS.items() if aggregation is kind),
+        'depths': [
+            len(block.layers) + isinstance(block.transition, CompositeLayer)  # which counts, and gives h_0
+            for block in model.modules() if isinstance(block, DelugeBlock)],
         'pruned_connections': pruned_connections(model)}
     with TemporaryDirectory(dir=folder.parent) as scratch:
         whole: Any = Path(scratch, folder.name)
