@@ -412,7 +412,8 @@ def test_forward_mode_is_refused_and_says_what_to_do():
 
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('module', [
-    block(2, 2), block(3, 2, drop_path_rates=(0., .3, .5)), block(1, 2, ResidualBlock), block(1, 2).layers[0]])
+    block(2, 2), block(3, 2, drop_path_rates=(0., .3, .5)), block(3, 2, connection_drop_rate=0.3),
+    block(1, 2, ResidualBlock), block(1, 2).layers[0]])
 def test_second_derivatives(module, training):
     module = copy.deepcopy(module).double().train(training)
     names, parameters = zip(*module.named_parameters())
@@ -557,14 +558,19 @@ def test_fast_kernels_agree_on_every_pair_of_layouts(name):
         layers = [first(torch.randn(3, 5, 6, 7)), second(torch.randn(3, 5, 6, 7))]
         weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
         torch.testing.assert_close(kernels.combine(layers, [weight], [bias]), aten.combine(layers, [weight], [bias]))
+        scaled = dict(weights=[weight] * 2, biases=list(torch.randn(2, 3, 5, 1, 1)), scales=list(torch.randn(2, 2, 3)))
+        torch.testing.assert_close(kernels.combine(layers, **scaled), aten.combine(layers, **scaled))
         for num_layers in 1, 4, 5:
             of_layers = [
                 (torch.randn(2, 5, 1, 1), first(torch.randn(3, 5, 6, 7)), torch.randn(5)) for _ in range(num_layers)]
             like, _ = same_layout([layer for _, layer, _ in of_layers])
-            for begun in None, [torch.randn_like(layer) for layer in like]:
+            options = itertools.product(
+                (None, [torch.randn_like(layer) for layer in like]), (None, list(torch.randn(num_layers, 2, 3))))
+            for begun, scales in options:
                 grads, dots = kernels.combine_backward(
-                    layers, *zip(*of_layers), begun and [tensor.clone() for tensor in begun])
-                expected_grads, expected_dots = aten.combine_backward(layers, *zip(*of_layers), begun)
+                    layers, *zip(*of_layers), begun and [tensor.clone() for tensor in begun], scales)
+                expected_grads, expected_dots = aten.combine_backward(
+                    layers, *zip(*of_layers), begun and [tensor.clone() for tensor in begun], scales)
                 torch.testing.assert_close(list(grads), list(expected_grads))
                 assert_near(dots, expected_dots, TOLERANCE[torch.float32])
 

@@ -81,8 +81,8 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize('opt, mixup, kwargs', [
-    ('muon', True, {}), ('nadamw', False, {'drop_path_rate': 0.2}), ('sgd', False, {'aggregation': 'scalar'}),
-    ('lamb', True, {'aggregation': 'residual', 'drop_rate': 0.1})])
+    ('muon', True, {}), ('nadamw', False, {'drop_path_rate': 0.2, 'connection_drop_rate': 0.1}),
+    ('sgd', False, {'aggregation': 'scalar'}), ('lamb', True, {'aggregation': 'residual', 'drop_rate': 0.1})])
 def test_trains_and_resumes_to_the_same_weights(images, tmp_path, opt, mixup, kwargs):
     whole = Run(images, tmp_path, opt, mixup, **kwargs)
     start = copy.deepcopy(whole.model)

@@ -22,6 +22,7 @@ class CrossLayerDepthwiseConv2d(nn.Module):
             num_layers: int,
             channels: int,
             sources: Sequence[int] | None = None,
+            drop_rate: float = 0.,
             device=None,
             dtype=None,
     ):
@@ -30,10 +31,12 @@ class CrossLayerDepthwiseConv2d(nn.Module):
             num_layers: Number of layers l that there are.
             channels: Number of channels C of each.
             sources: Those of them that take part, in their order; all if None.
+            drop_rate: Share of the connections to source layers that are dropped in training, drawn for each image.
         """
         super().__init__()
         self.num_layers = num_layers
         self.channels = channels
+        self.drop_rate = drop_rate
         self.sources = list(range(num_layers) if sources is None else sources)
         shape = self.parameter_shape()
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -62,6 +65,20 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         zeros = weight.new_zeros(self.channels, 1, self.num_layers, 1)
         return zeros.index_copy(2, index, weight), zeros.index_copy(2, index, bias)
 
+    def draw_scale(self, batch_size: int) -> torch.Tensor | None:
+        """Draw what multiplies each image's connections: 0 where one is dropped, more than 1 where it is not.
+
+        Args:
+            batch_size: Number of images N.
+
+        Returns:
+            ``[N, l]``, of mean 1; None if nothing is to be dropped.
+        """
+        if not self.training or self.drop_rate == 0.:
+            return None
+        keep_rate = 1. - self.drop_rate
+        return self.weight.new_empty((batch_size, self.num_layers)).bernoulli_(keep_rate).div_(keep_rate)
+
     def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
         """Combine the layers.
 
@@ -71,11 +88,15 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         Returns:
             One tensor ``[N, C, H, W]``.
         """
-        return cross_layer_depthwise_conv([layers[i] for i in self.sources], self.weight, self.bias)
+        scale = self.draw_scale(layers[0].shape[0])
+        if scale is not None:
+            scale = scale[:, self.sources]
+        return cross_layer_depthwise_conv([layers[i] for i in self.sources], self.weight, self.bias, scale)
 
     def extra_repr(self) -> str:
         sources = '' if len(self.sources) == self.num_layers else f', sources={self.sources}'
-        return f'num_layers={self.num_layers}, channels={self.channels}{sources}'
+        drop_rate = f', drop_rate={self.drop_rate}' if self.drop_rate else ''
+        return f'num_layers={self.num_layers}, channels={self.channels}{sources}{drop_rate}'
 
 
 class WeightedLayerSum(CrossLayerDepthwiseConv2d):
@@ -93,7 +114,7 @@ class LastLayerScale(CrossLayerDepthwiseConv2d):
     """The last of the layers alone, each channel with its weight: a network without connections across layers."""
 
     def __init__(self, num_layers: int, channels: int, device=None, dtype=None):
-        super().__init__(num_layers, channels, [num_layers - 1], device, dtype)
+        super().__init__(num_layers, channels, [num_layers - 1], device=device, dtype=dtype)
 
 
 AGGREGATIONS: dict[str, type[CrossLayerDepthwiseConv2d]] = {

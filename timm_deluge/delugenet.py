@@ -99,6 +99,8 @@ def _why_not_lean(module: nn.Module, x: torch.Tensor) -> str | None:
             reason = _why_not_plain(part)
             if reason:
                 return f'{name} {reason}'
+    if isinstance(module, DelugeBlock) and len({bool(c.training and c.drop_rate) for c in module.cross_layers}) == 2:
+        return 'only some of the cross-layer convolutions drop connections'
     return None
 
 
@@ -252,6 +254,7 @@ class DelugeBlock(LeanModule, ResidualBlock):
             dilation: int = 1,
             cross_layer: Callable[..., CrossLayerDepthwiseConv2d] = CrossLayerDepthwiseConv2d,
             pruned_connections: Sequence[Sequence[int]] | None = None,
+            connection_drop_rate: float = 0.,
             device=None,
             dtype=None,
     ):
@@ -260,6 +263,7 @@ class DelugeBlock(LeanModule, ResidualBlock):
             transition, depth, width, drop_path_rates, dilation: See `ResidualBlock`.
             cross_layer: What combines the layers, one of `AGGREGATIONS`.
             pruned_connections: Of each combination, the source layers that take no part; none if None.
+            connection_drop_rate: Rate at which each combination drops its source layers in training.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(transition, depth, width, drop_path_rates, dilation, **dd)
@@ -267,11 +271,10 @@ class DelugeBlock(LeanModule, ResidualBlock):
         self.norms = nn.ModuleList([nn.BatchNorm2d(2 * width, affine=False, **dd) for _ in range(depth)])
         self.cross_layers = nn.ModuleList()
         for i in range(depth):
+            options: dict[str, Any] = {'drop_rate': connection_drop_rate} if connection_drop_rate else {}
             if pruned_connections and pruned_connections[i]:
-                kept = [source for source in range(i + 2) if source not in pruned_connections[i]]
-                self.cross_layers.append(cross_layer(i + 2, 2 * width, kept, **dd))
-            else:
-                self.cross_layers.append(cross_layer(i + 2, 2 * width, **dd))
+                options['sources'] = [source for source in range(i + 2) if source not in pruned_connections[i]]
+            self.cross_layers.append(cross_layer(i + 2, 2 * width, **options, **dd))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.transition(x)
@@ -294,15 +297,15 @@ class DelugeBlock(LeanModule, ResidualBlock):
         cross_layers: Any = self.cross_layers
         outputs = LayerOutputs(*zip(*(cross_layer.kernel() for cross_layer in cross_layers)))
         x = outputs.append(x, self.norm)
-        parts: Any = zip(self.layers, self.norms, self.drop_paths)
-        for layer, norm, drop_path in parts:
+        parts: Any = zip(self.layers, self.norms, self.drop_paths, cross_layers)
+        for layer, norm, drop_path, cross_layer in parts:
             if self.grad_checkpointing:
                 h = checkpoint(layer.forward_lean, x)
             else:
                 h = layer.forward_lean(x, outputs.recompute())
             drops = drop_path.training and isinstance(drop_path, DropPath)
             outputs.append(h, norm, drop_path(h.new_ones(len(h), 1, 1, 1)) if drops else None)
-            x = outputs.cross_layer_depthwise_conv()
+            x = outputs.cross_layer_depthwise_conv(cross_layer.draw_scale(len(h)))
         return x
 
     @torch.jit.ignore
@@ -328,6 +331,7 @@ class DelugeNet(nn.Module):
             pruned_connections: Sequence[Sequence[Sequence[int]]] | None = None,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
+            connection_drop_rate: float = 0.,
             device=None,
             dtype=None,
     ):
@@ -350,6 +354,8 @@ class DelugeNet(nn.Module):
                 None. See `timm_deluge.prune_connections`.
             drop_rate: Dropout rate before the classifier.
             drop_path_rate: Stochastic depth rate of the last composite layer; grows linearly from 0.
+            connection_drop_rate: In training, share of all connections between layers that are dropped, drawn for each
+                image; what is left of a connection's images is scaled up, so that its mean stays.
 
         Raises:
             ValueError: If `depths` and `widths` differ in length or an option has none of the values above.
@@ -391,6 +397,11 @@ class DelugeNet(nn.Module):
         if aggregation in AGGREGATIONS:
             block_fn, block_args['cross_layer'] = DelugeBlock, AGGREGATIONS[aggregation]
         _check_pruned_connections(pruned_connections, depths, aggregation)
+        if not 0 <= connection_drop_rate < 1:
+            raise ValueError(f'connection_drop_rate={connection_drop_rate}: must be from 0 to less than 1')
+        if connection_drop_rate:
+            _check_has_connections('connection_drop_rate', aggregation)
+            block_args['connection_drop_rate'] = connection_drop_rate
         dilation = 1
         self.stages = nn.Sequential()
         for i, (depth, width, dpr) in enumerate(zip(depths, widths, block_dprs)):
@@ -576,11 +587,15 @@ def _check_option(name: str, value: int | str, choices: tuple[int | str, ...]) -
         raise ValueError(f'{name}={value!r}: must be one of {", ".join(map(repr, choices))}')
 
 
+def _check_has_connections(option: str, aggregation: str) -> None:
+    if aggregation not in ('cross_layer', 'scalar'):
+        raise ValueError(f'{option}: aggregation={aggregation!r} has no connections across layers')
+
+
 def _check_pruned_connections(pruned_connections: Any, depths: Sequence[int], aggregation: str) -> None:
     if pruned_connections is None:
         return
-    if aggregation not in ('cross_layer', 'scalar'):
-        raise ValueError(f'pruned_connections: aggregation={aggregation!r} has no connections that could be pruned')
+    _check_has_connections('pruned_connections', aggregation)
     if [len(block) for block in pruned_connections] != list(depths):
         raise ValueError(
             f'pruned_connections: expected lists for {" + ".join(map(str, depths))} cross-layer convolutions, got '

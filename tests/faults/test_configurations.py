@@ -26,6 +26,7 @@ networks = st.fixed_dictionaries(dict(
     aggregation=st.sampled_from(['cross_layer', 'cross_layer', 'scalar', 'last', 'residual']),
     transition_type=st.sampled_from(['3x3', '1x1']),
     drop_path_rate=st.sampled_from([0., 0., 0.3]),
+    connection_drop_rate=st.sampled_from([0., 0., 0.3]),
 ))
 calls = st.fixed_dictionaries(dict(
     width=st.integers(1, 9),
@@ -61,6 +62,8 @@ def mean_errors(model, x, dtype, autocast) -> tuple[float, float]:
 
 def check(network, call, seed):
     torch.manual_seed(seed)
+    if network['aggregation'] in ('last', 'residual'):
+        network = {**network, 'connection_drop_rate': 0.}
     widths = [call['width'] * 2 ** i for i in range(len(network['depths']))]
     model = DelugeNet(widths=widths, num_classes=3, **network).train(call['training'])
     with torch.no_grad():

@@ -14,20 +14,24 @@ def combine(
         biases: Sequence[torch.Tensor],
         outs: Sequence[torch.Tensor] | None = None,
         relu: bool = False,
+        scales: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Sum layers, each channel with its own weights: ``x[n, c] = bias[c] + sum_i weight[i, c] * layers[i][n, c]``.
 
     Args:
         layers: l tensors ``[N, C, H, W]``.
         weights: ``[l, C, 1, 1]``, of each sum.
-        biases: ``[C, 1, 1]``, of each sum.
+        biases: ``[C, 1, 1]``, of each sum; with scales, one for each image, ``[N, C, 1, 1]``.
         outs: Memory in the first layer's format that the sums may take. A single sum may take a layer's.
         relu: Apply a ReLU to the first sum.
+        scales: ``[l, N]``, of each sum: what the images of a layer are multiplied by, besides the weight.
 
     Returns:
         The sums ``[N, C, H, W]`` in the first layer's dtype, without autograd history.
     """
     results: list[torch.Tensor] = []
+    if scales is not None:
+        weights = [weight[:, None] * scale[..., None, None, None] for weight, scale in zip(weights, scales)]
     for weight, bias in zip(weights, biases):
         x = torch.addcmul(bias, layers[0], weight[0])
         for layer, scale in zip(layers[1:], weight[1:]):
@@ -42,6 +46,7 @@ def combine_backward(
         layers: Sequence[torch.Tensor],
         means: Sequence[torch.Tensor],
         begun: Sequence[torch.Tensor] | None = None,
+        scales: Sequence[torch.Tensor] | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Differentiate by layers, and by their weights, what l calls of `combine` made of them.
 
@@ -51,24 +56,32 @@ def combine_backward(
         layers: The layers, ``[N, C, H, W]``.
         means: Of each layer, its mean, ``[C]``, which is taken from the layer first.
         begun: Of each layer, what other results have begun of its gradient, in the first layer's format; overwritten.
+        scales: Of each layer, what its images were multiplied by in these results, ``[l, N]``.
 
     Returns:
         Of each layer, ``sum_i weights[i] * grads[i]``, ``[N, C, H, W]``, added to what was begun; and of each layer and
-        gradient ``sum grads[i] * (layer - mean)`` over images and positions, ``[number of layers, l, C]``.
+        gradient ``sum grads[i] * (layer - mean)`` over images and positions, ``[number of layers, l, C]``. With scales,
+        these multiply the gradients' images in both.
     """
     tensors, _ = same_layout([*layers, *grads])  # of mixed ones, ATen makes wrong sums where there is one image
     layers, grads = tensors[:len(layers)], tensors[len(layers):]
-    ones, zeros = torch.ones_like(means[0]), torch.zeros_like(means[0])[:, None, None]
-    dots = [
-        # the gradient of a batch normalisation's weight is this, and ATen finds it in one pass
-        torch.ops.aten.native_batch_norm_backward(
-            grad, layer, None, None, None, mean, ones, True, 0., [False, True, False])[1]
-        for layer, mean in zip(layers, means) for grad in grads
-    ]
-    sums = combine(grads, weights, [zeros] * len(layers))
+    zeros = torch.zeros_like(means[0])[:, None, None]
+    if scales is None:
+        dots = [_dot(grad, layer, mean) for layer, mean in zip(layers, means) for grad in grads]
+    else:
+        dots = [
+            (scale[:, None] * ((layer - mean[:, None, None]) * grad).sum((2, 3))).sum(0)
+            for layer, mean, of_layer in zip(layers, means, scales) for grad, scale in zip(grads, of_layer)]
+    sums = combine(grads, weights, [zeros] * len(layers), scales=scales)
     if begun is not None:
         sums = [partial.add_(total) for partial, total in zip(begun, sums)]
     return sums, torch.stack(dots).unflatten(0, (len(layers), len(grads)))
+
+
+def _dot(grad, layer, mean) -> torch.Tensor:
+    # the gradient of a batch normalisation's weight is this, and ATen finds it in one pass
+    return torch.ops.aten.native_batch_norm_backward(
+        grad, layer, None, None, None, mean, torch.ones_like(mean), True, 0., [False, True, False])[1]
 
 
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,12 +39,13 @@ def combine(
         biases: Sequence[torch.Tensor],
         outs: Sequence[torch.Tensor] | None = None,
         relu: bool = False,
+        scales: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Sum layers, each channel with its own weights: see `timm_deluge.ops.aten.combine`."""
     layers, inner = same_layout(layers)
     outs = [torch.empty_like(layers[0]) for _ in weights] if outs is None else list(outs)
-    weights, biases = ([p.float().contiguous() for p in parameters] for parameters in (weights, biases))
-    _call('combine', layers[0], inner, layers, len(layers), weights, biases, outs, len(outs), relu)
+    of_results = map(_floats, (weights, biases, scales))
+    _call('combine', layers[0], inner, layers, len(layers), *of_results, len(layers[0]), outs, len(outs), relu)
     return outs
 
 
@@ -54,17 +55,17 @@ def combine_backward(
         layers: Sequence[torch.Tensor],
         means: Sequence[torch.Tensor],
         begun: Sequence[torch.Tensor] | None = None,
+        scales: Sequence[torch.Tensor] | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Differentiate `combine` by layers and their weights: see `timm_deluge.ops.aten.combine_backward`."""
     tensors, inner = same_layout([*layers, *grads])
     layers, grads = tensors[:len(layers)], tensors[len(layers):]
     outs = [torch.empty_like(layer) for layer in layers] if begun is None else list(begun)
-    weights, means = ([p.float().contiguous() for p in parameters] for parameters in (weights, means))
     dots = torch.zeros(
         len(layers), torch.get_num_threads(), len(grads), layers[0].shape[1], dtype=torch.float64)
     _call(
-        'combine_backward', layers[0], inner, grads, len(grads), weights, layers, means, outs, len(outs),
-        begun is not None, dots)
+        'combine_backward', layers[0], inner, grads, len(grads), _floats(weights), _floats(scales), len(layers[0]),
+        layers, _floats(means), outs, len(outs), begun is not None, dots)
     return outs, dots.sum(1).float()
 
 
@@ -95,6 +96,10 @@ def norm_act_backward(
     return grad, weight_grad, bias_grad
 
 
+def _floats(parameters: Sequence[torch.Tensor] | None) -> list[torch.Tensor] | None:
+    return None if parameters is None else [parameter.float().contiguous() for parameter in parameters]
+
+
 def _call(name: str, like: torch.Tensor, inner: int, *arguments: Any) -> None:
     """Call a function of the library on tensors in one layout, that of `like`."""
     if like.numel() == 0:
@@ -110,6 +115,8 @@ def _call(name: str, like: torch.Tensor, inner: int, *arguments: Any) -> None:
 
 
 def _c_argument(value: Any) -> Any:
+    if value is None:
+        return ctypes.c_void_p()
     if isinstance(value, torch.Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, list):

@@ -387,6 +387,75 @@ void combine_backward(const T* const* grads, int64_t num_grads, const float* con
     for (; j < num_layers; j++) of_layers(Int<1>{}, j);
 }
 
+// Calls work(image, the shape of one, where it begins, thread) for every image.
+template <class Work>
+void for_each_image(const Shape& shape, int64_t images, int threads, const Work& work) {
+    const Shape one{shape.rows / images, shape.columns, shape.channels};
+#pragma omp parallel for num_threads(threads)
+    for (int thread = 0; thread < threads; thread++)
+        for (int64_t n = images * thread / threads; n < images * (thread + 1) / threads; n++)
+            work(n, one, n * one.rows * one.columns, thread);
+}
+
+template <class P>
+std::vector<P> shifted(P const* pointers, int64_t number, int64_t by) {
+    std::vector<P> results(pointers, pointers + number);
+    for (P& pointer : results) pointer += by;
+    return results;
+}
+
+// Multiplies weights [of, channels] by one image's scales, [of, images].
+std::vector<float> scaled(const float* weights, const float* scales, int64_t of, int64_t images, int64_t image,
+                          int64_t channels) {
+    std::vector<float> results(of * channels);
+    for (int64_t i = 0; i < of; i++)
+        for (int64_t k = 0; k < channels; k++)
+            results[i * channels + k] = weights[i * channels + k] * scales[i * images + image];
+    return results;
+}
+
+// biases: [images, channels] of each result
+template <bool BY_COLUMN, class T>
+void combine_images(const T* const* layers, int64_t num_layers, const float* const* weights,
+                    const float* const* biases, const float* const* scales, int64_t images, T* const* outs,
+                    int64_t num_results, bool relu, const Shape& shape, int threads) {
+    for_each_image(shape, images, threads, [=](int64_t n, const Shape& one, int64_t begin, int) {
+        const auto from = shifted(layers, num_layers, begin);
+        for (int64_t k = 0; k < num_results; k++) {
+            const auto image_weights = scaled(weights[k], scales[k], num_layers, images, n, one.channels);
+            const float *const weight = image_weights.data(), *const bias = biases[k] + n * one.channels;
+            T* const out = outs[k] + begin;
+            combine_results<BY_COLUMN, 1>(from.data(), num_layers, &weight, &bias, &out, relu && k == 0, one, 1);
+        }
+    });
+}
+
+template <bool BY_COLUMN, class T>
+void combine_backward_images(const T* const* grads, int64_t num_grads, const float* const* weights,
+                             const float* const* scales, int64_t images, const T* const* layers,
+                             const float* const* means, T* const* outs, int64_t num_layers, bool begun, double* dots,
+                             const Shape& shape, int threads) {
+    for_each_image(shape, images, threads, [=](int64_t n, const Shape& one, int64_t begin, int thread) {
+        const auto from = shifted(grads, num_grads, begin);
+        const auto of = shifted(layers, num_layers, begin);
+        const auto to = shifted(outs, num_layers, begin);
+        std::vector<double> image_dots(num_layers * num_grads * one.channels);
+        std::vector<std::vector<float>> image_weights;
+        std::vector<const float*> pointers;
+        for (int64_t j = 0; j < num_layers; j++) {
+            image_weights.push_back(scaled(weights[j], scales[j], num_grads, images, n, one.channels));
+            pointers.push_back(image_weights[j].data());
+        }
+        combine_backward<BY_COLUMN>(from.data(), num_grads, pointers.data(), of.data(), means, to.data(), num_layers,
+                                    begun, image_dots.data(), one, 1);
+        for (int64_t j = 0; j < num_layers; j++)
+            for (int64_t i = 0; i < num_grads; i++)
+                for (int64_t k = 0; k < one.channels; k++)
+                    dots[((j * threads + thread) * num_grads + i) * one.channels + k] +=
+                        scales[j][i * images + n] * image_dots[(j * num_grads + i) * one.channels + k];
+    });
+}
+
 struct Pair {
     Floats first, second;
 };
@@ -519,15 +588,25 @@ using Element = ELEMENT;  // float or bfloat16, given by the compiler's caller
 
 extern "C" {
 
+// scales: of each result, what the images of a layer are multiplied by, [num_layers, images], or null
 void combine(const Element* const* layers, int64_t num_layers, const float* const* weights, const float* const* biases,
-             Element* const* outs, int64_t num_results, int64_t relu, const Shape* shape, int by_column, int threads) {
+             const float* const* scales, int64_t images, Element* const* outs, int64_t num_results, int64_t relu,
+             const Shape* shape, int by_column, int threads) {
+    if (scales)
+        return (by_column ? combine_images<true, Element> : combine_images<false, Element>)(
+            layers, num_layers, weights, biases, scales, images, outs, num_results, relu, *shape, threads);
     (by_column ? combine<true, Element> : combine<false, Element>)(
         layers, num_layers, weights, biases, outs, num_results, relu, *shape, threads);
 }
 
+// scales: of each layer, what its images were multiplied by, [num_grads, images], or null
 void combine_backward(const Element* const* grads, int64_t num_grads, const float* const* weights,
-                      const Element* const* layers, const float* const* means, Element* const* outs, int64_t num_layers,
-                      int64_t begun, double* dots, const Shape* shape, int by_column, int threads) {
+                      const float* const* scales, int64_t images, const Element* const* layers,
+                      const float* const* means, Element* const* outs, int64_t num_layers, int64_t begun, double* dots,
+                      const Shape* shape, int by_column, int threads) {
+    if (scales)
+        return (by_column ? combine_backward_images<true, Element> : combine_backward_images<false, Element>)(
+            grads, num_grads, weights, scales, images, layers, means, outs, num_layers, begun, dots, *shape, threads);
     (by_column ? combine_backward<true, Element> : combine_backward<false, Element>)(
         grads, num_grads, weights, layers, means, outs, num_layers, begun, dots, *shape, threads);
 }

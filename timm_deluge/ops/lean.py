@@ -53,6 +53,7 @@ class LayerOutputs:
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._layers: list[_Layer] = []
         self._num_results = 0
+        self._drops = False
         terms = partial(_terms, self._weights, [_by_layer(bias.detach()) for bias in biases], self._statistics)
         self._state = _Backward(weights, biases, terms)
         self._sums = running_sums(self._outputs, len(self._weights), terms)
@@ -84,22 +85,29 @@ class LayerOutputs:
         self._layers.append(_Layer(output, sample_scale, mean, invstd, *args[2::2]))
         return scaled
 
-    def cross_layer_depthwise_conv(self) -> torch.Tensor:
+    def cross_layer_depthwise_conv(self, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Convolve across all layers so far, normalised (paper, Eq. 1), with the next of the weights.
+
+        Args:
+            scale: What each image's connections are multiplied by, ``[N, l]``; for all of a block's convolutions or
+                for none.
 
         Returns:
             The next layer's input ``[N, C, H, W]``.
         """
-        index = self._num_results
+        index, weight = self._num_results, self._weights[self._num_results]
         self._num_results += 1
-        return _CrossLayer.apply(self._state, self._sums, index, self._weights[index], *self._outputs)
+        self._drops = scale is not None
+        if scale is not None:
+            scale = scale.to(weight.dtype).t().contiguous()
+        return _CrossLayer.apply(self._state, self._sums, index, weight, scale, *self._outputs)
 
     def recompute(self) -> Callable[[], torch.Tensor] | None:
         """Get what gives the last result again in the backward pass, for those who would keep it.
 
-        None if there is no result yet, or with stochastic depth, where all layers would have to be scaled again.
+        None if there is no result yet, or where layers or connections are dropped at random.
         """
-        if not self._num_results or any(layer.sample_scale is not None for layer in self._layers):
+        if not self._num_results or self._drops or any(layer.sample_scale is not None for layer in self._layers):
             return None
         return partial(self._state.result, self._num_results - 1)
 
@@ -118,13 +126,14 @@ class _Layer(NamedTuple):
         return normalized if self.sample_scale is None else normalized * self.sample_scale
 
 
-def _terms(weights, biases, statistics, index, numbers, begins) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get the weights and the bias of normalised layers for layers that are not: see `running_sums`."""
+def _terms(weights, biases, statistics, index, numbers, begins, scales=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Get the weights and the bias of normalised layers for layers that are not: see `running_sums`, `aten.combine`."""
     of_layers = slice(numbers.start, numbers.stop)
     means, invstds = map(torch.stack, zip(*statistics[of_layers]))
     scale = weights[index][of_layers] * invstds
-    shift = (biases[index][of_layers] - scale * means).sum(0)
-    return scale[..., None, None], shift[:, None, None]
+    shifts = biases[index][of_layers] - scale * means
+    shift = shifts.sum(0) if scales is None else (scales[..., None] * shifts[:, None]).sum(0)  # autocast spares these
+    return scale[..., None, None], shift[..., None, None]
 
 
 class _Backward:
@@ -137,10 +146,10 @@ class _Backward:
             self,
             weights: Sequence[torch.Tensor],
             biases: Sequence[torch.Tensor],
-            terms: Callable[[int, Sequence[int], bool], tuple[torch.Tensor, torch.Tensor]],
+            terms: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         self.parameters = [*weights, *biases]
-        self._terms = terms
+        self.terms = terms
         self._pass = -1
         self._is_differentiated = False  # passes through its graph may pass by the layers whose turn it would be
         self.clear()
@@ -156,7 +165,8 @@ class _Backward:
     def clear(self) -> None:
         self.grads: list[torch.Tensor] = []  # of each convolution's result, [N, C, H, W]
         self.weights: list[torch.Tensor] = []  # each convolution's, [l, C]
-        self.bias_grads: list[torch.Tensor] = []  # each convolution's, [C]
+        self.scales: list[torch.Tensor | None] = []  # what multiplied each convolution's connections, [l, N]
+        self.bias_grads: list[torch.Tensor] = []  # each convolution's, [l, C]
         self.weight_grads: list[tuple[torch.Tensor, ...]] = []  # each layer's in the convolutions above, [C]
         self.begun: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of layers below: see `_combine_backward`
         self._results: dict[int, torch.Tensor] = {}
@@ -173,7 +183,7 @@ class _Backward:
             return x.to(layers[0].output.dtype)
         if index not in self._results:
             group = range(index, max(index - LAYERS_PER_PASS, -1), -1)
-            weights, biases = zip(*(self._terms(i, range(i + 2), True) for i in group))
+            weights, biases = zip(*(self.terms(i, range(i + 2), True) for i in group))
             padded = [F.pad(weight, (0,) * 7 + (len(layers) - len(weight),)) for weight in weights]
             outputs = [layer.output for layer in layers]
             self._results = dict(zip(group, kernels(outputs[0]).combine(outputs, padded, biases)))
@@ -185,9 +195,8 @@ class _Backward:
         bias_grads: list[torch.Tensor | None] = []
         for i, bias_grad in reversed(list(enumerate(self.bias_grads))):
             weight_grad = torch.stack([grads[i] for grads in reversed(self.weight_grads) if i < len(grads)], 1)
-            weight_grad = weight_grad[:, None, :, None]
-            weight_grads.append(weight_grad)
-            bias_grads.append(bias_grad[:, None, None, None].expand_as(weight_grad))
+            weight_grads.append(weight_grad[:, None, :, None])
+            bias_grads.append(bias_grad.t()[:, None, :, None])
         others: list[torch.Tensor | None] = [None] * (len(self.parameters) // 2 - len(weight_grads))
         return [*weight_grads, *others, *bias_grads, *others]
 
@@ -242,7 +251,7 @@ def _grads(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
         count = output.numel() / output.shape[1]
         weight = torch.stack([weight[index] for weight in state.weights])
         if sample_scale is None:
-            total = invstd / count * (weight * torch.stack(state.bias_grads)).sum(0)
+            total = invstd / count * (weight * torch.stack([grad[index] for grad in state.bias_grads])).sum(0)
         else:
             total, _ = kernels(grad).moments(grad)
         projection = invstd ** 2 / count * (weight * weight_grad).sum(0)
@@ -271,7 +280,10 @@ def _combine_backward(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]
     means = [layer.mean for layer in layers]
     outputs = [_scale_samples(layer.output, layer.sample_scale, layer.mean) for layer in layers]
     outputs = same_layout([state.grads[0], *outputs])[0][1:]  # in that of what was begun
-    grads, dots = kernels(outputs[0]).combine_backward(state.grads[num_known:], weights, outputs, means, begun)
+    scales = None
+    if state.scales[0] is not None:
+        scales = [torch.stack([scale[index - i] for scale in state.scales[num_known:]]) for i in range(len(layers))]
+    grads, dots = kernels(outputs[0]).combine_backward(state.grads[num_known:], weights, outputs, means, begun, scales)
     if begun:
         return grads[0], torch.cat([known, dots[0]])
     state.begun.update((index - i, (grads[i], dots[i])) for i in range(1, len(layers)))
@@ -281,8 +293,11 @@ def _combine_backward(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]
 def _differentiable_grads(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the same by the definition: they can be differentiated again."""
     normalized = layers[0].normalized()
-    weight_grad = torch.stack([(grad * normalized).sum((0, 2, 3)) for grad in state.grads])
-    combined = sum(weight[index][:, None, None] * grad for weight, grad in zip(state.weights, state.grads))
+    grads = [
+        grad if scale is None else scale[index][:, None, None, None] * grad
+        for scale, grad in zip(state.scales, state.grads)]
+    weight_grad = torch.stack([(grad * normalized).sum((0, 2, 3)) for grad in grads])
+    combined = sum(weight[index][:, None, None] * grad for weight, grad in zip(state.weights, grads))
     [grad] = torch.autograd.grad(normalized, [layers[0].output], combined, create_graph=True)
     return grad, weight_grad
 
@@ -298,26 +313,33 @@ def _scale_samples(output, sample_scale, mean) -> torch.Tensor:
 class _CrossLayer(LeanFunction):
 
     @staticmethod
-    def forward(ctx, state, sums, index, weight, *outputs):
+    def forward(ctx, state, sums, index, weight, scale, *outputs):
         ctx.state, ctx.index = state, index
-        ctx.save_for_backward(weight, outputs[0])
-        return next(sums)
+        ctx.save_for_backward(weight, outputs[0], scale)
+        if scale is None:
+            return next(sums)
+        weights, bias = state.terms(index, range(len(outputs)), True, scale)
+        return kernels(outputs[0]).combine(outputs, [weights], [bias], scales=[scale])[0]
 
     @staticmethod
     def backward(ctx, grad):
-        weight, output = ctx.saved_tensors
+        weight, output, scale = ctx.saved_tensors
         state = ctx.state
         state.begin()
         if grad.stride() != output.stride():  # sums over mixed memory formats are several times slower
             grad = torch.empty_like(output).copy_(grad)
         if torch.is_grad_enabled():
             weight = _by_layer(state.parameters[ctx.index])
-            bias_grad = grad.sum((0, 2, 3), dtype=weight.dtype)
+        if scale is not None:
+            bias_grad = (scale[..., None] * grad.sum((2, 3), dtype=weight.dtype)).sum(1)
+        elif torch.is_grad_enabled():
+            bias_grad = grad.sum((0, 2, 3), dtype=weight.dtype).expand_as(weight)
         else:
             mean, _ = kernels(grad).moments(grad)
-            bias_grad = mean * (grad.numel() / grad.shape[1])
+            bias_grad = (mean * (grad.numel() / grad.shape[1])).expand_as(weight)
         state.grads.append(grad)
         state.weights.append(weight)
+        state.scales.append(scale)
         state.bias_grads.append(bias_grad)
         return (None,) * len(ctx.needs_input_grad)
 

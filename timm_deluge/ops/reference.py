@@ -7,6 +7,7 @@ def cross_layer_depthwise_conv(
         layers: list[torch.Tensor],
         weight: torch.Tensor,
         bias: torch.Tensor,
+        scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Convolve across layers: one weight per source layer and channel, no mixing of channels or positions.
 
@@ -17,12 +18,17 @@ def cross_layer_depthwise_conv(
         layers: The l preceding layers' outputs, each ``[N, C, H, W]``, the block's first one first.
         weight: Scale of each source layer's channels, ``[C, 1, l, 1]``: the kernel of a depthwise convolution.
         bias: Shift of each source layer's channels, ``[C, 1, l, 1]``.
+        scale: What each image's source layers are multiplied by when they are shifted and scaled, ``[N, l]``.
 
     Returns:
         The next layer's input, ``[N, C, H, W]``, in the layers' dtype; the sum runs in that dtype, too.
     """
-    weight = weight.movedim(2, 0).contiguous().to(layers[0].dtype)
-    x = bias.sum(2).to(layers[0].dtype)
+    weight, bias = weight.movedim(2, 0), bias.movedim(2, 0)
+    if scale is not None:
+        scale = scale.t()[:, :, None, None, None]
+        weight, bias = scale * weight[:, None], scale * bias[:, None]
+    weight = weight.contiguous().to(layers[0].dtype)
+    x = bias.sum(0).to(layers[0].dtype)
     for i, layer in enumerate(layers):
         x = torch.addcmul(x, layer, weight[i])
     return x

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import aten
 from .aten import moments, norm_act_backward
 from .layout import same_layout
 
@@ -22,8 +23,11 @@ def combine(
         biases: Sequence[torch.Tensor],
         outs: Sequence[torch.Tensor] | None = None,
         relu: bool = False,
+        scales: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """Sum layers, each channel with its own weights: see `timm_deluge.ops.aten.combine`."""
+    if scales is not None:
+        return aten.combine(layers, weights, biases, outs, relu, scales)
     layers, inner = _aligned(layers)
     outs = [torch.empty_like(layers[0]) for _ in weights] if outs is None else list(outs)
     shape, grid, block = _tiling(layers[0], inner)
@@ -41,8 +45,11 @@ def combine_backward(
         layers: Sequence[torch.Tensor],
         means: Sequence[torch.Tensor],
         begun: Sequence[torch.Tensor] | None = None,
+        scales: Sequence[torch.Tensor] | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Differentiate `combine` by layers and their weights: see `timm_deluge.ops.aten.combine_backward`."""
+    if scales is not None:
+        return aten.combine_backward(grads, weights, layers, means, begun, scales)
     num_layers, num_grads = len(layers), len(grads)
     tensors, inner = _aligned([*layers, *grads])
     outs = [torch.empty_like(layer) for layer in tensors[:num_layers]] if begun is None else list(begun)
