@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import timm
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
@@ -34,7 +35,8 @@ def generate() -> dict[Path, str]:
         Text by path; the README's whole, with its figures renewed.
     """
     checkpoints = list_checkpoints()
-    zoo, peers = ([create_report(name) for name in names] for names in (PUBLISHED, PEERS))
+    others = [name for name in timm.list_models(module='delugenet') if name not in PUBLISHED]
+    zoo, peers = ([create_report(name) for name in names] for names in ([*PUBLISHED, *others], PEERS))
     readme = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
     readme = _replace_block(readme, 'models', model_table(zoo, checkpoints))
     readme = _replace_block(readme, 'best', best_table(checkpoints))

@@ -188,6 +188,28 @@ def test_checkpoint_that_training_started_from_is_recorded(run_dir, data_dir, we
     assert (tuned.model, tuned.base_model) == ('resnetlike146_1x1', 'resnetlike146_1x1.test_noise')
 
 
+def test_a_run_may_start_from_what_was_made_of_a_published_checkpoint(run_dir, data_dir, weights_dir, tmp_path):
+    base = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    start = tmp_path / 'start.safetensors'
+    safetensors.torch.save_file(weights.load_checkpoint(base), start)
+    with pytest.raises(ValueError, match='the run had no --initial-checkpoint'):
+        add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model=base.name)
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'initial_checkpoint': str(start)}))
+    with pytest.raises(ValueError, match='name the published one that it was made of'):
+        add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE)
+    with pytest.raises(LookupError, match='resnetlike146_1x1'):
+        add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model='resnetlike146_1x1.absent')
+    made = add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model=base.name)
+    assert (made.base_model, made.epochs) == (base.name, 8)
+    changed = weights.load_checkpoint(base)
+    changed['head.fc.weight'][0, 0] += 1
+    safetensors.torch.save_file(changed, start)
+    with pytest.raises(ValueError, match='start.safetensors: was not made of .*, whose head.fc.weight is another one'):
+        add_checkpoint([run_dir], 'test_other', data_dir, **PROVENANCE, base_model=base.name)
+    assert weights.list_checkpoints() == [base, made]
+
+
 def test_hours_of_a_resumed_run_add_up(run_dir, data_dir, weights_dir, tmp_path):
     parts = [tmp_path / 'first', run_dir]
     parts[0].mkdir()

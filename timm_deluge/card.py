@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from huggingface_hub import EvalResult, ModelCardData
 from tabulate import tabulate
 
-from .paper import PUBLISHED
+from .paper import published
 from .report import ModelReport
 from .weights import Checkpoint
 
@@ -25,7 +25,7 @@ def _error(checkpoint: Checkpoint) -> str:
 
 
 def _published_error(checkpoint: Checkpoint) -> str:
-    error = PUBLISHED[checkpoint.model].top1_error.get(checkpoint.data_set)
+    error = published(checkpoint.model).top1_error.get(checkpoint.data_set)
     return f'{error:.2f}' if error else ''
 
 
@@ -46,18 +46,18 @@ def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint
     rows = []
     from_worst_to_best = sorted(checkpoints, key=lambda c: c.metrics['top1'])
     for report in reports:
-        published = PUBLISHED[report.name]
+        printed = published(report.name)
         ours = {c.data_set: _error(c) for c in from_worst_to_best if c.model == report.name}
         rows.append({
             'model': f'`{report.name}`',
             'input': f'{report.input_size[1]}²',
             'parameters': f'{report.params:,}',
-            'paper: M': f'{published.params:g}',
+            'paper: M': f'{printed.params:g}' if printed.params else '',
             'GFLOPs, fvcore': f'{report.flops / 1e9:.2f}',
             'GFLOPs, paper’s way': f'{report.paper_flops / 1e9:.2f}',
-            'paper: GFLOPs': f'{published.gflops:g}' if published.gflops else '',
+            'paper: GFLOPs': f'{printed.gflops:g}' if printed.gflops else '',
             'error %: ours': ', '.join(f'{e} ({d})' for d, e in sorted(ours.items())) or 'not trained yet',
-            'paper: error %': ', '.join(f'{e:.2f} ({d})' for d, e in published.top1_error.items()),
+            'paper: error %': ', '.join(f'{e:.2f} ({d})' for d, e in printed.top1_error.items()),
         })
     return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
 
@@ -162,11 +162,11 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
 
 
 def _checkpoint_section(checkpoint: Checkpoint) -> str:
-    published, exact = _published_error(checkpoint), checkpoint.metrics.get('exact')
-    paper = f' The paper reports an error of {published} %.' if published else ''
+    printed, exact = _published_error(checkpoint), checkpoint.metrics.get('exact')
+    paper = f' The paper reports an error of {printed} %.' if printed else ''
     without = (f' On the {exact["num_images"]:,} of them that are exact copies of the published ones: '
                f'{100 - exact["top1"]:.2f} %.') if exact else ''
-    other_data = [] if checkpoint.data_set in PUBLISHED[checkpoint.model].top1_error else [
+    other_data = [] if checkpoint.data_set in published(checkpoint.model).top1_error else [
         f'Not the data that the paper trains `{checkpoint.model}` on: these weights know the '
         f'{len(checkpoint.class_names)} classes of {checkpoint.dataset["name"]}, at '
         f'{"×".join(map(str, checkpoint.input_size[1:]))} pixels. They are for trying the architecture, for features '

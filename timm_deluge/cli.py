@@ -289,6 +289,9 @@ def weights_add(
             '--class-descriptions',
             help="Text file: a class folder's name, a tab and what it stands for on each line, as in WordNet's "
                  'words.txt.')] = None,
+        base_model: Annotated[str | None, typer.Option(
+            help='Published checkpoint that the --initial-checkpoint of the run was made of, as by remove_layers.',
+        )] = None,
 ) -> None:
     """Publish a training run: write the fp16 file and the log, measure the accuracy, add all to the manifest.
 
@@ -299,7 +302,7 @@ def weights_add(
             run_dirs, tag, data_dir, recipe_name, dataset_name, provenance, hardware,
             inexact.read_text(encoding='utf-8').splitlines() if inexact else (),
             dict(csv.reader(descriptions.open(encoding='utf-8'), delimiter='\t', quoting=csv.QUOTE_NONE))
-            if descriptions else None)
+            if descriptions else None, base_model)
     except (FileNotFoundError, LookupError, RuntimeError, ValueError) as error:
         _fail(error)
     kind = 'last weights' if checkpoint.ema_decay is None else f'moving average, decay {checkpoint.ema_decay}'

@@ -1,19 +1,19 @@
 """What the paper printed: parameters, GFLOPs and test errors, to hold our own figures against."""
 from dataclasses import dataclass, field
 
-__all__ = ['PUBLISHED', 'Published']
+__all__ = ['PUBLISHED', 'Published', 'published']
 
 
 @dataclass(frozen=True)
 class Published:
-    """Printed figures of one network.
+    """Printed figures of one network; nothing is known of those that the paper does not have.
 
     Attributes:
         params: Millions of parameters; the CIFAR networks' with 100 classes, but delugenet146's with 10.
         gflops: FLOPs in billions, in the paper's convention (see `timm_deluge.report`).
         top1_error: Top-1 test error in percent by data set, single crop.
     """
-    params: float
+    params: float | None = None
     gflops: float | None = None
     top1_error: dict[str, float] = field(default_factory=dict)
 
@@ -32,3 +32,12 @@ PUBLISHED = {
     'resnetlike218_1x1': Published(9.26, None, {'cifar100': 20.78}),  # 9.21 by every count of ours: a misprint
     'wide_resnetlike146_1x1': Published(18.76, None, {'cifar100': 19.79}),
 }
+
+
+def published(model: str) -> Published:
+    """Get what the paper printed of a network.
+
+    Args:
+        model: Name in timm's registry.
+    """
+    return PUBLISHED.get(model, Published())

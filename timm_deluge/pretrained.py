@@ -8,7 +8,7 @@ from timm.models import resolve_pretrained_cfg
 from torch import nn
 
 from .download import download_checkpoint
-from .paper import PUBLISHED
+from .paper import published
 from .weights import (
     HUB_FILE,
     Checkpoint,
@@ -57,7 +57,7 @@ def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
 def _say_what_it_is(name: str) -> None:
     """Log once what a checkpoint is; so that it is seen if its data are not those that the model is known for."""
     checkpoint = find_checkpoint(*name.split('.', 1))
-    level = logging.INFO if checkpoint.data_set in PUBLISHED[checkpoint.model].top1_error else logging.WARNING
+    level = logging.INFO if checkpoint.data_set in published(checkpoint.model).top1_error else logging.WARNING
     _logger.log(
         level, '%s knows the %d classes of %s and takes %dx%d pixels; %.2f %% of %d test images are classified right.',
         name, len(checkpoint.class_names), checkpoint.dataset['name'], *checkpoint.input_size[:0:-1],

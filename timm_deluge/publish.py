@@ -15,7 +15,15 @@ from timm.models import load_state_dict
 
 from .recipes import recipe_path
 from .validate import accuracy, create_validation_loader, image_names, list_classes, rank_targets
-from .weights import Checkpoint, find_checkpoint, joined_bytes, list_checkpoints, weights_dir, write_manifest
+from .weights import (
+    Checkpoint,
+    find_checkpoint,
+    joined_bytes,
+    list_checkpoints,
+    load_checkpoint,
+    weights_dir,
+    write_manifest,
+)
 
 __all__ = ['add_checkpoint', 'write_weights']
 
@@ -33,6 +41,7 @@ def add_checkpoint(
         hardware: str,
         inexact: Sequence[str] = (),
         class_descriptions: dict[str, str] | None = None,
+        base_model: str | None = None,
 ) -> Checkpoint:
     """Publish the last checkpoint of a training run: fp16 file, measured accuracy, log, manifest entry.
 
@@ -52,15 +61,17 @@ def add_checkpoint(
         inexact: Test images, named from the validation folder on, that are not pixel by pixel those of the data set's
             authors; the accuracy is measured with and without them.
         class_descriptions: What the names of the class folders stand for; may know more names than there are.
+        base_model: Name of the published checkpoint of which the first run's `--initial-checkpoint` was made, as by
+            `timm_deluge.remove_layers`.
 
     Returns:
         The new entry, already written; one of the same name is replaced.
 
     Raises:
         FileNotFoundError: If a file of the run or the data set is missing, or there is no checkout to publish to.
-        ValueError: If the run is not complete, or of a model that is not the package's as it stands, or if a class has
-            no description.
-        LookupError: If there is no such recipe.
+        ValueError: If the run is not complete, or of a model that is not the package's as it stands, if a class has
+            no description, or if what the run started from was not made of the base model.
+        LookupError: If there is no such recipe or base model.
     """
     recipe_path(recipe)
     if not LOGS.parent.is_dir():
@@ -72,7 +83,9 @@ def add_checkpoint(
         raise ValueError(f'{run_dir}: a run of {args["model"]} with model_kwargs {args.get("model_kwargs")}; only '
                          f'models of this package, without further arguments, can be published')
     base = find_checkpoint(model_name, base_tag) if args.get('pretrained') else None
-    log, epochs_done = _read_log(run_dirs)
+    if base_model:
+        _check_made_of(find_checkpoint(*base_model.split('.', 1)), _read_args(run_dirs[0]).get('initial_checkpoint'))
+    log, epochs_done = _read_log(run_dirs, starts_elsewhere=base_model is not None)
     if epochs_done < args['epochs']:
         raise ValueError(f'{run_dir}: {epochs_done} of {args["epochs"]} epochs are done; resume the run with '
                          f'train.py --resume {run_dir / "last.pth.tar"}')
@@ -122,7 +135,7 @@ def add_checkpoint(
             provenance=provenance,
             **(dict(inexact=sorted(inexact)) if inexact else {}),
         ),
-        base_model=base.name if base else None,
+        base_model=base.name if base else base_model,
         recipe=recipe,
         epochs=1 + max(log),
         seed=args['seed'],
@@ -169,8 +182,22 @@ def _read_args(run_dir: Path) -> dict[str, Any]:
     return yaml.safe_load((run_dir / 'args.yaml').read_text())
 
 
-def _read_log(run_dirs: Sequence[Path]) -> tuple[dict[int, dict[str, str]], int]:
+def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
+    """Hold what a run started from against the checkpoint of which it was made: their ends are the same."""
+    if not initial_checkpoint:
+        raise ValueError(f'the run had no --initial-checkpoint that could have been made of {base.name}')
+    tensors, of_base = load_state_dict(initial_checkpoint), load_checkpoint(base)
+    for name in ('stem.conv.weight', 'head.fc.weight'):
+        if name not in tensors or not torch.equal(tensors[name].float(), of_base[name].float()):
+            raise ValueError(f'{initial_checkpoint}: was not made of {base.name}, whose {name} is another one')
+
+
+def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[int, dict[str, str]], int]:
     """Read each epoch's row of train.py's summaries; a resumed run's later folder has the last word.
+
+    Args:
+        run_dirs: See `add_checkpoint`.
+        starts_elsewhere: Whether what the first run started from is known.
 
     Returns:
         The rows by epoch, counted on where a run started from another one, and the number of epochs that the last run
@@ -183,10 +210,11 @@ def _read_log(run_dirs: Sequence[Path]) -> tuple[dict[int, dict[str, str]], int]
     before = 0
     for i, run_dir in enumerate(run_dirs):
         start = _read_args(run_dir).get('initial_checkpoint')
-        if start:
+        if start and not (starts_elsewhere and i == 0):
             if not Path(start).exists() or not any(Path(start).samefile(d / 'last.pth.tar') for d in run_dirs[:i]):
                 raise ValueError(f'{run_dir}: the run started from {start}, which is not published; give the folder of '
-                                 f'the run that left it, too, or publish it, and start from it with --pretrained')
+                                 f'the run that left it, too, or publish it, and start from it with --pretrained, or '
+                                 f'name the published one that it was made of (--base-model)')
             before = 1 + max(log)
         with (run_dir / 'summary.csv').open(newline='') as f:
             for row in csv.DictReader(f):
