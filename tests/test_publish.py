@@ -198,7 +198,7 @@ def test_a_run_may_start_from_what_was_made_of_a_published_checkpoint(run_dir, d
     (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'initial_checkpoint': str(start)}))
     with pytest.raises(ValueError, match='name the published one that it was made of'):
         add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE)
-    with pytest.raises(LookupError, match='resnetlike146_1x1'):
+    with pytest.raises(weights.CheckpointError, match="resnetlike146_1x1 has no checkpoint with the tag 'absent'"):
         add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model='resnetlike146_1x1.absent')
     made = add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model=base.name)
     assert (made.base_model, made.epochs) == (base.name, 8)

@@ -71,7 +71,8 @@ def add_checkpoint(
         FileNotFoundError: If a file of the run or the data set is missing, or there is no checkout to publish to.
         ValueError: If the run is not complete, or of a model that is not the package's as it stands, if a class has
             no description, or if what the run started from was not made of the base model.
-        LookupError: If there is no such recipe or base model.
+        LookupError: If there is no such recipe.
+        CheckpointError: If there is no such base model.
     """
     recipe_path(recipe)
     if not LOGS.parent.is_dir():
