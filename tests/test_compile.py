@@ -276,6 +276,7 @@ def test_where_only_bfloat16_does_not_compile_aten_takes_it_with_one_warning(cap
 def kernels_of_both_types(monkeypatch) -> list:
     """The modules that serve bfloat16 and float32 tensors, each asked for twice."""
     monkeypatch.setattr(implementation, '_cpp', implementation.cache(implementation._cpp.__wrapped__))
-    found = [[ops.kernels(torch.empty(0, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)] for _ in range(2)]
+    tensors = [torch.empty(0, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    found = [[ops.choose_backend(x) for x in tensors] for _ in range(2)]
     assert found[0] == found[1]
     return found[0]

@@ -1,6 +1,7 @@
 """Every implementation gives the reference's numbers, and whatever one does with a model works on every path."""
 import copy
 import importlib
+import inspect
 import itertools
 import os
 import shutil
@@ -19,6 +20,7 @@ import timm_deluge
 from timm_deluge import explain_implementation
 from timm_deluge.delugenet import CompositeLayer, DelugeBlock, DelugeNet, ResidualBlock
 from timm_deluge.ops import (
+    Backend,
     LayerOutputs,
     aten,
     cross_layer_depthwise_conv,
@@ -395,8 +397,8 @@ def test_no_images():
 @pytest.mark.parametrize('implementation', FAST)
 def test_relu_keeps_what_is_not_a_number(implementation):
     layer = torch.tensor([-1., 2., float('nan')]).view(1, 3, 1, 1)
-    kernels = importlib.import_module(f'timm_deluge.ops.{implementation}')
-    x = kernels.combine([layer], [torch.ones(1, 3, 1, 1)], [torch.zeros(3, 1, 1)], relu=True)[0]
+    backend = importlib.import_module(f'timm_deluge.ops.{implementation}')
+    x = backend.combine([layer], [torch.ones(1, 3, 1, 1)], [torch.zeros(3, 1, 1)], relu=True)[0]
     torch.testing.assert_close(x.flatten(), torch.tensor([0., 2., float('nan')]), equal_nan=True)
 
 
@@ -522,8 +524,8 @@ def test_without_triton(monkeypatch):
 def test_without_a_compiler():
     code = """if True:
         import timm_deluge, torch
-        from timm_deluge.ops import aten, kernels
-        assert kernels(torch.empty(0)) is aten
+        from timm_deluge.ops import aten, choose_backend
+        assert choose_backend(torch.empty(0)) is aten
         try:
             timm_deluge.set_implementation('cpp')
         except ImportError as error:
@@ -540,26 +542,26 @@ def test_without_a_compiler():
 def test_compiled_loops_are_what_a_cpu_takes():
     cpp = importlib.import_module('timm_deluge.ops.cpp')
     for dtype, expected in {torch.float32: cpp, torch.bfloat16: cpp, torch.float16: aten, torch.float64: aten}.items():
-        assert timm_deluge.ops.kernels(torch.empty(0, dtype=dtype)) is expected
+        assert timm_deluge.ops.choose_backend(torch.empty(0, dtype=dtype)) is expected
 
 
 def test_triton_runs_where_asked_for():
     triton = pytest.importorskip('timm_deluge.ops.triton')
     set_implementation('triton')
-    assert timm_deluge.ops.kernels(torch.empty(0)) is triton
-    assert timm_deluge.ops.kernels(torch.empty(0).double()) is aten
+    assert timm_deluge.ops.choose_backend(torch.empty(0)) is triton
+    assert timm_deluge.ops.choose_backend(torch.empty(0).double()) is aten
 
 
 @pytest.mark.parametrize('name', FAST[1:])
-def test_fast_kernels_agree_on_every_pair_of_layouts(name):
-    kernels = importlib.import_module(f'timm_deluge.ops.{name}')
+def test_backends_agree_on_every_pair_of_layouts(name):
+    backend = importlib.import_module(f'timm_deluge.ops.{name}')
     torch.manual_seed(0)
     for first, second in itertools.product(LAYOUTS.values(), repeat=2):
         layers = [first(torch.randn(3, 5, 6, 7)), second(torch.randn(3, 5, 6, 7))]
         weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
-        torch.testing.assert_close(kernels.combine(layers, [weight], [bias]), aten.combine(layers, [weight], [bias]))
+        torch.testing.assert_close(backend.combine(layers, [weight], [bias]), aten.combine(layers, [weight], [bias]))
         scaled = dict(weights=[weight] * 2, biases=list(torch.randn(2, 3, 5, 1, 1)), scales=list(torch.randn(2, 2, 3)))
-        torch.testing.assert_close(kernels.combine(layers, **scaled), aten.combine(layers, **scaled))
+        torch.testing.assert_close(backend.combine(layers, **scaled), aten.combine(layers, **scaled))
         for num_layers in 1, 4, 5:
             of_layers = [
                 (torch.randn(2, 5, 1, 1), first(torch.randn(3, 5, 6, 7)), torch.randn(5)) for _ in range(num_layers)]
@@ -567,7 +569,7 @@ def test_fast_kernels_agree_on_every_pair_of_layouts(name):
             options = itertools.product(
                 (None, [torch.randn_like(layer) for layer in like]), (None, list(torch.randn(num_layers, 2, 3))))
             for begun, scales in options:
-                grads, dots = kernels.combine_backward(
+                grads, dots = backend.combine_backward(
                     layers, *zip(*of_layers), begun and [tensor.clone() for tensor in begun], scales)
                 expected_grads, expected_dots = aten.combine_backward(
                     layers, *zip(*of_layers), begun and [tensor.clone() for tensor in begun], scales)
@@ -576,22 +578,94 @@ def test_fast_kernels_agree_on_every_pair_of_layouts(name):
 
 
 @pytest.mark.parametrize('name', FAST[1:])
-def test_fast_kernels_take_layers_of_several_dtypes(name):
-    kernels = importlib.import_module(f'timm_deluge.ops.{name}')
+def test_backends_take_layers_of_several_dtypes(name):
+    backend = importlib.import_module(f'timm_deluge.ops.{name}')
     layers = [torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3).bfloat16()]
     weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
-    torch.testing.assert_close(kernels.combine(layers, [weight], [bias]), aten.combine(layers, [weight], [bias]))
+    torch.testing.assert_close(backend.combine(layers, [weight], [bias]), aten.combine(layers, [weight], [bias]))
+
+
+@pytest.mark.parametrize('name', FAST)
+def test_backends_are_what_the_protocol_says(name):
+    backend = importlib.import_module(f'timm_deluge.ops.{name}')
+    for function in ('combine', 'combine_backward', 'moments', 'norm_act_backward'):
+        expected = inspect.signature(getattr(Backend, function))
+        actual = inspect.signature(getattr(backend, function))
+        assert list(actual.parameters.values()) == list(expected.parameters.values())[1:]
+        assert actual.return_annotation == expected.return_annotation
+
+
+COMBINE = dict(
+    layers=[torch.ones(2, 3, 4, 5)] * 2, weights=[torch.ones(2, 3, 1, 1)], biases=[torch.ones(3, 1, 1)],
+    outs=[torch.ones(2, 3, 4, 5)])
+COMBINE_BACKWARD = dict(
+    grads=[torch.ones(2, 3, 4, 5)] * 2, weights=[torch.ones(2, 3, 1, 1)], layers=[torch.ones(2, 3, 4, 5)],
+    means=[torch.ones(3)], begun=[torch.ones(2, 3, 4, 5)])
+NORM_ACT_BACKWARD = dict(
+    **dict.fromkeys(('grad', 'x', 'y'), torch.ones(2, 3, 4, 5)),
+    **dict.fromkeys(('weight', 'bias', 'mean', 'invstd'), torch.ones(3)), training=True)
+SCALES = dict(biases=[torch.ones(2, 3, 1, 1)], scales=[torch.ones(2, 2)])
+
+
+@pytest.mark.parametrize('name', FAST)
+@pytest.mark.parametrize('function, arguments, changes, message', [
+    ('combine', COMBINE, dict(layers=[]), 'layers: there are none'),
+    ('combine', COMBINE, dict(layers=[torch.ones(2, 3, 4)] * 2), r'layers: expected \[N, C, H, W\], got \[2, 3, 4\]'),
+    ('combine', COMBINE, dict(layers=[torch.ones(2, 3, 4, 5), torch.ones(2, 3, 4, 4)]),
+     r'layers: expected \[2, 3, 4, 5\], got \[2, 3, 4, 4\]'),
+    ('combine', COMBINE, dict(layers=[torch.ones(2, 3, 4, 5, dtype=torch.int32)] * 2),
+     'layers: expected floating point numbers, got torch.int32'),
+    ('combine', COMBINE, dict(layers=[torch.ones(2, 3, 4, 5), torch.ones(2, 3, 4, 5, device='meta')]),
+     'layers: expected to be on cpu, got meta'),
+    ('combine', COMBINE, dict(weights=[torch.ones(2, 2, 1, 1)]), r'weights: expected \[2, 3, 1, 1\], got \[2, 2,'),
+    ('combine', COMBINE, dict(weights=[torch.ones(1, 3, 1, 1)]), r'weights: expected \[2, 3, 1, 1\], got \[1, 3,'),
+    ('combine', COMBINE, dict(biases=[torch.ones(3)]), r'biases: expected \[3, 1, 1\], got \[3\]'),
+    ('combine', COMBINE, dict(biases=[]), 'biases: expected 1 tensors, got 0'),
+    ('combine', COMBINE, dict(outs=[]), 'outs: expected 1 tensors, got 0'),
+    ('combine', COMBINE, dict(outs=[torch.ones(2, 3, 4, 4)]), r'outs: expected \[2, 3, 4, 5\], got \[2, 3, 4, 4\]'),
+    ('combine', COMBINE, dict(outs=[torch.ones(2, 3, 4, 5).double()]), 'outs: expected torch.float32 in .*float64'),
+    ('combine', COMBINE, dict(outs=[torch.ones(2, 4, 5, 3).permute(0, 3, 1, 2)]), 'contiguous_format, .* of strides'),
+    ('combine', COMBINE, dict(scales=[torch.ones(2, 2)]), r'biases: expected \[2, 3, 1, 1\], got \[3, 1, 1\]'),
+    ('combine', {**COMBINE, **SCALES}, dict(scales=[torch.ones(2, 3)]), r'scales: expected \[2, 2\], got \[2, 3\]'),
+    ('combine_backward', COMBINE_BACKWARD, dict(grads=[]), 'grads: there are none'),
+    ('combine_backward', COMBINE_BACKWARD, dict(grads=[torch.ones(1, 3, 4, 5)] * 2), 'grads: expected'),
+    ('combine_backward', COMBINE_BACKWARD, dict(weights=[torch.ones(3, 3, 1, 1)]), 'weights: expected'),
+    ('combine_backward', COMBINE_BACKWARD, dict(means=[torch.ones(2)]), 'means: expected'),
+    ('combine_backward', COMBINE_BACKWARD, dict(means=[torch.ones(3)] * 2), 'means: expected 1 tensors, got 2'),
+    ('combine_backward', COMBINE_BACKWARD, dict(begun=[torch.ones(2, 3, 4, 5).bfloat16()]), 'begun: expected'),
+    ('combine_backward', COMBINE_BACKWARD, dict(scales=[torch.ones(1, 2)]), 'scales: expected'),
+    ('moments', {}, dict(x=torch.ones(3)), 'x: expected'),
+    ('norm_act_backward', NORM_ACT_BACKWARD, dict(x=torch.ones(2, 3, 4)), 'x: expected'),
+    ('norm_act_backward', NORM_ACT_BACKWARD, dict(grad=torch.ones(2, 3, 4, 4)), 'grad: expected'),
+    ('norm_act_backward', NORM_ACT_BACKWARD, dict(y=torch.ones(2, 2, 4, 5)), 'y: expected'),
+    *(('norm_act_backward', NORM_ACT_BACKWARD, {parameter: torch.ones(2)}, f'{parameter}: expected')
+      for parameter in ('weight', 'bias', 'mean', 'invstd')),
+])
+def test_backends_refuse_what_they_would_read_beyond(name, function, arguments, changes, message):
+    call = getattr(importlib.import_module(f'timm_deluge.ops.{name}'), function)
+    if arguments:
+        call(**copy.deepcopy(arguments))
+    with pytest.raises(ValueError, match=message):
+        call(**copy.deepcopy({**arguments, **changes}))
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+def test_loops_refuse_what_they_were_not_compiled_for():
+    from timm_deluge.ops import cpp
+    for x in (torch.ones(2, 3, 4, 5).double(), torch.ones(2, 3, 4, 5, device='meta')):
+        with pytest.raises(ValueError, match=f'float32 and bfloat16 on a CPU, not {x.dtype} on {x.device}'):
+            cpp.moments(x)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('name', FAST[1:])
-def test_fast_kernels_give_moments_and_the_gradient_of_batch_norm_and_relu(name, layout, dtype):
-    kernels = importlib.import_module(f'timm_deluge.ops.{name}')
+def test_backends_give_moments_and_the_gradient_of_batch_norm_and_relu(name, layout, dtype):
+    backend = importlib.import_module(f'timm_deluge.ops.{name}')
     torch.manual_seed(0)
     x, grad = (LAYOUTS[layout](torch.randn(3, 70, 8, 9).to(dtype)) for _ in range(2))
     exact = x.double().requires_grad_()
-    mean, var = kernels.moments(x)
+    mean, var = backend.moments(x)
     assert_near(mean, exact.mean((0, 2, 3)), 1e-5)
     assert_near(var, exact.var((0, 2, 3), correction=0), 1e-5)
 
@@ -599,7 +673,7 @@ def test_fast_kernels_give_moments_and_the_gradient_of_batch_norm_and_relu(name,
     for training in (True, False):
         y = torch.relu(nn.functional.batch_norm(exact, mean.double(), var.double(), weight, bias, training, eps=1e-12))
         expected = torch.autograd.grad(y, (exact, weight, bias), grad.double())
-        actual = kernels.norm_act_backward(
+        actual = backend.norm_act_backward(
             grad.clone(memory_format=torch.preserve_format), x, y.detach().to(dtype), weight.detach().float(),
             bias.detach().float(), mean, var.rsqrt(), training)
         for a, e in zip(actual, expected):

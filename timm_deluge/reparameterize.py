@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from .ops import (
+    choose_backend,
     has_hooks,
     is_lean,
     kept_memory,
-    kernels,
     rows,
     running_sums,
     split_batch,
@@ -282,7 +282,7 @@ class FusedDelugeBlock(nn.Module):
             sources=sources if pruned else None)
         for layer, x in zip(self.layers, inputs):
             layers.append(layer(x, None if outs is None else x))
-        return kernels(h).combine([layers[source] for source in last.sources], [last.weight], [last.bias])[0]
+        return choose_backend(h).combine([layers[source] for source in last.sources], [last.weight], [last.bias])[0]
 
 
 @torch.no_grad()

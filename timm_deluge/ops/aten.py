@@ -1,8 +1,9 @@
-"""The sums over layers and over positions in ATen's own operators, for tensors on any device."""
+"""The backend in ATen's own operators, for tensors on any device."""
 from collections.abc import Sequence
 
 import torch
 
+from .backend import check_combine, check_combine_backward, check_moments, check_norm_act_backward
 from .layout import same_layout
 
 __all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
@@ -16,19 +17,9 @@ def combine(
         relu: bool = False,
         scales: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Sum layers, each channel with its own weights: ``x[n, c] = bias[c] + sum_i weight[i, c] * layers[i][n, c]``.
-
-    Args:
-        layers: l tensors ``[N, C, H, W]``.
-        weights: ``[l, C, 1, 1]``, of each sum.
-        biases: ``[C, 1, 1]``, of each sum; with scales, one for each image, ``[N, C, 1, 1]``.
-        outs: Memory in the first layer's format that the sums may take. A single sum may take a layer's.
-        relu: Apply a ReLU to the first sum.
-        scales: ``[l, N]``, of each sum: what the images of a layer are multiplied by, besides the weight.
-
-    Returns:
-        The sums ``[N, C, H, W]`` in the first layer's dtype, without autograd history.
-    """
+    """See `Backend.combine`."""
+    check_combine(layers, weights, biases, outs, scales)
+    layers, _ = same_layout(layers)
     results: list[torch.Tensor] = []
     if scales is not None:
         weights = [weight[:, None] * scale[..., None, None, None] for weight, scale in zip(weights, scales)]
@@ -48,30 +39,19 @@ def combine_backward(
         begun: Sequence[torch.Tensor] | None = None,
         scales: Sequence[torch.Tensor] | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Differentiate by layers, and by their weights, what l calls of `combine` made of them.
-
-    Args:
-        grads: The gradients of l results, ``[N, C, H, W]``.
-        weights: Of each layer, its weights in these results, ``[l, C, 1, 1]``.
-        layers: The layers, ``[N, C, H, W]``.
-        means: Of each layer, its mean, ``[C]``, which is taken from the layer first.
-        begun: Of each layer, what other results have begun of its gradient, in the first layer's format; overwritten.
-        scales: Of each layer, what its images were multiplied by in these results, ``[l, N]``.
-
-    Returns:
-        Of each layer, ``sum_i weights[i] * grads[i]``, ``[N, C, H, W]``, added to what was begun; and of each layer and
-        gradient ``sum grads[i] * (layer - mean)`` over images and positions, ``[number of layers, l, C]``. With scales,
-        these multiply the gradients' images in both.
-    """
+    """See `Backend.combine_backward`."""
+    check_combine_backward(grads, weights, layers, means, begun, scales)
     tensors, _ = same_layout([*layers, *grads])  # of mixed ones, ATen makes wrong sums where there is one image
     layers, grads = tensors[:len(layers)], tensors[len(layers):]
-    zeros = torch.zeros_like(means[0])[:, None, None]
     if scales is None:
         dots = [_dot(grad, layer, mean) for layer, mean in zip(layers, means) for grad in grads]
     else:
         dots = [
             (scale[:, None] * ((layer - mean[:, None, None]) * grad).sum((2, 3))).sum(0)
             for layer, mean, of_layer in zip(layers, means, scales) for grad, scale in zip(grads, of_layer)]
+    zeros = torch.zeros_like(means[0])[:, None, None]
+    if scales is not None:
+        zeros = zeros.expand(len(layers[0]), -1, 1, 1)
     sums = combine(grads, weights, [zeros] * len(layers), scales=scales)
     if begun is not None:
         sums = [partial.add_(total) for partial, total in zip(begun, sums)]
@@ -85,11 +65,8 @@ def _dot(grad, layer, mean) -> torch.Tensor:
 
 
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get each channel's mean and (biased) variance over images and positions, ``[C]``.
-
-    Args:
-        x: ``[N, C, H, W]``.
-    """
+    """See `Backend.moments`."""
+    check_moments(x)
     # running statistics that stay as they are, for the results to have their dtype
     dtype = torch.promote_types(x.dtype, torch.float32)
     running = torch.zeros(2, x.shape[1], device=x.device, dtype=dtype)
@@ -108,22 +85,8 @@ def norm_act_backward(
         training: bool,
         relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Differentiate ``y = relu(weight * (x - mean) * invstd + bias)``, or the same without ReLU.
-
-    Args:
-        grad: The gradient of y, ``[N, C, H, W]``; it may be overwritten.
-        x: ``[N, C, H, W]``.
-        y: ``[N, C, H, W]``.
-        weight: ``[C]``.
-        bias: ``[C]``.
-        mean: ``[C]``.
-        invstd: 1 / standard deviation, ``[C]``.
-        training: Whether mean and standard deviation are those of x.
-        relu: Whether there is a ReLU.
-
-    Returns:
-        The gradients of x, weight and bias.
-    """
+    """See `Backend.norm_act_backward`."""
+    check_norm_act_backward(grad, x, y, weight=weight, bias=bias, mean=mean, invstd=invstd)
     if relu:
         torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
     (x, grad), _ = same_layout([x, grad])

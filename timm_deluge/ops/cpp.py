@@ -1,4 +1,4 @@
-"""The sums over layers and over positions as C++ loops for a CPU: a layer is read once, all arithmetic is in float32.
+"""The backend as C++ loops for a CPU: a layer is read once, and all arithmetic is in float32.
 
 `kernels.cpp` is compiled for the processor at hand, in some seconds, by the C++ compiler that `torch.compile` would
 take: when this module is imported, and for bfloat16 at its first use. `compile.py` keeps the libraries for later
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .backend import check_combine, check_combine_backward, check_moments, check_norm_act_backward
 from .compile import compile_library
 from .layout import same_layout
 
@@ -41,7 +42,8 @@ def combine(
         relu: bool = False,
         scales: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Sum layers, each channel with its own weights: see `timm_deluge.ops.aten.combine`."""
+    """See `Backend.combine`."""
+    check_combine(layers, weights, biases, outs, scales)
     layers, inner = same_layout(layers)
     outs = [torch.empty_like(layers[0]) for _ in weights] if outs is None else list(outs)
     of_results = map(_floats, (weights, biases, scales))
@@ -57,7 +59,8 @@ def combine_backward(
         begun: Sequence[torch.Tensor] | None = None,
         scales: Sequence[torch.Tensor] | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Differentiate `combine` by layers and their weights: see `timm_deluge.ops.aten.combine_backward`."""
+    """See `Backend.combine_backward`."""
+    check_combine_backward(grads, weights, layers, means, begun, scales)
     tensors, inner = same_layout([*layers, *grads])
     layers, grads = tensors[:len(layers)], tensors[len(layers):]
     outs = [torch.empty_like(layer) for layer in layers] if begun is None else list(begun)
@@ -70,7 +73,8 @@ def combine_backward(
 
 
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get each channel's mean and variance: see `timm_deluge.ops.aten.moments`."""
+    """See `Backend.moments`."""
+    check_moments(x)
     [x], inner = same_layout([x])
     mean, var = torch.empty(x.shape[1]), torch.empty(x.shape[1])
     _call('moments', x, inner, x, mean, var)
@@ -88,7 +92,8 @@ def norm_act_backward(
         training: bool,
         relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Differentiate batch normalisation: see `timm_deluge.ops.aten.norm_act_backward`."""
+    """See `Backend.norm_act_backward`."""
+    check_norm_act_backward(grad, x, y, weight=weight, bias=bias, mean=mean, invstd=invstd)
     (x, grad), inner = same_layout([x, grad])
     weight_grad, bias_grad = torch.empty(2, x.shape[1])
     parameters = [p.float().contiguous() for p in (weight, bias, mean, invstd)]
@@ -102,6 +107,8 @@ def _floats(parameters: Sequence[torch.Tensor] | None) -> list[torch.Tensor] | N
 
 def _call(name: str, like: torch.Tensor, inner: int, *arguments: Any) -> None:
     """Call a function of the library on tensors in one layout, that of `like`."""
+    if like.device.type != 'cpu' or like.dtype not in _ELEMENTS:
+        raise ValueError(f'the C++ loops take float32 and bfloat16 on a CPU, not {like.dtype} on {like.device}')
     if like.numel() == 0:
         return
     channels = like.shape[1]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .implementation import kernels
+from .implementation import choose_backend
 
 __all__ = ['Decision', 'explain_implementation', 'has_hooks', 'takes_fast_path']
 
@@ -19,7 +19,7 @@ class Decision(NamedTuple):
     """The implementation that a module takes.
 
     Attributes:
-        implementation: 'reference', or the kernels of the fast path: 'aten', 'cpp' or 'triton'.
+        implementation: 'reference', or the backend of the fast path: 'aten', 'cpp' or 'triton'.
         reason: Why it is the reference, None if it is not.
     """
     implementation: str
@@ -42,7 +42,7 @@ def takes_fast_path(module: nn.Module, x: torch.Tensor, reason: str | None) -> b
 def _note(module: nn.Module, x: torch.Tensor, reason: str | None) -> None:
     decisions = _decisions.get()
     if decisions is not None:
-        name = 'reference' if reason else kernels(x).__name__.rpartition('.')[2]
+        name = 'reference' if reason else choose_backend(x).__name__.rpartition('.')[2]
         decisions[module] = Decision(name, reason)
     if reason:
         _logger.debug('%s takes the reference implementation: %s', type(module).__name__, reason)

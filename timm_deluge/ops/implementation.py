@@ -3,13 +3,13 @@ import logging
 import os
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 
 from . import aten
+from .backend import Backend
 
-__all__ = ['get_implementation', 'is_lean', 'kernels', 'set_implementation', 'why_not_lean']
+__all__ = ['choose_backend', 'get_implementation', 'is_lean', 'set_implementation', 'why_not_lean']
 
 IMPLEMENTATIONS = ('auto', 'reference', 'aten', 'cpp', 'triton')
 _implementation = 'auto'
@@ -32,7 +32,7 @@ def set_implementation(name: str) -> None:
               else by ATen's operators. The default.
             * 'reference': differentiable operators only, layer by layer: for debugging, and for forward-mode
               differentiation.
-            * 'aten', 'cpp', 'triton': as 'auto', with these kernels wherever they can run.
+            * 'aten', 'cpp', 'triton': as 'auto', with this backend wherever it can run.
 
     Raises:
         ValueError: If there is no such implementation.
@@ -75,8 +75,8 @@ def why_not_lean(x: torch.Tensor) -> str | None:
     return None
 
 
-def kernels(x: torch.Tensor) -> ModuleType:
-    """Get the module whose functions, those of `timm_deluge.ops.aten`, serve a tensor."""
+def choose_backend(x: torch.Tensor) -> Backend:
+    """Get the backend that serves a tensor, by its device and dtype, and by what was set."""
     if _implementation in ('auto', 'cpp') and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
         return _cpp(x.dtype) or aten
     wanted = _implementation == 'triton' or (_implementation == 'auto' and x.is_cuda and _has_triton())
@@ -87,7 +87,7 @@ def kernels(x: torch.Tensor) -> ModuleType:
 
 
 @cache
-def _cpp(dtype: torch.dtype) -> ModuleType | None:
+def _cpp(dtype: torch.dtype) -> Backend | None:
     """Get the C++ loops for a type of elements, or None, with one warning in all, where they do not compile."""
     if dtype is not torch.float32 and not _cpp(torch.float32):
         return None

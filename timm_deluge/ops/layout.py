@@ -3,7 +3,13 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ['rows', 'same_layout']
+__all__ = ['fast_memory_format', 'rows', 'same_layout']
+
+
+def fast_memory_format(x: torch.Tensor) -> torch.memory_format:
+    """Get the format that a tensor ``[N, C, H, W]`` is in, or is brought into: channels_last or else contiguous."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def same_layout(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
@@ -15,9 +21,8 @@ def same_layout(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int
     Returns:
         The layers, and how many positions of a channel follow each other in memory: 1 in channels_last.
     """
-    channels_last = layers[0].is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    inner = 1 if channels_last else layers[0].shape[2] * layers[0].shape[3]
+    memory_format = fast_memory_format(layers[0])
+    inner = 1 if memory_format is torch.channels_last else layers[0].shape[2] * layers[0].shape[3]
     return [layer.to(layers[0].dtype).contiguous(memory_format=memory_format) for layer in layers], inner
 
 

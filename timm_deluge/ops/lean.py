@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .implementation import kernels
+from .implementation import choose_backend
 from .layout import same_layout
 from .norm_act_conv import LeanFunction, norm_args, normalize, statistics
 from .running_sums import running_sums
@@ -127,7 +127,7 @@ class _Layer(NamedTuple):
 
 
 def _terms(weights, biases, statistics, index, numbers, begins, scales=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get the weights and the bias of normalised layers for layers that are not: see `running_sums`, `aten.combine`."""
+    """Get the weights and the bias of normalised layers for layers that are not: see `running_sums`, `Backend`."""
     of_layers = slice(numbers.start, numbers.stop)
     means, invstds = map(torch.stack, zip(*statistics[of_layers]))
     scale = weights[index][of_layers] * invstds
@@ -186,7 +186,7 @@ class _Backward:
             weights, biases = zip(*(self.terms(i, range(i + 2), True) for i in group))
             padded = [F.pad(weight, (0,) * 7 + (len(layers) - len(weight),)) for weight in weights]
             outputs = [layer.output for layer in layers]
-            self._results = dict(zip(group, kernels(outputs[0]).combine(outputs, padded, biases)))
+            self._results = dict(zip(group, choose_backend(outputs[0]).combine(outputs, padded, biases)))
         return self._results.pop(index)
 
     def parameter_grads(self) -> list[torch.Tensor | None]:
@@ -253,11 +253,12 @@ def _grads(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
         if sample_scale is None:
             total = invstd / count * (weight * torch.stack([grad[index] for grad in state.bias_grads])).sum(0)
         else:
-            total, _ = kernels(grad).moments(grad)
+            total, _ = choose_backend(grad).moments(grad)
         projection = invstd ** 2 / count * (weight * weight_grad).sum(0)
         scale = torch.stack([torch.ones_like(projection), -projection])
         shift = projection * mean - total
-        [grad] = kernels(output).combine([grad, output], [scale[..., None, None]], [shift[:, None, None]], [grad])
+        [grad] = choose_backend(output).combine(
+            [grad, output], [scale[..., None, None]], [shift[:, None, None]], [grad])
     return grad, weight_grad
 
 
@@ -283,7 +284,8 @@ def _combine_backward(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]
     scales = None
     if state.scales[0] is not None:
         scales = [torch.stack([scale[index - i] for scale in state.scales[num_known:]]) for i in range(len(layers))]
-    grads, dots = kernels(outputs[0]).combine_backward(state.grads[num_known:], weights, outputs, means, begun, scales)
+    grads, dots = choose_backend(outputs[0]).combine_backward(
+        state.grads[num_known:], weights, outputs, means, begun, scales)
     if begun:
         return grads[0], torch.cat([known, dots[0]])
     state.begun.update((index - i, (grads[i], dots[i])) for i in range(1, len(layers)))
@@ -319,7 +321,7 @@ class _CrossLayer(LeanFunction):
         if scale is None:
             return next(sums)
         weights, bias = state.terms(index, range(len(outputs)), True, scale)
-        return kernels(outputs[0]).combine(outputs, [weights], [bias], scales=[scale])[0]
+        return choose_backend(outputs[0]).combine(outputs, [weights], [bias], scales=[scale])[0]
 
     @staticmethod
     def backward(ctx, grad):
@@ -335,7 +337,7 @@ class _CrossLayer(LeanFunction):
         elif torch.is_grad_enabled():
             bias_grad = grad.sum((0, 2, 3), dtype=weight.dtype).expand_as(weight)
         else:
-            mean, _ = kernels(grad).moments(grad)
+            mean, _ = choose_backend(grad).moments(grad)
             bias_grad = (mean * (grad.numel() / grad.shape[1])).expand_as(weight)
         state.grads.append(grad)
         state.weights.append(weight)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .conv import conv2d, conv2d_backward
-from .implementation import kernels
+from .implementation import choose_backend
 
 __all__ = ['LeanFunction', 'norm_act_conv', 'norm_args', 'normalize', 'statistics']
 
@@ -56,7 +56,7 @@ def statistics(
         running_mean, running_var, training, momentum, eps: See `norm_args`.
     """
     if training:
-        mean, var = kernels(x).moments(x)
+        mean, var = choose_backend(x).moments(x)
         count = x.numel() / x.shape[1]
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
@@ -116,7 +116,7 @@ class _NormActConv(LeanFunction):
         y = _norm_act(x, norm_weight, norm_bias, mean, invstd, ctx.relu).to(grad.dtype)
         grad_y, grad_weight = conv2d_backward(
             grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
-        grad_x, grad_norm_weight, grad_norm_bias = kernels(x).norm_act_backward(
+        grad_x, grad_norm_weight, grad_norm_bias = choose_backend(x).norm_act_backward(
             grad_y, x, y, norm_weight, norm_bias, mean, invstd, ctx.training, ctx.relu)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
@@ -138,5 +138,6 @@ def _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, in
 
 def _norm_act(x, weight, bias, mean, invstd, relu) -> torch.Tensor:
     scale = weight * invstd
-    [y] = kernels(x).combine([x], [scale[None, :, None, None]], [(bias - scale * mean)[:, None, None]], relu=relu)
+    shift = bias - scale * mean
+    [y] = choose_backend(x).combine([x], [scale[None, :, None, None]], [shift[:, None, None]], relu=relu)
     return y

@@ -3,7 +3,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
-from .implementation import kernels
+from .implementation import choose_backend
 
 __all__ = ['running_sums']
 
@@ -39,7 +39,7 @@ def running_sums(
         return numbers if sources is None else [n for n in numbers if any(n in sources[i] for i in sums)]
 
     for first in range(0, num_sums, SUMS_PER_PASS):
-        combine = kernels(layers[0]).combine
+        combine = choose_backend(layers[0]).combine
         num_known = len(layers)
         group = range(first, min(first + SUMS_PER_PASS, num_sums))
         known = entering(range(num_known), group)

@@ -1,4 +1,4 @@
-"""The two sums over layers as Triton kernels: every layer is read once, and all sums run in float32.
+"""The backend as Triton kernels: every layer is read once, and all sums run in float32.
 
 A kernel finds the layers through a table of their addresses, so that one compiled kernel serves any number of them.
 """
@@ -10,6 +10,7 @@ import triton.language as tl
 
 from . import aten
 from .aten import moments, norm_act_backward
+from .backend import check_combine, check_combine_backward
 from .layout import same_layout
 
 __all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
@@ -25,7 +26,8 @@ def combine(
         relu: bool = False,
         scales: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Sum layers, each channel with its own weights: see `timm_deluge.ops.aten.combine`."""
+    """See `Backend.combine`."""
+    check_combine(layers, weights, biases, outs, scales)
     if scales is not None:
         return aten.combine(layers, weights, biases, outs, relu, scales)
     layers, inner = _aligned(layers)
@@ -47,7 +49,8 @@ def combine_backward(
         begun: Sequence[torch.Tensor] | None = None,
         scales: Sequence[torch.Tensor] | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Differentiate `combine` by layers and their weights: see `timm_deluge.ops.aten.combine_backward`."""
+    """See `Backend.combine_backward`."""
+    check_combine_backward(grads, weights, layers, means, begun, scales)
     if scales is not None:
         return aten.combine_backward(grads, weights, layers, means, begun, scales)
     num_layers, num_grads = len(layers), len(grads)
