@@ -11,6 +11,7 @@ from test_implementations import (  # noqa: F401
     assert_as_near,
     assert_same,
     block,
+    kept_bytes,
     lean_calls,
     restore_implementation,
 )
@@ -95,6 +96,13 @@ def test_autocast():
     torch.manual_seed(0)
     model = DelugeNet((4, 3), (8, 16), 5, stem_type='cifar', connection_drop_rate=0.2).train()
     assert_as_near(model, model, (8, 3, 16, 16), torch.autocast('cpu', torch.bfloat16))
+
+
+def test_no_more_is_kept_for_the_backward_pass():
+    x = torch.randn(8, 3, 16, 16)
+    plain, dropped = (
+        DelugeNet((6, 6), (8, 16), 5, stem_type='cifar', connection_drop_rate=rate).train() for rate in (0, 0.2))
+    assert kept_bytes(dropped, x) < 1.01 * kept_bytes(plain, x)
 
 
 def test_in_training_only():

@@ -20,10 +20,9 @@ definition, in operators that autograd records.
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .implementation import choose_backend
@@ -53,7 +52,6 @@ class LayerOutputs:
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._layers: list[_Layer] = []
         self._num_results = 0
-        self._drops = False
         terms = partial(_terms, self._weights, [_by_layer(bias.detach()) for bias in biases], self._statistics)
         self._state = _Backward(weights, biases, terms)
         self._sums = running_sums(self._outputs, len(self._weights), terms)
@@ -97,17 +95,17 @@ class LayerOutputs:
         """
         index, weight = self._num_results, self._weights[self._num_results]
         self._num_results += 1
-        self._drops = scale is not None
         if scale is not None:
             scale = scale.to(weight.dtype).t().contiguous()
+        self._state.scales.append(scale)
         return _CrossLayer.apply(self._state, self._sums, index, weight, scale, *self._outputs)
 
     def recompute(self) -> Callable[[], torch.Tensor] | None:
         """Get what gives the last result again in the backward pass, for those who would keep it.
 
-        None if there is no result yet, or where layers or connections are dropped at random.
+        None if there is no result yet, or with stochastic depth, where all layers would have to be scaled again.
         """
-        if not self._num_results or self._drops or any(layer.sample_scale is not None for layer in self._layers):
+        if not self._num_results or any(layer.sample_scale is not None for layer in self._layers):
             return None
         return partial(self._state.result, self._num_results - 1)
 
@@ -149,6 +147,7 @@ class _Backward:
             terms: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         self.parameters = [*weights, *biases]
+        self.scales: list[torch.Tensor | None] = []  # of each convolution's connections, [l, N]
         self.terms = terms
         self._pass = -1
         self._is_differentiated = False  # passes through its graph may pass by the layers whose turn it would be
@@ -165,7 +164,7 @@ class _Backward:
     def clear(self) -> None:
         self.grads: list[torch.Tensor] = []  # of each convolution's result, [N, C, H, W]
         self.weights: list[torch.Tensor] = []  # each convolution's, [l, C]
-        self.scales: list[torch.Tensor | None] = []  # what multiplied each convolution's connections, [l, N]
+        self.grad_scales: list[torch.Tensor | None] = []  # of each convolution's connections, [l, N]
         self.bias_grads: list[torch.Tensor] = []  # each convolution's, [l, C]
         self.weight_grads: list[tuple[torch.Tensor, ...]] = []  # each layer's in the convolutions above, [C]
         self.begun: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of layers below: see `_combine_backward`
@@ -178,16 +177,27 @@ class _Backward:
         layers = self.layers[:index + 2]
         if torch.is_grad_enabled():
             weight, bias = map(_by_layer, self.parameters[index::len(self.parameters) // 2])
+            scale = self.scales[index]
+            if scale is not None:
+                weight, bias = scale[..., None] * weight[:, None], scale[..., None] * bias[:, None]
             terms = zip(weight[..., None, None], layers)
-            x = sum((scale * layer.normalized() for scale, layer in terms), bias.sum(0)[:, None, None])
+            x = sum((factor * layer.normalized() for factor, layer in terms), bias.sum(0)[..., None, None])
             return x.to(layers[0].output.dtype)
         if index not in self._results:
             group = range(index, max(index - LAYERS_PER_PASS, -1), -1)
-            weights, biases = zip(*(self.terms(i, range(i + 2), True) for i in group))
-            padded = [F.pad(weight, (0,) * 7 + (len(layers) - len(weight),)) for weight in weights]
+            scales = None if self.scales[index] is None else [self._padded(self.scales[i], index) for i in group]
+            weights, biases = zip(*(self.terms(i, range(i + 2), True, self.scales[i]) for i in group))
+            padded = [self._padded(weight, index) for weight in weights]
             outputs = [layer.output for layer in layers]
-            self._results = dict(zip(group, choose_backend(outputs[0]).combine(outputs, padded, biases)))
+            results = choose_backend(outputs[0]).combine(outputs, padded, biases, scales=scales)
+            self._results = dict(zip(group, results))
         return self._results.pop(index)
+
+    @staticmethod
+    def _padded(of_layers: Any, index: int) -> torch.Tensor:
+        """Add zeros for the layers that a convolution before `index` does not have yet."""
+        missing = index + 2 - len(of_layers)
+        return torch.cat([of_layers, of_layers.new_zeros(missing, *of_layers.shape[1:])])
 
     def parameter_grads(self) -> list[torch.Tensor | None]:
         """Get the gradients of all weights and of all biases, ``[C, 1, l, 1]``, the first convolution first."""
@@ -282,8 +292,9 @@ def _combine_backward(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]
     outputs = [_scale_samples(layer.output, layer.sample_scale, layer.mean) for layer in layers]
     outputs = same_layout([state.grads[0], *outputs])[0][1:]  # in that of what was begun
     scales = None
-    if state.scales[0] is not None:
-        scales = [torch.stack([scale[index - i] for scale in state.scales[num_known:]]) for i in range(len(layers))]
+    if state.grad_scales[0] is not None:
+        new_scales = state.grad_scales[num_known:]
+        scales = [torch.stack([scale[index - i] for scale in new_scales]) for i in range(len(layers))]
     grads, dots = choose_backend(outputs[0]).combine_backward(
         state.grads[num_known:], weights, outputs, means, begun, scales)
     if begun:
@@ -297,7 +308,7 @@ def _differentiable_grads(state, index, layers) -> tuple[torch.Tensor, torch.Ten
     normalized = layers[0].normalized()
     grads = [
         grad if scale is None else scale[index][:, None, None, None] * grad
-        for scale, grad in zip(state.scales, state.grads)]
+        for scale, grad in zip(state.grad_scales, state.grads)]
     weight_grad = torch.stack([(grad * normalized).sum((0, 2, 3)) for grad in grads])
     combined = sum(weight[index][:, None, None] * grad for weight, grad in zip(state.weights, grads))
     [grad] = torch.autograd.grad(normalized, [layers[0].output], combined, create_graph=True)
@@ -341,7 +352,7 @@ class _CrossLayer(LeanFunction):
             bias_grad = (mean * (grad.numel() / grad.shape[1])).expand_as(weight)
         state.grads.append(grad)
         state.weights.append(weight)
-        state.scales.append(scale)
+        state.grad_scales.append(scale)
         state.bias_grads.append(bias_grad)
         return (None,) * len(ctx.needs_input_grad)
 
