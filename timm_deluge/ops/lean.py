@@ -130,7 +130,8 @@ def _terms(weights, biases, statistics, index, numbers, begins, scales=None) -> 
     means, invstds = map(torch.stack, zip(*statistics[of_layers]))
     scale = weights[index][of_layers] * invstds
     shifts = biases[index][of_layers] - scale * means
-    shift = shifts.sum(0) if scales is None else (scales[..., None] * shifts[:, None]).sum(0)  # autocast spares these
+    # autocast would round a product of matrices
+    shift = shifts.sum(0) if scales is None else (scales[..., None] * shifts[:, None]).sum(0)
     return scale[..., None, None], shift[..., None, None]
 
 
