@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from timm_deluge import cli, weights
 from timm_deluge.card import model_card
 from timm_deluge.publish import add_checkpoint
+from timm_deluge.settle import settle_batch_norm
 from timm_deluge.validate import accuracy, create_validation_loader, rank_targets
 
 PROVENANCE = dict(recipe='cifar100_delugenet146', dataset_name='Noise', provenance='numpy', hardware='none')
@@ -208,6 +209,30 @@ def test_a_run_may_start_from_what_was_made_of_a_published_checkpoint(run_dir, d
     with pytest.raises(ValueError, match='start.safetensors: was not made of .*, whose head.fc.weight is another one'):
         add_checkpoint([run_dir], 'test_other', data_dir, **PROVENANCE, base_model=base.name)
     assert weights.list_checkpoints() == [base, made]
+
+
+def test_statistics_are_taken_anew_at_the_size_it_is_for(run_dir, data_dir, weights_dir):
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'input_size': [3, 32, 32]}))
+    plain = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
+    settled = add_checkpoint([run_dir], 'test_settled', data_dir, **PROVENANCE, img_size=24, settled_images=5)
+    assert (settled.input_size, settled.settled_images) == ([3, 24, 24], 5)
+    assert (plain.input_size, plain.settled_images) == ([3, 32, 32], None)
+    before, after = weights.load_checkpoint(plain), weights.load_checkpoint(settled)
+    statistics = {name for name in before if name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))}
+    assert all(torch.equal(before[name], after[name]) != (name in statistics) for name in before)
+    assert 'settled on 5 training images' in model_card([settled]) and 'settled' not in model_card([plain])
+
+
+def test_settled_statistics_are_the_mean_over_the_batches():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)).train()
+    model[0](10 * torch.randn(4, 3, 2, 2))
+    batches = torch.randn(3, 4, 3, 5, 5).unbind()
+    settle_batch_norm(model, batches)
+    torch.testing.assert_close(model[0].running_mean, torch.stack(batches).mean((0, 1, 3, 4)))
+    torch.testing.assert_close(model[0].running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0))
+    assert model.training and model[0].training and model[0].momentum == 0.1
 
 
 def test_hours_of_a_resumed_run_add_up(run_dir, data_dir, weights_dir, tmp_path):

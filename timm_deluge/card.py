@@ -179,6 +179,8 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
         ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epochs from {_start(checkpoint)}, '
                      f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; '
                      + (f'weights averaged with decay {checkpoint.ema_decay}; ' if checkpoint.ema_decay else '')
+                     + (f'batch normalisation settled on {checkpoint.settled_images:,} training images; '
+                        if checkpoint.settled_images else '')
                      + f'log in `reports/training/{checkpoint.name}.csv`'),
         ('input', f'{"×".join(map(str, checkpoint.input_size))}, {checkpoint.interpolation} interpolation, '
                   f'mean {tuple(checkpoint.mean)}, std {tuple(checkpoint.std)}'),

@@ -292,6 +292,10 @@ def weights_add(
         base_model: Annotated[str | None, typer.Option(
             help='Published checkpoint that the --initial-checkpoint of the run was made of, as by remove_layers.',
         )] = None,
+        img_size: Annotated[int | None, typer.Option(
+            help="Size of the images that it is for; the run's if not given.", min=1)] = None,
+        settled_images: Annotated[int | None, typer.Option(
+            help='Take the statistics of batch normalisation anew, from that many training images.', min=1)] = None,
 ) -> None:
     """Publish a training run: write the fp16 file and the log, measure the accuracy, add all to the manifest.
 
@@ -302,7 +306,7 @@ def weights_add(
             run_dirs, tag, data_dir, recipe_name, dataset_name, provenance, hardware,
             inexact.read_text(encoding='utf-8').splitlines() if inexact else (),
             dict(csv.reader(descriptions.open(encoding='utf-8'), delimiter='\t', quoting=csv.QUOTE_NONE))
-            if descriptions else None, base_model)
+            if descriptions else None, base_model, img_size, settled_images)
     except (FileNotFoundError, LookupError, RuntimeError, ValueError) as error:
         _fail(error)
     kind = 'last weights' if checkpoint.ema_decay is None else f'moving average, decay {checkpoint.ema_decay}'

@@ -3,6 +3,7 @@ import csv
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,6 +15,7 @@ from timm.data import create_dataset, resolve_data_config
 from timm.models import load_state_dict
 
 from .recipes import recipe_path
+from .settle import settle_batch_norm
 from .validate import accuracy, create_validation_loader, image_names, list_classes, rank_targets
 from .weights import (
     Checkpoint,
@@ -42,6 +44,8 @@ def add_checkpoint(
         inexact: Sequence[str] = (),
         class_descriptions: dict[str, str] | None = None,
         base_model: str | None = None,
+        img_size: int | None = None,
+        settled_images: int | None = None,
 ) -> Checkpoint:
     """Publish the last checkpoint of a training run: fp16 file, measured accuracy, log, manifest entry.
 
@@ -63,6 +67,9 @@ def add_checkpoint(
         class_descriptions: What the names of the class folders stand for; may know more names than there are.
         base_model: Name of the published checkpoint of which the first run's `--initial-checkpoint` was made, as by
             `timm_deluge.remove_layers`.
+        img_size: Size of the images that it is for, and measured on; the run's if None.
+        settled_images: Number of training images, as they are in inference and of that size, from which the running
+            statistics are taken anew; the run's statistics if None.
 
     Returns:
         The new entry, already written; one of the same name is replaced.
@@ -98,7 +105,8 @@ def add_checkpoint(
     model: Any = timm.create_model(
         model_name if base else args['model'], num_classes=len(class_names),
         pretrained_cfg_overlay=base.pretrained_cfg() if base else None)
-    config = resolve_data_config(args, model=model)
+    size = {'input_size': None, 'img_size': img_size} if img_size else {}
+    config = resolve_data_config({**args, **size}, model=model)
     input_config = dict(
         input_size=list(config['input_size']), mean=list(config['mean']), std=list(config['std']),
         interpolation=config['interpolation'], crop_pct=config['crop_pct'], label_names=class_names,
@@ -108,9 +116,16 @@ def add_checkpoint(
             class_descriptions = {name: class_descriptions[name] for name in class_names}
         except KeyError as error:
             raise ValueError(f'the class folder {error} has no description') from None
-    published = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state_dict.items()}
-    model.load_state_dict(published)
+    model.load_state_dict(state_dict)
     model.pretrained_cfg.update(input_config)
+    if settled_images:
+        batches: Any = create_validation_loader(
+            model, data_dir / args['train_split'], batch_size=250, workers=1, num_images=settled_images)
+        Random(args['seed']).shuffle(batches.dataset.reader.samples)
+        settle_batch_norm(model.to(memory_format=torch.channels_last), (images for images, _ in batches))
+    published = {
+        k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
+    model.load_state_dict(published)
     loader = create_validation_loader(model, data_dir / args['val_split'], batch_size=250, workers=1)
     test_images = image_names(loader)
     missing = sorted(set(inexact) - set(test_images))
@@ -141,6 +156,7 @@ def add_checkpoint(
         epochs=1 + max(log),
         seed=args['seed'],
         ema_decay=ema_decay,
+        settled_images=settled_images,
         hardware=hardware,
         hours=round(sum(
             (d / 'last.pth.tar').stat().st_mtime - (d / 'args.yaml').stat().st_mtime for d in run_dirs) / 3600, 2),

@@ -61,6 +61,7 @@ class Checkpoint:
         epochs: Passes over the training images.
         seed: Random seed.
         ema_decay: Decay of the moving average of the weights, if that was published, or None.
+        settled_images: Number of training images from which the running statistics were taken after training, or None.
         hardware: What it was trained on.
         hours: Wall-clock hours of training.
         metrics: `top1` and `top5` accuracy in percent and `num_images` they were measured on; in `exact` the same
@@ -88,6 +89,7 @@ class Checkpoint:
     epochs: int
     seed: int
     ema_decay: float | None
+    settled_images: int | None
     hardware: str
     hours: float
     metrics: dict[str, Any]
