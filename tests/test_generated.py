@@ -16,7 +16,7 @@ from timm_deluge.weights import list_checkpoints
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # train.py logs the epochs after which it measures: all of them, but for runs with --val-interval
-MEASURED = {'delugenet146.muon30_cifar100': [5, 11, 29]}
+MEASURED = {'delugenet146.muon30_cifar100': [5, 11, 29], 'delugenet92.from122_tinyin': [1]}
 
 
 @pytest.fixture(scope='module')
@@ -96,8 +96,11 @@ def test_training_log_ends_with_the_published_accuracy(checkpoint):
     with (REPOSITORY / 'reports' / 'training' / f'{checkpoint.name}.csv').open(newline='') as f:
         epochs = list(csv.DictReader(f))
     assert [int(e['epoch']) for e in epochs] == MEASURED.get(checkpoint.name, list(range(checkpoint.epochs)))
-    # logged from float32 weights, and in the run's own arithmetic
-    assert float(epochs[-1]['eval_top1']) == pytest.approx(checkpoint.metrics['top1'], abs=0.3)
+    logged, published = float(epochs[-1]['eval_top1']), checkpoint.metrics['top1']
+    if checkpoint.settled_images:  # after the log was written
+        assert logged < published
+    else:  # logged from float32 weights, and in the run's own arithmetic
+        assert logged == pytest.approx(published, abs=0.3)
     assert all(float(e['train_loss']) > 0 for e in epochs)
 
 
