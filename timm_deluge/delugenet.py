@@ -19,6 +19,7 @@ transition (BN, strided 3x3 convolution), or after the last block to BN, ReLU, p
 Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows`
     - https://arxiv.org/abs/1611.05552 (Kuen, Kong, Wang and Tan, ICCV workshops 2017)
 """
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -613,8 +614,8 @@ def _check_pruned_connections(pruned_connections: Any, depths: Sequence[int], ag
 def _cfg(reduction: int = 32, **kwargs) -> dict[str, Any]:
     input_size = kwargs.get('input_size', (3, 224, 224))
     return {
-        'num_classes': 1000, 'input_size': input_size, 'pool_size': tuple(size // reduction for size in input_size[1:]),
-        'crop_pct': 0.875,
+        'num_classes': 1000, 'input_size': input_size,
+        'pool_size': tuple(math.ceil(size / reduction) for size in input_size[1:]), 'crop_pct': 0.875,
         'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.conv', 'classifier': 'head.fc', 'license': 'apache-2.0',
         'paper_ids': 'arXiv:1611.05552', 'paper_name': 'DelugeNets: Deep Networks with Efficient and Flexible '
