@@ -13,13 +13,7 @@ from test_implementations import FAST, LAYOUTS, assert_same, block, restore_impl
 from test_reparameterize import assert_same_function, away_from_start, run_onnx
 from timm.utils import reparameterize_model
 
-from timm_deluge import (
-    connection_scores,
-    prune_connections,
-    pruned_connections,
-    remove_layers,
-    set_implementation,
-)
+from timm_deluge import connection_scores, prune_connections, pruned_connections, remove_layers, set_implementation
 from timm_deluge.aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
 from timm_deluge.connectivity import block_connectivity, read_state_dict
 from timm_deluge.delugenet import DelugeNet
