@@ -20,7 +20,9 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
@@ -229,6 +231,27 @@ def measure_peer(name: str, peer: str) -> dict[str, Any]:
     ]}
 
 
+def measure_onnxruntime(name: str) -> dict[str, Any]:
+    import onnxruntime
+    x = images(BATCH['inference'][name], SIZE[name])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    sides: dict[str, Callable[[], Any]] = {'ours': inference(create(name, True), x)}
+    with TemporaryDirectory() as folder:
+        for side, reparameterized in (('as trained', False), ('reparameterised', True)):
+            path = Path(folder, f'{side}.onnx')
+            torch.onnx.export(create(name, reparameterized).cpu(), (x.cpu(),), path, dynamo=True, input_names=['x'])
+            session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+            sides[side] = partial(session.run, None, {'x': x.cpu().contiguous().numpy()})
+        seconds = median_seconds(sides)
+    what = f'inference, `{name}`, {describe(x)}, fp32'
+    return {'seconds': seconds, 'figures': [
+        figure(f'{what}: faster than onnxruntime', seconds['reparameterised'] / seconds['ours']),
+        figure(f'{what}: faster in onnxruntime by `reparameterize_model`',
+               seconds['as trained'] / seconds['reparameterised']),
+    ]}
+
+
 def describe(x: torch.Tensor) -> str:
     return f'{x.shape[-1]}², batch {len(x)}'
 
@@ -266,6 +289,7 @@ def measure(name: str, number_of_rounds: int, threads: int) -> dict[str, Any]:
     result = {
         'inference': measure_inference, 'training': measure_training, 'peer': measure_peer, 'growth': measure_growth,
         'autocast': lambda model: measure_training(model, autocast=True), 'released': measure_released,
+        'onnxruntime': measure_onnxruntime,
     }[kind](*subject)
     return {
         'date': str(date.today()), 'torch': torch.__version__, 'timm': timm.__version__, 'rounds': rounds,
@@ -284,11 +308,14 @@ def measure_calmly(name: str, number_of_rounds: int, threads: int) -> dict[str, 
 
 
 def cpu_name() -> str:
-    """Name the processor, and AMX where it has it: virtual machines give several processors one name."""
+    """Name the processor, and AMX or no more than AVX2: virtual machines give several processors one name."""
     path = Path('/proc/cpuinfo')
     info = dict(re.findall(r'^(model name|flags)\s*: (.+)$', path.read_text(), re.MULTILINE)) if path.exists() else {}
     name = info.get('model name', platform.processor())
-    return name + (' with AMX' if 'amx_bf16' in info.get('flags', '').split() else '')
+    flags = info.get('flags', '').split()
+    if 'amx_bf16' in flags:
+        return f'{name} with AMX'
+    return f'{name} with AVX2 alone' if 'avx2' in flags and 'avx512f' not in flags else name
 
 
 def slug(machine: str) -> str:
@@ -319,7 +346,8 @@ def main(
     machine = torch.cuda.get_device_name() if DEVICE == 'cuda' else cpu_name()
     output = output or FOLDER / 'results' / f'{slug(machine)}.json'
     names = [f'{kind} {name}' for kind in ('inference', 'training', 'autocast') for name in SIZE]
-    names += ['released delugenet146', *(f'peer {pair}' for pair in PEERS), *(f'growth {n}' for n in LENGTHS)]
+    names += ['released delugenet146', *(f'peer {pair}' for pair in PEERS)]
+    names += [*(f'onnxruntime {name}' for name in SIZE if DEVICE == 'cpu'), *(f'growth {n}' for n in LENGTHS)]
     chosen = fnmatch.filter(names, only)
     if not chosen:
         raise typer.BadParameter(f'{only!r} fits none of: {", ".join(names)}', param_hint='--only')

@@ -3,20 +3,16 @@
     python reports/robustness.py
 """
 import ast
-import os
 import platform
-import subprocess
 import sys
-import xml.etree.ElementTree as ET
 from datetime import date
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
+from junit import REPOSITORY, run_tests
 from tabulate import tabulate
 
-REPORT = Path(__file__).resolve().parent / 'robustness.md'
-FAULTS = REPORT.parent.parent / 'tests' / 'faults'
+REPORT = REPOSITORY / 'reports' / 'robustness.md'
 NUM_NETWORKS = '500'
 INTRODUCTION = """# What goes wrong, and what comes of it
 
@@ -32,23 +28,13 @@ def purpose(path: Path) -> str:
 
 def main() -> None:
     rows = []
-    for path in sorted(FAULTS.glob('test_*.py')):
-        with TemporaryDirectory() as folder:
-            results = Path(folder, 'results.xml')
-            command = [sys.executable, '-m', 'pytest', '-q', str(path), f'--junitxml={results}']
-            environment = {**os.environ, 'NUM_NETWORKS': NUM_NETWORKS}
-            subprocess.run(command, cwd=FAULTS.parent.parent, env=environment, check=False)
-            root = ET.parse(results).getroot()
-        tests = list(root.iter('testcase'))
-        outcomes = {test: {child.tag for child in test} & {'failure', 'error', 'skipped'} for test in tests}
-        cases = sum(
-            int(next((p.get('value', '1') for p in test.iter('property') if p.get('name') == 'cases'), '1'))
-            for test, outcome in outcomes.items() if not outcome)
-        failed, skipped = (sum(bool(outcome & kinds) for outcome in outcomes.values())
-                           for kinds in ({'failure', 'error'}, {'skipped'}))
-        seconds = sum(float(test.get('time', '0')) for test in tests)
-        rows.append((purpose(path), f'{cases:,}', str(failed), str(skipped), f'{seconds:.0f}',
-                     f'`pytest {path.relative_to(FAULTS.parent.parent)}`'))
+    for path in sorted((REPOSITORY / 'tests' / 'faults').glob('test_*.py')):
+        outcomes = run_tests(sys.executable, path, NUM_NETWORKS=NUM_NETWORKS)
+        kinds = [outcome.kind for outcome in outcomes]
+        cases = sum(int(outcome.properties.get('cases', '1')) for outcome in outcomes if outcome.kind == 'passed')
+        seconds = sum(outcome.seconds for outcome in outcomes)
+        rows.append((purpose(path), f'{cases:,}', kinds.count('failed'), kinds.count('skipped'), f'{seconds:.0f}',
+                     f'`pytest {path.relative_to(REPOSITORY)}`'))
     headers = ('', 'cases that did', 'tests that failed', 'skipped', 'seconds', 'command')
     table = tabulate(rows, headers, tablefmt='github', disable_numparse=True)
     conditions = f'Python {platform.python_version()}, torch {torch.__version__}, {date.today()}.'

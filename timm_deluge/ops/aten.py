@@ -91,4 +91,4 @@ def norm_act_backward(
         torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
     (x, grad), _ = same_layout([x, grad])
     return torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, mean, invstd ** -2, mean, invstd, training, 0., [True, True, True])
+        grad, x, weight.to(mean.dtype), mean, invstd ** -2, mean, invstd, training, 0., [True, True, True])

@@ -51,6 +51,8 @@ def statistics(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the mean and 1 / standard deviation, ``[C]``, that a batch normalisation uses; in training, update its own.
 
+    Both are in float32 or more.
+
     Args:
         x: ``[N, C, H, W]``.
         running_mean, running_var, training, momentum, eps: See `norm_args`.
@@ -61,7 +63,8 @@ def statistics(
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
     else:
-        mean, var = running_mean.clone(), running_var
+        dtype = torch.promote_types(running_mean.dtype, torch.float32)
+        mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype)
     return mean, (var + eps).rsqrt()
 
 

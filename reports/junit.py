@@ -1,0 +1,49 @@
+"""Run tests, in any environment, and get what came of each."""
+import os
+import subprocess
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class Outcome(NamedTuple):
+    """What came of a test.
+
+    Attributes:
+        name: The test's, with its parameters.
+        kind: 'passed', 'failed' or 'skipped'.
+        message: Why it was skipped, or the error.
+        seconds: How long it took.
+        properties: What it recorded.
+    """
+    name: str
+    kind: str
+    message: str
+    seconds: float
+    properties: dict[str, str]
+
+
+def run_tests(python: str | Path, *arguments: str | Path, **environment: str) -> list[Outcome]:
+    """Call pytest in the repository.
+
+    Args:
+        python: The environment's interpreter.
+        arguments: pytest's.
+        environment: Variables besides this process's.
+    """
+    with TemporaryDirectory() as folder:
+        results = Path(folder, 'results.xml')
+        command = [python, '-m', 'pytest', '-q', *arguments, f'--junitxml={results}']
+        subprocess.run(list(map(str, command)), cwd=REPOSITORY, env={**os.environ, **environment}, check=False)
+        return [_outcome(case) for case in ET.parse(results).getroot().iter('testcase')]
+
+
+def _outcome(case: ET.Element) -> Outcome:
+    kinds = {'failure': 'failed', 'error': 'failed', 'skipped': 'skipped'}
+    kind, message = next(
+        ((kinds[child.tag], child.get('message', '')) for child in case if child.tag in kinds), ('passed', ''))
+    properties = {p.get('name', ''): p.get('value', '') for p in case.iter('property')}
+    return Outcome(case.get('name', ''), kind, message, float(case.get('time', '0')), properties)
