@@ -13,7 +13,6 @@ import pytest
 import timm
 import torch
 from released import ReleasedDelugeNet
-from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -197,9 +196,6 @@ def assert_as_near(module, low_precision, shape, context=None, implementation='a
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_block_with_parameters_of_low_precision(dtype, training, implementation):
     module = block().train(training)
-    if dtype is torch.float16:  # rounding alone is this small only where no ReLU turns it into a jump
-        for norm in (m for m in module.modules() if isinstance(m, BatchNormAct2d)):
-            norm.act = nn.Identity()
     assert_as_near(module, copy.deepcopy(module).to(dtype), (8, 6, 8, 8), implementation=implementation)
 
 

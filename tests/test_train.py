@@ -58,6 +58,7 @@ def train(recipe, images, output, *options, launcher=()) -> list[dict[str, str]]
 
 
 @pytest.mark.parametrize('recipe', list_recipes())
+@pytest.mark.timeout(1800)  # of Muon in bfloat16, a step takes minutes where the processor has none
 def test_recipe_trains(recipe, images, tmp_path):
     epochs = train(recipe, images, tmp_path / 'out', '--epochs', 1, '--warmup-epochs', 0)
     assert len(epochs) == 1 and 0 < float(epochs[0]['train_loss']) < 20

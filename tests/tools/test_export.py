@@ -3,16 +3,12 @@
 `EXPORTED=delugenet146` takes a whole network, in the place of a small one.
 """
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from timm.utils import reparameterize_model
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))
 from test_reparameterize import away_from_start
+from timm.utils import reparameterize_model
 
 NETWORK = os.environ.get('EXPORTED')
 

@@ -22,7 +22,7 @@ def set_implementation(name: str) -> None:
     The environment variable `TIMM_DELUGE_IMPLEMENTATION` chooses the same before the package is imported.
 
     All implementations give the same numbers. While a model is traced, scripted, compiled or exported, under
-    `torch.func` and on other devices than CPU and CUDA it is always the reference.
+    `torch.func`, in float16 on a CPU, and on other devices than CPU and CUDA it is always the reference.
 
     Args:
         name: One of
@@ -70,6 +70,8 @@ def why_not_lean(x: torch.Tensor) -> str | None:
         return f'the input is a {type(x).__name__}, not a plain torch.Tensor'
     if x.device.type not in ('cpu', 'cuda'):
         return f'the device type is {x.device.type!r}, not cpu or cuda'
+    if x.dtype is torch.float16 and not x.is_cuda:
+        return 'float16 on a CPU is more exact in the reference'
     if torch._C._are_functorch_transforms_active():
         return 'a torch.func transform is active'
     return None
