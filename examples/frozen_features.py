@@ -2,7 +2,8 @@
 
     python examples/frozen_features.py delugenet146 cifar10/train cifar10/validation --num-train 10000
 
-Prints JSON: top-1 accuracies in percent. Folders hold one folder of images per class.
+Prints JSON: top-1 accuracies in percent. The folders hold one folder of images per class, and their parent has the name
+of the data set.
 """
 import json
 from pathlib import Path
@@ -62,7 +63,9 @@ def main(
         'linear probe': make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000)),
     }
     accuracies = {name: round(100 * classifier.fit(*train).score(*test), 2) for name, classifier in classifiers.items()}
-    print(json.dumps({'model': model, 'train images': len(train[1]), 'test images': len(test[1]), **accuracies}))
+    print(json.dumps({
+        'model': model, 'data': test_dir.resolve().parent.name, 'train images': len(train[1]),
+        'test images': len(test[1]), **accuracies}))
 
 
 if __name__ == '__main__':

@@ -45,6 +45,7 @@ def generate() -> dict[Path, str]:
         readme = _replace_block(readme, 'predict', f'```\n{_predict()}\n```')
     readme = _replace_block(readme, 'performance', _performance())
     readme = _replace_block(readme, 'pruning', _pruning())
+    readme = _replace_block(readme, 'features', _features(checkpoints))
     texts = {REPOSITORY / 'MODEL_CARD.md': model_card(checkpoints), REPOSITORY / 'README.md': readme}
     for name, reports in (('zoo', zoo), ('peers', peers)):
         for fmt, suffix in (('markdown', 'md'), ('csv', 'csv'), ('json', 'json')):
@@ -178,6 +179,19 @@ def _pruning() -> str:
         f'{results["date"]}; medians of {results["rounds"]} interleaved rounds.',
         '![Accuracy and time against the share of connections gone](benchmarks/pruning.png)',
     ))
+
+
+def _features(checkpoints: list[Checkpoint]) -> str:
+    """Show what frozen features are worth beside what was trained on the same data."""
+    found = json.loads((REPORTS / 'frozen_features.json').read_text(encoding='utf-8'))
+    trained = {'from random weights': None, 'fine-tuned': found['model']}
+    rows = [(what, f'{found["train images"]:,}', '', f'{found[what]:.2f}')
+            for what in ('nearest neighbours', 'linear probe')]
+    rows += [
+        (f'{what}, `{c.name}`', f'{c.dataset["train_images"]:,}', c.epochs, f'{c.metrics["top1"]:.2f}')
+        for what, base in trained.items() for c in checkpoints if (c.data_set, c.base_model) == (found['data'], base)]
+    headers = (f'`{found["model"]}`', 'training images', 'epochs', f'top-1 of {found["test images"]:,}, %')
+    return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
 
 
 def _goal(figure: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def main() -> None:
                 rows.append((label, tried[outcome.name], result(outcome)))
         python = install(Path(folder, 'export'), *EXPORTERS, base=base)
         versions = ', '.join(f'{package} {version(python, package)}' for package in EXPORTERS)
-        for outcome in run_tests(python, TESTS / 'test_export.py', EXPORTED=EXPORTED):
+        for outcome in run_tests(python, TESTS / 'test_export.py', '--timeout=3600', EXPORTED=EXPORTED):
             exporter, _, form = outcome.name.partition('[')[2][:-1].rpartition('-')
             difference = outcome.properties.get('difference', '')
             forms.setdefault(exporter, {})[form] = f'{result(outcome)}, {difference}'.rstrip(', ')

@@ -1,10 +1,11 @@
+import itertools
 import json
 import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +14,14 @@ if not torch.cuda.is_available():
 
 import safetensors.torch
 import timm
+from forked import Forked
 from hub_server import TOKEN, HubServer
+from PIL import Image
 
 import timm_deluge  # noqa: F401 registers the models
 from timm_deluge import publish as publishing
 from timm_deluge import weights
+from timm_deluge.cli import EXAMPLE_IMAGE
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -84,19 +88,26 @@ def server():
 
 @pytest.fixture
 def call(server, scratch_weights, tmp_path):
-    """Run Python where the Hub is our server, and the checkpoints are the scratch one."""
-    def call(code: str, *arguments: str, token: str = TOKEN, run=subprocess.run):
+    """Run Python where the Hub is our server, and the checkpoints are the scratch one; `call.start` does not wait."""
+    processes = itertools.count()
+
+    def start(code: str, *arguments: str, token: str = TOKEN) -> Forked:
         environment = {
             **os.environ, 'HF_ENDPOINT': server.url, 'HF_TOKEN': token, 'HF_HOME': str(tmp_path / 'cache'),
             'HF_HUB_DISABLE_XET': '1', 'HF_HUB_OFFLINE': '0', 'CUDA_VISIBLE_DEVICES': '', 'COLUMNS': '200'}
         prologue = (f'import pathlib, sys, timm, torch, timm_deluge.weights\n'
                     f'timm_deluge.weights.weights_dir = lambda: pathlib.Path({str(scratch_weights.parent)!r})\n')
-        result = run(
-            [sys.executable, '-c', prologue + code, *arguments], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if run is subprocess.run:
-            assert TOKEN not in result.stdout + result.stderr
-        return result
+        folder = tmp_path / f'process{next(processes)}'
+        folder.mkdir()
+        return Forked(prologue + code, arguments, environment, folder)
+
+    def call(*args, **kwargs) -> subprocess.CompletedProcess:
+        process = start(*args, **kwargs)
+        output, errors = process.communicate()
+        assert TOKEN not in output + errors
+        return subprocess.CompletedProcess(args, process.returncode, output, errors)
+
+    call.start = start
     return call
 
 
@@ -106,3 +117,17 @@ def publish(call):
         return call('from timm_deluge.cli import app; app()',
                     'publish', 'delugenet146', '--repo-id', 'somebody/delugenet146', *options, **kwargs)
     return publish
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Twelve pieces of a photograph in two classes."""
+    rng = np.random.default_rng(0)
+    photograph = Image.open(EXAMPLE_IMAGE)
+    for split in ('train', 'validation'):
+        for i in range(12):
+            path = tmp_path / 'images' / split / f'class_{i % 2}' / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            x, y = (int(rng.integers(size - 32)) for size in photograph.size)
+            photograph.crop((x, y, x + 32, y + 32)).save(path)
+    return tmp_path / 'images'

@@ -60,5 +60,5 @@ def test_frozen_features_tell_colours_apart(tmp_path):
     command = [sys.executable, str(EXAMPLES / 'frozen_features.py'), 'delugenet146', str(tmp_path / 'train'),
                str(tmp_path / 'test'), '--num-train', '30']
     printed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    assert printed == {'model': 'delugenet146', 'train images': 30, 'test images': 10, 'nearest neighbours': 100.0,
-                       'linear probe': 100.0}
+    assert printed == {'model': 'delugenet146', 'data': tmp_path.name, 'train images': 30, 'test images': 10,
+                       'nearest neighbours': 100.0, 'linear probe': 100.0}

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import safetensors.torch
+import timm
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 
 from timm_deluge import weights
 from timm_deluge.hub import hub_files
+from timm_deluge.weights import CheckpointError
 
 REPO = 'somebody/delugenet146'
 
@@ -117,6 +119,25 @@ def test_altered_checkpoint_is_not_published(server, publish, scratch_weights):
     result = publish()
     assert result.returncode == 2 and 'SHA-256' in result.stderr
     assert not server.repos
+
+
+def test_what_is_loaded_is_what_was_checked(call, publish, scratch_weights):
+    assert publish().returncode == 0
+    swapped_after_the_check = """
+from timm.models import _builder
+read = _builder.load_state_dict_from_hf
+_builder.load_state_dict_from_hf = lambda *args, **kwargs: {k: v + 1 for k, v in read(*args, **kwargs).items()}
+"""
+    loaded = call(swapped_after_the_check + LOAD)
+    assert loaded.returncode == 0, loaded.stderr
+    total = safetensors.torch.load_file(scratch_weights)['stem.conv.weight'].float().sum()
+    assert loaded.stdout.split()[-1] == str(float(total))
+
+
+def test_a_pickle_is_refused():
+    with pytest.raises(CheckpointError, match='pytorch_model.bin of somebody/delugenet146: only files of safetensors'):
+        timm.create_model('delugenet146', pretrained=True, pretrained_cfg_overlay=dict(
+            file=None, hf_hub_id=REPO, hf_hub_filename='pytorch_model.bin'))
 
 
 @pytest.mark.parametrize('known', [True, False], ids=['in the manifest', 'known to the hub alone'])

@@ -1,60 +1,16 @@
 """timm's unmodified scripts train, resume and measure these models."""
-import csv
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from timm_scripts import SCRIPTS, TORCHRUN, needs_scripts, run, train, train_command
 
-from timm_deluge.cli import EXAMPLE_IMAGE
-from timm_deluge.recipes import list_recipes, recipe_path
+from timm_deluge.recipes import list_recipes
 
-SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', ''))
-TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
-            Path(__file__).with_name('train_on_cpus.py')]
-pytestmark = pytest.mark.skipif(
-    not os.environ.get('TIMM_SCRIPTS'),
-    reason="TIMM_SCRIPTS does not name a checkout of timm's repository, which has train.py and validate.py")
-
-
-@pytest.fixture
-def images(tmp_path) -> Path:
-    """Twelve pieces of a photograph in two classes."""
-    rng = np.random.default_rng(0)
-    photograph = Image.open(EXAMPLE_IMAGE)
-    for split in ('train', 'validation'):
-        for i in range(12):
-            path = tmp_path / 'images' / split / f'class_{i % 2}' / f'{i}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            x, y = (int(rng.integers(size - 32)) for size in photograph.size)
-            photograph.crop((x, y, x + 32, y + 32)).save(path)
-    return tmp_path / 'images'
-
-
-def run(*command) -> str:
-    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return result.stdout + result.stderr
-
-
-def train_command(recipe, images, output, *options, launcher=()) -> list[str]:
-    """timm's train.py for a few steps of four images."""
-    command = [
-        *launcher, SCRIPTS / 'train.py', '--config', recipe_path(recipe), '--data-dir', images, '--output', output,
-        '--experiment', 'run', '--device', 'cpu', '--batch-size', 4, '--workers', 1, *options]
-    return list(map(str, command))
-
-
-def train(recipe, images, output, *options, launcher=()) -> list[dict[str, str]]:
-    """Train; return the epochs' summaries."""
-    run(*train_command(recipe, images, output, *options, launcher=launcher))
-    return list(csv.DictReader((output / 'run' / 'summary.csv').open()))
+pytestmark = needs_scripts
 
 
 @pytest.mark.parametrize('recipe', list_recipes())

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import write_entry
+from hatchling.builders.wheel import WheelBuilder
 from huggingface_hub import save_torch_state_dict
 from timm.models import adapt_input_conv
 
@@ -28,6 +30,7 @@ from timm_deluge.weights import (
 )
 
 CHECKPOINTS = list_checkpoints()
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def create_from_scratch_checkpoint(**kwargs):
@@ -287,3 +290,43 @@ def test_manifest_survives_reading_and_writing(scratch_weights):
     assert json.loads(manifest.read_text()) == before
     assert sorted(p.name for p in scratch_weights.parent.iterdir()) == ['delugenet146.test_random.safetensors',
                                                                         'manifest.json']
+
+
+def test_the_places_are_looked_through_in_order(scratch_weights, split_weights, tmp_path, monkeypatch):
+    folders = {name: tmp_path / name for name in ('package', 'checkout', 'cache')}
+    monkeypatch.setattr(weights, 'weights_dirs', lambda: folders)
+    checkpoint = find_checkpoint('delugenet146')
+    assert checkpoint.files == []
+    with pytest.raises(CheckpointError, match='package .* checkout .* cache'):
+        verify_checkpoint(checkpoint)
+    for folder in reversed(folders.values()):
+        folder.mkdir()
+        for part in checkpoint.parts:
+            assert all(file['path'].parent != folder for file in checkpoint.files)
+            (folder / part['file']).write_bytes((split_weights[0].parent / part['file']).read_bytes())
+        assert {file['path'].parent for file in checkpoint.files} == {folder}
+        verify_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize('url, expected', [
+    ('file:///some%20where/checkout', Path('/some where/checkout')), ('https://host/archive.whl', None)])
+def test_pip_knows_the_checkout(monkeypatch, url, expected):
+    class Distribution:
+        @staticmethod
+        def read_text(name):
+            assert name == 'direct_url.json'
+            return json.dumps({'url': url, 'dir_info': {}})
+
+    monkeypatch.setattr(weights, 'distribution', lambda name: Distribution)
+    assert weights._checkout() == expected
+
+
+def test_the_wheel_has_the_cifar_checkpoints_and_fits_into_pypi(tmp_path):
+    [wheel] = WheelBuilder(str(REPOSITORY)).build(directory=str(tmp_path), versions=['standard'])
+    assert Path(wheel).stat().st_size < 100e6
+    names = zipfile.ZipFile(wheel).namelist()
+    assert 'timm_deluge/checkpoints/manifest.json' in names
+    for checkpoint in list_checkpoints():
+        shipped = f'timm_deluge/checkpoints/{checkpoint.file}' in names
+        assert shipped == (checkpoint.data_set in ('cifar10', 'cifar100')), checkpoint.name
+    assert not any('tinyin' in name for name in names if name.endswith(('.safetensors', '.index.json')))

@@ -17,7 +17,7 @@ from .weights import (
     join_parts,
     list_checkpoints,
     load_checkpoint,
-    verify_download,
+    load_download,
 )
 
 __all__ = ['checkpoint_filter_fn', 'choose_checkpoint']
@@ -30,7 +30,8 @@ def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
 
     Args:
         variant: The model's name in timm's registry.
-        kwargs: What else `timm.create_model` was given; the tensors of one of the package's checkpoints go in.
+        kwargs: What else `timm.create_model` was given; the tensors of a checkpoint that is the package's or comes from
+            the Hugging Face Hub go in.
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it is not what was published.
@@ -45,7 +46,8 @@ def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
     else:
         source = resolve_pretrained_cfg(variant, cfg, overlay)
         if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):
-            verify_download(source.hf_hub_id, source.hf_hub_filename or HUB_FILE, kwargs.get('cache_dir'))
+            kwargs['pretrained_cfg_overlay'] = {**overlay, 'state_dict': load_download(
+                source.hf_hub_id, source.hf_hub_filename or HUB_FILE, kwargs.get('cache_dir'))}
         checkpoint = next((c for c in list_checkpoints() if source.file == str(c.path)), None)
     if checkpoint:
         kwargs['pretrained_cfg_overlay'] = {
@@ -68,7 +70,8 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     """Hold a checkpoint's tensors against the model before any is copied.
 
     Args:
-        state_dict: The checkpoint, or the first part of one that its configuration names the file of.
+        state_dict: The checkpoint, or the first part of one that its configuration names the file of. Where
+            `choose_checkpoint` has left tensors in the configuration, these are the checkpoint.
         model: The model it is meant for; its number of classes and of input channels may differ.
 
     Returns:
@@ -78,8 +81,10 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         CheckpointError: If a tensor is missing, superfluous or of another shape.
     """
     cfg: Any = model.pretrained_cfg
-    read_already = cfg.pop('state_dict', None)  # need not be kept with the configuration
-    if cfg.get('file') and not read_already:
+    verified = cfg.pop('state_dict', None)  # need not be kept with the configuration
+    if verified:  # whatever timm has read
+        state_dict = verified
+    elif cfg.get('file'):
         state_dict = join_parts(state_dict, cfg['file'])
     other_head = model.num_classes != len(state_dict.get('head.fc.weight', ()))
 

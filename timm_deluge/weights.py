@@ -21,7 +21,7 @@ from safetensors.torch import load, load_file, save
 
 __all__ = [
     'Checkpoint', 'CheckpointError', 'downloads_dir', 'find_checkpoint', 'join_parts', 'joined_bytes',
-    'list_checkpoints', 'load_checkpoint', 'verify_checkpoint', 'verify_download', 'weights_dir',
+    'list_checkpoints', 'load_checkpoint', 'load_download', 'verify_checkpoint', 'weights_dir',
 ]
 
 MANIFEST = 'manifest.json'
@@ -310,27 +310,41 @@ def joined_bytes(state_dict: dict[str, torch.Tensor]) -> bytes:
     return save(state_dict, metadata={'format': 'pt'})
 
 
-def verify_download(hf_hub_id: str, filename: str = HUB_FILE, cache_dir: str | Path | None = None) -> None:
-    """Hold a file from the Hugging Face Hub against the manifest, or else against what the Hub says of it.
+def load_download(
+        hf_hub_id: str,
+        filename: str = HUB_FILE,
+        cache_dir: str | Path | None = None,
+) -> dict[str, torch.Tensor]:
+    """Read the tensors of a file from the Hugging Face Hub, from the very bytes that were held against the manifest.
+
+    Without an entry of the manifest, what the Hub says of the file takes its place.
 
     Args:
         hf_hub_id: Repository, `USER/REPO` or `USER/REPO@REVISION`; its file is downloaded unless it is in the cache.
         filename: File in the repository.
         cache_dir: The Hub's cache on this machine, if it is not the usual one.
 
+    Returns:
+        The tensors by name.
+
     Raises:
-        CheckpointError: If the file is truncated or altered.
+        CheckpointError: If the file is truncated or altered, or not one of safetensors.
         huggingface_hub.errors.HfHubHTTPError: If there is no such file.
     """
+    if not filename.endswith('.safetensors'):
+        raise CheckpointError(f'{filename} of {hf_hub_id}: only files of safetensors are loaded from the Hugging Face '
+                              f'Hub. Name one, such as {HUB_FILE}, as hf_hub_filename.')
     repo_id, _, revision = hf_hub_id.partition('@')
     path = Path(hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache_dir))
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    content = path.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
     expected = next((c.sha256 for c in list_checkpoints() if c.hf_hub_id == repo_id), path.resolve().name)
     if not re.fullmatch('[0-9a-f]{64}', expected):  # the cache names files by their hash where it can make links
         expected = str(get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision or None)).etag)
     if sha256 != expected:
         raise CheckpointError(f'{path}: SHA-256 {sha256} instead of {expected}. This is not what was published as '
                               f'{repo_id}: do not use it, delete {path.resolve()} and load the model again.')
+    return load(content)
 
 
 def write_manifest(checkpoints: Sequence[Checkpoint]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm_scripts import SCRIPTS, needs_scripts
 
 import timm_deluge
 from timm_deluge.cli import EXAMPLE_IMAGE
@@ -20,9 +21,6 @@ from timm_deluge.prune import save_pruned
 from timm_deluge.report import create_report
 
 REPO = 'somebody/delugenet146'
-SCRIPTS = os.environ.get('TIMM_SCRIPTS')
-needs_scripts = pytest.mark.skipif(
-    not SCRIPTS, reason="TIMM_SCRIPTS does not name a checkout of timm's repository, which has its scripts")
 
 
 @pytest.fixture
