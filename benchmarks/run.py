@@ -4,7 +4,7 @@
 
 Every comparison runs in a process of its own and alternates between its sides, so that both meet the same machine;
 a ratio is one of medians. R is the same network with residual sums (`aggregation='residual'`): in training in plain
-modules, as other networks of timm are; lean R trains as DelugeNets do, keeping only what convolutions take and give.
+modules, as other networks of timm are; fused R trains as DelugeNets do, keeping only what convolutions take and give.
 
 A reference kernel is timed before, between and after a comparison's rounds: where its times differ, another load was
 present, and the comparison says so. One whose rounds disagree is repeated, and the calmest run counts.
@@ -189,9 +189,9 @@ def measure_training(name: str, autocast: bool = False) -> dict[str, Any]:
         BATCH['training'][name], SIZE[name])
     residual = create(name, aggregation='residual')
     sides: dict[str, Any] = {
-        'lean': (create(name), x, 'auto', autocast),
+        'fused': (create(name), x, 'auto', autocast),
         'R': (residual, x, 'reference', autocast),
-        'lean R': (residual, x, 'auto', autocast),
+        'fused R': (residual, x, 'auto', autocast),
     }
     kept = {side: kept_bytes(*arguments) for side, arguments in sides.items()}
     steps = {side: training_step(*arguments) for side, arguments in sides.items()}
@@ -200,23 +200,23 @@ def measure_training(name: str, autocast: bool = False) -> dict[str, Any]:
     what = f'training, `{name}`, {describe(x)}, {"bf16 autocast" if autocast else "fp32"}'
     bars = {'delugenet122': (1.05 if autocast else 1.25, 1.15), 'delugenet146': (1.10 if autocast else 1.30, 1.25)}
     return {'seconds': seconds, 'kept_bytes': kept, 'peak_bytes': peak, 'figures': [
-        figure(f'{what}: time, of R', seconds['lean'] / seconds['R'], at_most=bars[name][0]),
-        figure(f'{what}: time, of lean R', seconds['lean'] / seconds['lean R'], at_most=bars[name][1]),
-        figure(f'{what}: bytes kept for the backward pass, of R', kept['lean'] / kept['R'], at_most=1.),
-        figure(f'{what}: bytes kept for the backward pass, of lean R', kept['lean'] / kept['lean R'], at_most=1.10),
+        figure(f'{what}: time, of R', seconds['fused'] / seconds['R'], at_most=bars[name][0]),
+        figure(f'{what}: time, of fused R', seconds['fused'] / seconds['fused R'], at_most=bars[name][1]),
+        figure(f'{what}: bytes kept for the backward pass, of R', kept['fused'] / kept['R'], at_most=1.),
+        figure(f'{what}: bytes kept for the backward pass, of fused R', kept['fused'] / kept['fused R'], at_most=1.10),
     ]}
 
 
 def measure_released(name: str) -> dict[str, Any]:
     from released import ReleasedDelugeNet  # the tests' reference
     x = images(BATCH['training'][name], SIZE[name])
-    models = {'lean': create(name), 'released': to_device(ReleasedDelugeNet((8, 16, 24), (32, 64, 128), 100))}
+    models = {'fused': create(name), 'released': to_device(ReleasedDelugeNet((8, 16, 24), (32, 64, 128), 100))}
     kept = {side: kept_bytes(model, x) for side, model in models.items()}
     seconds = median_seconds({side: training_step(model, x) for side, model in models.items()})
     what = f'training, `{name}`, {describe(x)}, fp32'
     return {'seconds': seconds, 'kept_bytes': kept, 'figures': [
-        figure(f'{what}: faster than the released form', seconds['released'] / seconds['lean'], at_least=2.2),
-        figure(f'{what}: fewer bytes kept than by the released form', kept['released'] / kept['lean'], at_least=3.),
+        figure(f'{what}: faster than the released form', seconds['released'] / seconds['fused'], at_least=2.2),
+        figure(f'{what}: fewer bytes kept than by the released form', kept['released'] / kept['fused'], at_least=3.),
     ]}
 
 

@@ -19,8 +19,7 @@ from hub_server import TOKEN, HubServer
 from PIL import Image
 
 import timm_deluge  # noqa: F401 registers the models
-from timm_deluge import publish as publishing
-from timm_deluge import weights
+from timm_deluge import training_run, weights
 from timm_deluge.cli import EXAMPLE_IMAGE
 
 
@@ -50,9 +49,9 @@ def scratch_weights(tmp_path, monkeypatch) -> Path:
 def split_weights(scratch_weights, monkeypatch) -> list[Path]:
     """The same checkpoint in parts of at most 4 MiB; their paths."""
     folder = scratch_weights.parent
-    monkeypatch.setattr(publishing, 'weights_dir', lambda: folder)
-    monkeypatch.setattr(publishing, 'PART_BYTES', 4 * 2 ** 20)
-    files = publishing.write_weights(safetensors.torch.load_file(scratch_weights), scratch_weights.stem)
+    monkeypatch.setattr(training_run, 'weights_dir', lambda: folder)
+    monkeypatch.setattr(training_run, 'PART_BYTES', 4 * 2 ** 20)
+    files = training_run.write_weights(safetensors.torch.load_file(scratch_weights), scratch_weights.stem)
     scratch_weights.unlink()
     manifest = json.loads((folder / 'manifest.json').read_text())
     manifest['checkpoints'][0].update(files)

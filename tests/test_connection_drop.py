@@ -11,8 +11,8 @@ from test_implementations import (  # noqa: F401
     assert_as_near,
     assert_same,
     block,
+    fused_calls,
     kept_bytes,
-    lean_calls,
     restore_implementation,
 )
 from test_reparameterize import assert_same_function, away_from_start
@@ -72,7 +72,7 @@ def test_the_share_that_is_dropped_and_the_mean():
 @pytest.mark.parametrize('batch', [1, 6])
 @pytest.mark.parametrize('grad_checkpointing', [False, True])
 def test_trains_as_the_reference(monkeypatch, implementation, layout, batch, grad_checkpointing):
-    calls = lean_calls(monkeypatch)
+    calls = fused_calls(monkeypatch)
     # gradients of biases before a batch normalisation are nothing but rounding: statistics are frozen
     module = block(6, drop_path_rates=(0., 0.2) * 3, connection_drop_rate=0.3).eval()
     module.cross_layers.train()

@@ -21,7 +21,7 @@ from timm_deluge import explain_implementation
 from timm_deluge.delugenet import CompositeLayer, DelugeBlock, DelugeNet, ResidualBlock
 from timm_deluge.ops import (
     Backend,
-    LayerOutputs,
+    FusedCrossLayers,
     aten,
     cross_layer_depthwise_conv,
     norm_act_conv,
@@ -95,10 +95,10 @@ def assert_same(module, x, implementation, tolerance, context=None):
             assert_near(actual[name], expected[name], tolerance, name)
 
 
-def lean_calls(monkeypatch) -> list:
+def fused_calls(monkeypatch) -> list:
     calls = []
-    forward = DelugeBlock.forward_lean
-    monkeypatch.setattr(DelugeBlock, 'forward_lean', lambda self, x: calls.append(self) or forward(self, x))
+    forward = DelugeBlock.forward_fused
+    monkeypatch.setattr(DelugeBlock, 'forward_fused', lambda self, x: calls.append(self) or forward(self, x))
     return calls
 
 
@@ -121,7 +121,7 @@ def test_operator_gives_values_and_gradients_of_the_reference(implementation, la
     expected = cross_layer_depthwise_conv(normalised, *exact[-2:])
     expected.backward(grad.double())
 
-    outputs = LayerOutputs([weight], [bias])
+    outputs = FusedCrossLayers([weight], [bias])
     for layer, norm in zip(layers, norms):
         outputs.append(layer, norm.to(torch.float32))
     actual = outputs.cross_layer_depthwise_conv()
@@ -211,7 +211,7 @@ def test_frozen_batch_norm(monkeypatch):
     module = block().train()
     for norm in (module.norms[1], module.layers[2].norm2, module.layers[0].norm1):
         norm.eval().requires_grad_(False)
-    calls = lean_calls(monkeypatch)
+    calls = fused_calls(monkeypatch)
     assert_same(module, torch.randn(4, 6, 5, 7), 'auto', 1e-4)
     assert len(calls) == 1
     frozen = block().train()
@@ -238,7 +238,7 @@ def test_gradients_of_chosen_parameters_only():
 
 
 def test_synchronised_batch_norm_takes_the_reference(monkeypatch):
-    calls = lean_calls(monkeypatch)
+    calls = fused_calls(monkeypatch)
     module = timm.layers.convert_sync_batchnorm(block()).eval()
     assert_same(module, torch.randn(4, 6, 5, 7), 'auto', 1e-6)
     assert not calls
@@ -248,7 +248,7 @@ def test_gradient_checkpointing(monkeypatch):
     module, x = block().double().train(), torch.randn(4, 6, 5, 7).double()
     expected = differentiate(module, x, 'reference')
     module.grad_checkpointing = True
-    calls = lean_calls(monkeypatch)
+    calls = fused_calls(monkeypatch)
     actual = differentiate(module, x, 'auto')
     assert calls
     for name in (n for n in expected if n == 'y' or n == 'x' or n.endswith('grad')):
@@ -328,19 +328,19 @@ def kept_bytes(model, x):
     return sum(size for pointer, size in storages.items() if pointer not in parameters)
 
 
-def test_kept_bytes_are_those_of_a_lean_residual_network():
+def test_kept_bytes_are_those_of_a_fused_residual_network():
     x = torch.randn(8, 3, 32, 32)
-    lean, lean_residual = (kept_bytes(timm.create_model(n), x) for n in ('delugenet146', 'resnetlike146_3x3'))
+    fused, fused_residual = (kept_bytes(timm.create_model(n), x) for n in ('delugenet146', 'resnetlike146_3x3'))
     set_implementation('reference')
     residual = kept_bytes(timm.create_model('resnetlike146_3x3'), x)
     released = kept_bytes(ReleasedDelugeNet((8, 16, 24), (32, 64, 128), 100), x)
-    assert lean <= residual
-    assert lean <= 1.1 * lean_residual <= 0.6 * residual
-    assert 3 * lean <= released
+    assert fused <= residual
+    assert fused <= 1.1 * fused_residual <= 0.6 * residual
+    assert 3 * fused <= released
 
 
 def test_hooks_and_replaced_parts_are_respected(monkeypatch):
-    calls = lean_calls(monkeypatch)
+    calls = fused_calls(monkeypatch)
     x = torch.randn(4, 6, 5, 7)
     hooked, seen = block(), []
     hooked.layers[1].norm2.register_forward_hook(lambda *args: seen.append(args))
@@ -363,7 +363,7 @@ def test_hooks_and_replaced_parts_are_respected(monkeypatch):
 @pytest.mark.parametrize('block_type', [DelugeBlock, ResidualBlock])
 def test_stochastic_depth_trains_as_the_reference(
         monkeypatch, implementation, dtype, layout, grad_checkpointing, block_type):
-    calls = lean_calls(monkeypatch)
+    calls = fused_calls(monkeypatch)
     # gradients of biases before a batch normalisation are nothing but rounding: statistics are frozen in float32
     dropped = block(block_type=block_type, drop_path_rates=(0., 0.2, 0.5, 0.7)).to(dtype).train(dtype is torch.float64)
     dropped.drop_paths.train()
@@ -377,10 +377,10 @@ def test_stochastic_depth_trains_as_the_reference(
 @pytest.mark.parametrize('implementation', FAST[:2])
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('name', ['resnetlike146_3x3', 'resnetlike146_1x1'])
-def test_residual_networks_train_lean(monkeypatch, implementation, training, name):
+def test_residual_networks_train_fused(monkeypatch, implementation, training, name):
     calls = []
-    forward = CompositeLayer.forward_lean
-    monkeypatch.setattr(CompositeLayer, 'forward_lean', lambda self, x: calls.append(self) or forward(self, x))
+    forward = CompositeLayer.forward_fused
+    monkeypatch.setattr(CompositeLayer, 'forward_fused', lambda self, x: calls.append(self) or forward(self, x))
     torch.manual_seed(0)
     model = timm.create_model(name, depths=(3, 2), widths=(4, 8)).train(training)
     assert_same(model, torch.randn(4, 3, 8, 8), implementation, TOLERANCE[torch.float32])
@@ -708,12 +708,12 @@ def test_running_sums_are_sums_of_the_layers_so_far(implementation, num_sums, re
         for i, numbers in enumerate(sources):
             weights[i, [n for n in range(num_sums) if n not in numbers]] = 0
 
-    def terms(i, numbers, begins):
+    def folded_weights(i, numbers, begins):
         return weights[i, list(numbers)], biases[i] * begins
 
     for memory in (None, outs):
         known = layers[:1]
-        for i, actual in enumerate(running_sums(known, num_sums, terms, memory, relu, sources)):
+        for i, actual in enumerate(running_sums(known, num_sums, folded_weights, memory, relu, sources)):
             expected = biases[i] + sum(weight * layer for weight, layer in zip(weights[i], layers[:i + 1]))
             torch.testing.assert_close(actual, expected.relu() if relu else expected)
             known += layers[i + 1:i + 2]
@@ -724,14 +724,14 @@ def test_running_sums_are_sums_of_the_layers_so_far(implementation, num_sums, re
     ([[0], [1], [0], [0], [1], [3], [1], [7]], [1, 2, 1, 1, 2, 1, 1, 2]),
 ])
 def test_running_sums_read_each_layer_once_for_four_sums(monkeypatch, sources, expected):
-    def terms(i, numbers, begins):
+    def folded_weights(i, numbers, begins):
         return torch.ones(len(numbers), 2, 1, 1), torch.zeros(2, 1, 1)
 
     set_implementation('aten')
     layers, reads = [torch.randn(1, 2, 3, 3)], []
     combine = aten.combine
     monkeypatch.setattr(aten, 'combine', lambda layers, *args: reads.append(len(layers)) or combine(layers, *args))
-    for _ in running_sums(layers, 8, terms, sources=sources):
+    for _ in running_sums(layers, 8, folded_weights, sources=sources):
         layers.append(torch.randn(1, 2, 3, 3))
     assert reads == expected
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_deluge.aggregation import AGGREGATIONS
 from timm_deluge.delugenet import DelugeBlock, DelugeNet
-from timm_deluge.ops import kept_memory, set_implementation
+from timm_deluge.ops import set_implementation, workspace
 from timm_deluge.reparameterize import FusedDelugeBlock, InferenceConv2d
 
 KINDS = [
@@ -98,12 +98,12 @@ def test_every_group_of_images_counts(monkeypatch):
         FusedDelugeBlock, 'combine_layers', lambda self, h, *outs: sizes.append(len(h)) or combine(self, h, *outs))
     assert_same_function(fused, model, x)
     assert sizes == [5, 5]
-    monkeypatch.setattr('timm_deluge.ops.memory.KEPT_BYTES', 1)
+    monkeypatch.setattr('timm_deluge.ops.memory.WORKSPACE_BYTES', 1)
     assert_same_function(fused, model, x)
     assert sizes[2:] == [1] * 10
 
 
-def test_kept_memory_holds_nothing_that_anyone_has():
+def test_workspace_holds_nothing_that_anyone_has():
     model = reparameterize_model(trained()).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     seen = []
@@ -120,17 +120,17 @@ def test_kept_memory_holds_nothing_that_anyone_has():
         torch.testing.assert_close(output, then, rtol=0, atol=0)
 
 
-def test_kept_memory_serves_every_dtype():
+def test_workspace_serves_every_dtype():
     like = torch.empty(2, 8, 4, 4)
-    with kept_memory(3, like) as tensors:
+    with workspace(3, like) as tensors:
         address = tensors[0].data_ptr()
     for other in (like.bfloat16(), like[:1], like.bool(), like):
-        with kept_memory(3, other) as tensors:
+        with workspace(3, other) as tensors:
             assert tensors[0].data_ptr() == address
             assert {(t.dtype, t.shape) for t in tensors} == {(other.dtype, other.shape)} and len(tensors) == 3
 
 
-def test_threads_do_not_share_kept_memory():
+def test_threads_do_not_share_a_workspace():
     model = reparameterize_model(trained()).to(memory_format=torch.channels_last)
     xs = [torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last) for _ in range(8)]
     with torch.inference_mode():

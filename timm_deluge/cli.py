@@ -28,10 +28,10 @@ from .hub import hub_files, push_to_hub
 from .images import find_images
 from .predict import EXAMPLE_IMAGE, Prediction, predict
 from .prune import CRITERIA, prune_connections, save_pruned
-from .publish import add_checkpoint
 from .recipes import list_recipes, recipe_path
 from .reparameterize import FusedDelugeBlock
 from .report import create_report, format_reports
+from .training_run import add_checkpoint
 from .validate import accuracy, create_validation_loader, image_names, rank_targets
 from .weights import HUB_FILE, Checkpoint, CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
 

@@ -33,7 +33,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 
 from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
-from .ops import LayerOutputs, has_hooks, norm_act_conv, takes_fast_path, why_not_lean
+from .ops import FusedCrossLayers, has_hooks, norm_act_conv, takes_fast_path, why_not_fast
 from .pretrained import checkpoint_filter_fn, choose_checkpoint
 from .reparameterize import ChannelAffine, FusedDelugeBlock, InferenceConv2d, fold_into_conv, fuse_block
 from .weights import list_checkpoints
@@ -79,14 +79,14 @@ def _why_not_plain(module: nn.Module) -> str | None:
     return None
 
 
-def _why_not_lean(module: nn.Module, x: torch.Tensor) -> str | None:
-    """Get the reason why a module's `forward_lean` cannot train in the place of `forward`, None if it can.
+def _why_not_fused(module: nn.Module, x: torch.Tensor) -> str | None:
+    """Get the reason why a module's `forward_fused` cannot train in the place of `forward`, None if it can.
 
     Args:
-        module: The module, whose children are all what `forward_lean` takes them for, but for a transition.
-        x: What `forward_lean` would take.
+        module: The module, whose children are all what `forward_fused` takes them for, but for a transition.
+        x: What `forward_fused` would take.
     """
-    reason = why_not_lean(x)
+    reason = why_not_fast(x)
     if reason:
         return reason
     if not torch.is_grad_enabled():
@@ -105,16 +105,16 @@ def _why_not_lean(module: nn.Module, x: torch.Tensor) -> str | None:
     return None
 
 
-class LeanModule(nn.Module):
+class FusedTrainingModule(nn.Module):
     """A module that trains, where it can, through a path that keeps less for the backward pass."""
 
     @torch.jit.ignore
-    def trains_lean(self, x: torch.Tensor) -> bool:
+    def trains_fused(self, x: torch.Tensor) -> bool:
         """Whether `forward` takes that path."""
-        return takes_fast_path(self, x, _why_not_lean(self, x))
+        return takes_fast_path(self, x, _why_not_fused(self, x))
 
 
-class CompositeLayer(LeanModule):
+class CompositeLayer(FusedTrainingModule):
     """Composite layer: a pre-activation bottleneck without a shortcut of its own."""
 
     def __init__(self, in_chs: int, width: int, stride: int = 1, dilation: int = 1, device=None, dtype=None):
@@ -142,12 +142,12 @@ class CompositeLayer(LeanModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self.trains_lean(x):
-                return self.forward_lean(x)
+            if self.trains_fused(x):
+                return self.forward_fused(x)
         return self.bottleneck(self.norm1(x))
 
     @torch.jit.ignore
-    def forward_lean(self, x: torch.Tensor, recompute: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+    def forward_fused(self, x: torch.Tensor, recompute: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
         """The same, keeping only x, unless it can be recomputed, and the first two outputs for the backward pass."""
         x = norm_act_conv(x, self.norm1, self.conv1, recompute)
         x = norm_act_conv(x, self.norm2, self.conv2)
@@ -175,7 +175,7 @@ class ProjectionLayer(CompositeLayer):
         return self.shortcut(x) + self.bottleneck(x)
 
 
-class BlockTransition(LeanModule):
+class BlockTransition(FusedTrainingModule):
     """Block transition: BN and a strided 3x3 convolution, without ReLU.
 
     Its cross-layer convolution is the last one of the block before.
@@ -189,7 +189,7 @@ class BlockTransition(LeanModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self.trains_lean(x):
+            if self.trains_fused(x):
                 return norm_act_conv(x, self.norm, self.conv)
         return self.conv(self.norm(x))
 
@@ -243,7 +243,7 @@ class ResidualBlock(nn.Module):
         return x
 
 
-class DelugeBlock(LeanModule, ResidualBlock):
+class DelugeBlock(FusedTrainingModule, ResidualBlock):
     """Block whose layers see a cross-layer depthwise convolution of all earlier outputs (paper, Eq. 1)."""
 
     def __init__(
@@ -280,8 +280,8 @@ class DelugeBlock(LeanModule, ResidualBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.transition(x)
         if not torch.jit.is_scripting():
-            if self.trains_lean(x):
-                return self.forward_lean(x)
+            if self.trains_fused(x):
+                return self.forward_fused(x)
         outputs = [self.norm(x)]
         for layer, norm, drop_path, cross_layer in zip(self.layers, self.norms, self.drop_paths, self.cross_layers):
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -293,17 +293,17 @@ class DelugeBlock(LeanModule, ResidualBlock):
         return x
 
     @torch.jit.ignore
-    def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_fused(self, x: torch.Tensor) -> torch.Tensor:
         """From h_0 on, the same with less memory traffic, and less kept for the backward pass."""
         cross_layers: Any = self.cross_layers
-        outputs = LayerOutputs(*zip(*(cross_layer.kernel() for cross_layer in cross_layers)))
+        outputs = FusedCrossLayers(*zip(*(cross_layer.kernel() for cross_layer in cross_layers)))
         x = outputs.append(x, self.norm)
         parts: Any = zip(self.layers, self.norms, self.drop_paths, cross_layers)
         for layer, norm, drop_path, cross_layer in parts:
             if self.grad_checkpointing:
-                h = checkpoint(layer.forward_lean, x)
+                h = checkpoint(layer.forward_fused, x)
             else:
-                h = layer.forward_lean(x, outputs.recompute())
+                h = layer.forward_fused(x, outputs.recompute())
             drops = drop_path.training and isinstance(drop_path, DropPath)
             outputs.append(h, norm, drop_path(h.new_ones(len(h), 1, 1, 1)) if drops else None)
             x = outputs.cross_layer_depthwise_conv(cross_layer.draw_scale(len(h)))

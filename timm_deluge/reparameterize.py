@@ -12,13 +12,13 @@ from torch import nn
 from .ops import (
     choose_backend,
     has_hooks,
-    is_lean,
-    kept_memory,
     rows,
     running_sums,
+    runs_fast,
     split_batch,
     takes_fast_path,
-    why_not_lean,
+    why_not_fast,
+    workspace,
 )
 
 __all__ = ['ChannelAffine', 'FusedDelugeBlock', 'InferenceConv2d', 'affine_of', 'fold_into_conv', 'fuse_block']
@@ -87,7 +87,7 @@ class InferenceConv2d(nn.Conv2d):
         """Whether keeping the reordered weight pays, and is possible."""
         return bool(
             not torch.is_grad_enabled()
-            and is_lean(x)
+            and runs_fast(x)
             and x.device.type == 'cpu'
             and x.dtype == self.weight.dtype
             and x.dtype in (torch.float32, torch.bfloat16)
@@ -206,7 +206,7 @@ class FusedCrossLayer(nn.Module):
         return torch.relu(x) if self.relu else x
 
     @torch.jit.ignore
-    def terms(self, numbers: Sequence[int], begins: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def folded_weights(self, numbers: Sequence[int], begins: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Get the weights of some layers, zero for those that are no sources: see `running_sums`."""
         bias = self.bias if begins else torch.zeros_like(self.bias)
         if isinstance(numbers, range):
@@ -244,7 +244,7 @@ class FusedDelugeBlock(nn.Module):
         x = self.transition(x)
         if not torch.jit.is_scripting():
             if self.infers_fast(x):
-                return self.forward_lean(x)
+                return self.forward_fast(x)
         outputs = [x]
         for layer, cross_layer in zip(self.layers, self.cross_layers):
             outputs.append(layer(cross_layer(outputs)))
@@ -252,12 +252,12 @@ class FusedDelugeBlock(nn.Module):
 
     @torch.jit.ignore
     def infers_fast(self, x: torch.Tensor) -> bool:
-        """Whether `forward` takes `forward_lean`."""
+        """Whether `forward` takes `forward_fast`."""
         gradients = 'gradients are wanted' if torch.is_grad_enabled() else None
-        return takes_fast_path(self, x, why_not_lean(x) or gradients)
+        return takes_fast_path(self, x, why_not_fast(x) or gradients)
 
     @torch.jit.ignore
-    def forward_lean(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_fast(self, x: torch.Tensor) -> torch.Tensor:
         """From h_0 on, the same with several sums from one pass over the layers."""
         if x.device.type != 'cpu' or not x.is_contiguous(memory_format=torch.channels_last):
             return self.combine_layers(x)
@@ -265,7 +265,7 @@ class FusedDelugeBlock(nn.Module):
             return self.combine_layers(x)
         results = []
         for h in split_batch(x, len(self.layers)):
-            with kept_memory(len(self.layers), h) as outs:
+            with workspace(len(self.layers), h) as outs:
                 results.append(self.combine_layers(h, outs))
         return results[0] if len(results) == 1 else torch.cat(results)
 
@@ -278,8 +278,8 @@ class FusedDelugeBlock(nn.Module):
         sources = [cross_layer.sources for cross_layer in cross_layers]
         pruned = any(len(numbers) <= i for i, numbers in enumerate(sources))
         inputs = running_sums(
-            layers, len(cross_layers), lambda i, *of_layers: cross_layers[i].terms(*of_layers), outs, relu=True,
-            sources=sources if pruned else None)
+            layers, len(cross_layers), lambda i, *of_layers: cross_layers[i].folded_weights(*of_layers), outs,
+            relu=True, sources=sources if pruned else None)
         for layer, x in zip(self.layers, inputs):
             layers.append(layer(x, None if outs is None else x))
         return choose_backend(h).combine([layers[source] for source in last.sources], [last.weight], [last.bias])[0]

@@ -9,7 +9,7 @@ import torch
 from . import aten
 from .backend import Backend
 
-__all__ = ['choose_backend', 'get_implementation', 'is_lean', 'set_implementation', 'why_not_lean']
+__all__ = ['choose_backend', 'get_implementation', 'runs_fast', 'set_implementation', 'why_not_fast']
 
 IMPLEMENTATIONS = ('auto', 'reference', 'aten', 'cpp', 'triton')
 _implementation = 'auto'
@@ -27,7 +27,7 @@ def set_implementation(name: str) -> None:
     Args:
         name: One of
 
-            * 'auto': the lean training path and, in a reparameterised model, several sums from a pass over layers;
+            * 'auto': the fused training path and, in a reparameterised model, several sums from a pass over layers;
               by Triton's kernels on a CUDA device where Triton is installed, by C++ loops on a CPU where they compile,
               else by ATen's operators. The default.
             * 'reference': differentiable operators only, layer by layer: for debugging, and for forward-mode
@@ -53,12 +53,12 @@ def get_implementation() -> str:
     return _implementation
 
 
-def is_lean(x: torch.Tensor) -> bool:
+def runs_fast(x: torch.Tensor) -> bool:
     """Tell whether fast paths may run on a tensor: in plain eager mode, unless the reference was asked for."""
-    return why_not_lean(x) is None
+    return why_not_fast(x) is None
 
 
-def why_not_lean(x: torch.Tensor) -> str | None:
+def why_not_fast(x: torch.Tensor) -> str | None:
     """Get the reason why fast paths may not run on a tensor, None if they may."""
     if torch.compiler.is_compiling():
         return 'the model is compiled or exported'

@@ -5,14 +5,14 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ['kept_memory', 'split_batch']
+__all__ = ['split_batch', 'workspace']
 
-KEPT_BYTES = 128 * 2 ** 20  # at most, in each thread
+WORKSPACE_BYTES = 128 * 2 ** 20  # at most, in each thread
 _thread = threading.local()
 
 
 def split_batch(x: torch.Tensor, num_tensors: int) -> tuple[torch.Tensor, ...]:
-    """Split a batch into groups of images, of which `num_tensors` tensors fit into the kept memory.
+    """Split a batch into groups of images, of which `num_tensors` tensors fit into the workspace.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -21,12 +21,12 @@ def split_batch(x: torch.Tensor, num_tensors: int) -> tuple[torch.Tensor, ...]:
     Returns:
         At least one group, at most N, a power of two if possible: convolutions prepare themselves for each size.
     """
-    num_groups = 1 << (max(0, x.nbytes * num_tensors - 1) // KEPT_BYTES).bit_length()
+    num_groups = 1 << (max(0, x.nbytes * num_tensors - 1) // WORKSPACE_BYTES).bit_length()
     return x.tensor_split(min(num_groups, max(1, len(x))))
 
 
 @contextmanager
-def kept_memory(num_tensors: int, like: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+def workspace(num_tensors: int, like: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Lend memory that stays allocated; an allocator would return so much to the system, and have it cleared anew.
 
     Args:
@@ -46,5 +46,5 @@ def kept_memory(num_tensors: int, like: torch.Tensor) -> Iterator[list[torch.Ten
         tensors = memory[:size].view(like.dtype).view(num_tensors, n, h, w, c)
         yield list(tensors.permute(0, 1, 4, 2, 3).unbind())
     finally:
-        if memory.nbytes <= KEPT_BYTES:
+        if memory.nbytes <= WORKSPACE_BYTES:
             _thread.memory = memory

@@ -9,7 +9,7 @@ from torch import nn
 from .conv import conv2d, conv2d_backward
 from .implementation import choose_backend
 
-__all__ = ['LeanFunction', 'norm_act_conv', 'norm_args', 'normalize', 'statistics']
+__all__ = ['FusedFunction', 'norm_act_conv', 'norm_args', 'normalize', 'statistics']
 
 
 def norm_act_conv(
@@ -87,7 +87,7 @@ def normalize(
     return (x - mean[:, None, None]) * invstd[:, None, None]
 
 
-class LeanFunction(torch.autograd.Function):
+class FusedFunction(torch.autograd.Function):
     """A function with derivatives in backward mode, that says how to get others."""
 
     @staticmethod
@@ -97,7 +97,7 @@ class LeanFunction(torch.autograd.Function):
             'call timm_deluge.set_implementation("reference") before the forward pass')
 
 
-class _NormActConv(LeanFunction):
+class _NormActConv(FusedFunction):
 
     @staticmethod
     def forward(

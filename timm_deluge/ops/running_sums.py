@@ -13,7 +13,7 @@ SUMS_PER_PASS = 4
 def running_sums(
         layers: list[torch.Tensor],
         num_sums: int,
-        terms: Callable[[int, Sequence[int], bool], tuple[torch.Tensor, torch.Tensor]],
+        folded_weights: Callable[[int, Sequence[int], bool], tuple[torch.Tensor, torch.Tensor]],
         outs: Sequence[torch.Tensor] | None = None,
         relu: bool = False,
         sources: Sequence[Collection[int]] | None = None,
@@ -26,8 +26,9 @@ def running_sums(
     Args:
         layers: ``[N, C, H, W]`` each; the caller appends one between two sums.
         num_sums: Number of sums.
-        terms: Gives the weights ``[number of layers, C, 1, 1]`` and their share of the bias ``[C, 1, 1]`` with which
-            some layers, by number, enter sum i: ``terms(i, numbers, whether this begins the sum)``.
+        folded_weights: Gives the weights ``[number of layers, C, 1, 1]`` and their share of the bias ``[C, 1, 1]`` by
+            which some layers, by number, enter sum i, with the layers' normalisation folded in:
+            ``folded_weights(i, numbers, whether this begins the sum)``.
         outs: Memory that the sums may take, one tensor like a layer for each.
         relu: Apply a ReLU to every sum.
         sources: Of each sum, the layers that enter it; all if None. What enters no sum of a pass is not read.
@@ -43,11 +44,11 @@ def running_sums(
         num_known = len(layers)
         group = range(first, min(first + SUMS_PER_PASS, num_sums))
         known = entering(range(num_known), group)
-        weights, biases = zip(*(terms(i, known, True) for i in group))
+        weights, biases = zip(*(folded_weights(i, known, True) for i in group))
         sums = combine([layers[n] for n in known], weights, biases, outs and outs[first:group.stop], relu)
         yield sums[0]
         for i, begun in zip(group[1:], sums[1:]):
             new = entering(range(num_known, len(layers)), [i])
-            weight, bias = terms(i, new, False)
+            weight, bias = folded_weights(i, new, False)
             weight = torch.cat([torch.ones_like(bias)[None], weight])
             yield combine([begun, *(layers[n] for n in new)], [weight], [bias], [begun], relu)[0]

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from timm_deluge import cli, weights
 from timm_deluge.card import model_card
-from timm_deluge.publish import add_checkpoint
 from timm_deluge.settle import settle_batch_norm
+from timm_deluge.training_run import add_checkpoint
 from timm_deluge.validate import accuracy, create_validation_loader, rank_targets
 
 PROVENANCE = dict(recipe='cifar100_delugenet146', dataset_name='Noise', provenance='numpy', hardware='none')
@@ -56,8 +56,8 @@ def weights_dir(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / 'manifest.json').write_text('{"checkpoints": []}')
     monkeypatch.setattr(weights, 'weights_dir', lambda: folder)
-    monkeypatch.setattr('timm_deluge.publish.weights_dir', lambda: folder)
-    monkeypatch.setattr('timm_deluge.publish.LOGS', tmp_path / 'reports' / 'training')
+    monkeypatch.setattr('timm_deluge.training_run.weights_dir', lambda: folder)
+    monkeypatch.setattr('timm_deluge.training_run.LOGS', tmp_path / 'reports' / 'training')
     (tmp_path / 'reports').mkdir()
     return folder
 
@@ -119,7 +119,7 @@ def test_the_moving_average_is_published_where_there_is_one(run_dir, data_dir, w
 
 
 def test_large_checkpoint_is_split(run_dir, data_dir, weights_dir, monkeypatch):
-    monkeypatch.setattr('timm_deluge.publish.PART_BYTES', 5 * 2 ** 20)
+    monkeypatch.setattr('timm_deluge.training_run.PART_BYTES', 5 * 2 ** 20)
     checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert [Path(part['file']).suffix for part in checkpoint.parts] == ['.safetensors'] * 3 + ['.json']
     trained = torch.load(run_dir / 'last.pth.tar')['state_dict']
@@ -298,7 +298,7 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     refuse(RuntimeError, 'Error.s. in loading state_dict', model='delugenet146')
     refuse(ValueError, 'absent: no such folder', val_split='absent')
     (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
-    monkeypatch.setattr('timm_deluge.publish.LOGS', data_dir / 'absent' / 'training')
+    monkeypatch.setattr('timm_deluge.training_run.LOGS', data_dir / 'absent' / 'training')
     with pytest.raises(FileNotFoundError, match='publish from a checkout'):
         add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     with pytest.raises(LookupError, match="no recipe 'nonsense'"):

@@ -1,7 +1,7 @@
 """Cross-layer depthwise convolutions for training: nothing normalised is kept, and every gradient is summed once.
 
-Two facts make them lean. A layer's normalisation ``(h - mean) * invstd`` is affine, so that its statistics go into
-each consumer's weights, and the normalised layer is never written down. And the gradient of a layer's output,
+Two facts save memory and time. A layer's normalisation ``(h - mean) * invstd`` is affine, so that its statistics go
+into each consumer's weights, and the normalised layer is never written down. And the gradient of a layer's output,
 
     dh_i = d norm(h_i)^T  sum_{l > i} weight_l[i] * dx_l
 
@@ -27,15 +27,15 @@ from torch import nn
 
 from .implementation import choose_backend
 from .layout import same_layout
-from .norm_act_conv import LeanFunction, norm_args, normalize, statistics
+from .norm_act_conv import FusedFunction, norm_args, normalize, statistics
 from .running_sums import running_sums
 
-__all__ = ['LayerOutputs']
+__all__ = ['FusedCrossLayers']
 
 LAYERS_PER_PASS = 4
 
 
-class LayerOutputs:
+class FusedCrossLayers:
     """A block's layer outputs h_0 … h_L, not normalised, and the cross-layer convolutions over them.
 
     It differentiates as the reference does, as often as wanted.
@@ -52,9 +52,10 @@ class LayerOutputs:
         self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._layers: list[_Layer] = []
         self._num_results = 0
-        terms = partial(_terms, self._weights, [_by_layer(bias.detach()) for bias in biases], self._statistics)
-        self._state = _Backward(weights, biases, terms)
-        self._sums = running_sums(self._outputs, len(self._weights), terms)
+        folded_weights = partial(
+            _folded_weights, self._weights, [_by_layer(bias.detach()) for bias in biases], self._statistics)
+        self._state = _Backward(weights, biases, folded_weights)
+        self._sums = running_sums(self._outputs, len(self._weights), folded_weights)
 
     def append(
             self,
@@ -124,7 +125,8 @@ class _Layer(NamedTuple):
         return normalized if self.sample_scale is None else normalized * self.sample_scale
 
 
-def _terms(weights, biases, statistics, index, numbers, begins, scales=None) -> tuple[torch.Tensor, torch.Tensor]:
+def _folded_weights(
+        weights, biases, statistics, index, numbers, begins, scales=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the weights and the bias of normalised layers for layers that are not: see `running_sums`, `Backend`."""
     of_layers = slice(numbers.start, numbers.stop)
     means, invstds = map(torch.stack, zip(*statistics[of_layers]))
@@ -145,11 +147,11 @@ class _Backward:
             self,
             weights: Sequence[torch.Tensor],
             biases: Sequence[torch.Tensor],
-            terms: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+            folded_weights: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         self.parameters = [*weights, *biases]
         self.scales: list[torch.Tensor | None] = []  # of each convolution's connections, [l, N]
-        self.terms = terms
+        self.folded_weights = folded_weights
         self._pass = -1
         self._is_differentiated = False  # passes through its graph may pass by the layers whose turn it would be
         self.clear()
@@ -181,13 +183,13 @@ class _Backward:
             scale = self.scales[index]
             if scale is not None:
                 weight, bias = scale[..., None] * weight[:, None], scale[..., None] * bias[:, None]
-            terms = zip(weight[..., None, None], layers)
-            x = sum((factor * layer.normalized() for factor, layer in terms), bias.sum(0)[..., None, None])
+            pairs = zip(weight[..., None, None], layers)
+            x = sum((factor * layer.normalized() for factor, layer in pairs), bias.sum(0)[..., None, None])
             return x.to(layers[0].output.dtype)
         if index not in self._results:
             group = range(index, max(index - LAYERS_PER_PASS, -1), -1)
             scales = None if self.scales[index] is None else [self._padded(self.scales[i], index) for i in group]
-            weights, biases = zip(*(self.terms(i, range(i + 2), True, self.scales[i]) for i in group))
+            weights, biases = zip(*(self.folded_weights(i, range(i + 2), True, self.scales[i]) for i in group))
             padded = [self._padded(weight, index) for weight in weights]
             outputs = [layer.output for layer in layers]
             results = choose_backend(outputs[0]).combine(outputs, padded, biases, scales=scales)
@@ -212,7 +214,7 @@ class _Backward:
         return [*weight_grads, *others, *bias_grads, *others]
 
 
-class _LayerOutput(LeanFunction):
+class _LayerOutput(FusedFunction):
 
     @staticmethod
     def forward(
@@ -324,7 +326,7 @@ def _scale_samples(output, sample_scale, mean) -> torch.Tensor:
     return (output - mean).mul_(sample_scale).add_(mean)
 
 
-class _CrossLayer(LeanFunction):
+class _CrossLayer(FusedFunction):
 
     @staticmethod
     def forward(ctx, state, sums, index, weight, scale, *outputs):
@@ -332,7 +334,7 @@ class _CrossLayer(LeanFunction):
         ctx.save_for_backward(weight, outputs[0], scale)
         if scale is None:
             return next(sums)
-        weights, bias = state.terms(index, range(len(outputs)), True, scale)
+        weights, bias = state.folded_weights(index, range(len(outputs)), True, scale)
         return choose_backend(outputs[0]).combine(outputs, [weights], [bias], scales=[scale])[0]
 
     @staticmethod
