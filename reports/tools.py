@@ -19,10 +19,11 @@ REPORT = REPOSITORY / 'reports' / 'tools.md'
 TESTS = REPOSITORY / 'tests' / 'tools'
 EXPORTED = 'delugenet146'
 EXPORTERS = ('onnx', 'onnxscript', 'onnxruntime')
-# what `pip install` takes, and the part of the tests' names
+# what `pip install` takes for the tests of each, by their names
 TOOLS = {
-    'transformers[torch]': 'transformers', 'fastai': 'fastai', 'lightning': 'lightning', 'grad-cam': 'grad_cam',
-    'torchinfo': 'torchinfo', 'torchao': 'torchao', 'onnx': 'timm'}
+    'transformers': ('transformers[torch]',), 'fastai': ('fastai',), 'lightning': ('lightning',),
+    'grad_cam': ('grad-cam',), 'torchinfo': ('torchinfo',), 'torchao': ('torchao',),
+    'timm': ('pandas', 'onnx', 'onnxruntime')}  # which its scripts need
 INTRODUCTION = """# Tools that take a DelugeNet
 
 Written by `python reports/tools.py`. Each tool was installed beside this package into an environment of its own, and
@@ -57,7 +58,7 @@ def install(folder: Path, *packages: str, base: Path | None = None) -> Path:
 
 
 def version(python: Path, package: str) -> str:
-    code = f'from importlib.metadata import version; print(version({package.partition("[")[0]!r}))'
+    code = f'from importlib.metadata import version; print(version({package!r}))'
     return subprocess.run([python, '-c', code], check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -80,9 +81,10 @@ def main() -> None:
         base = Path(folder, 'base')
         python = install(base, str(REPOSITORY), 'pytest', 'pytest-timeout')
         torch = version(python, 'torch')
-        for package, name in TOOLS.items():
-            python = install(Path(folder, name), package, base=base)
-            label = f'{name.replace("_", "-")} {version(python, "timm" if name == "timm" else package)}'
+        for name, packages in TOOLS.items():
+            python = install(Path(folder, name), *packages, base=base)
+            tool = name.replace('_', '-')
+            label = f'{tool} {version(python, tool)}'
             for outcome in run_tests(python, TESTS / 'test_other_tools.py', '-k', f'test_{name}'):
                 rows.append((label, tried[outcome.name], result(outcome)))
         python = install(Path(folder, 'export'), *EXPORTERS, base=base)

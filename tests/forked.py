@@ -21,7 +21,7 @@ class Forked:
     def __init__(self, code: str, arguments: tuple[str, ...], environment: dict[str, str], folder: Path) -> None:
         self._output, self._errors = folder / 'output', folder / 'errors'
         self._process = _context.Process(
-            target=_run, args=(code, arguments, environment, str(self._output), str(self._errors)))
+            target=_run, args=(code, arguments, environment, str(self._output), str(self._errors)), daemon=True)
         self._process.start()
 
     @property

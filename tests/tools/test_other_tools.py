@@ -203,6 +203,7 @@ def test_timm_validate(images):
 @needs_scripts
 def test_timm_inference(images, tmp_path):
     """timm's `inference.py`: five classes of each image"""
+    pytest.importorskip('pandas')
     run_script('inference.py', '--model', 'delugenet146', '--pretrained', '--data-dir', images, '--device', 'cpu',
                '--batch-size', 4, '--workers', 1, '--results-dir', tmp_path, '--results-file', 'found.csv', '--topk', 5)
     assert len((tmp_path / 'found.csv').read_text().splitlines()) == 17
@@ -220,7 +221,7 @@ def test_timm_benchmark():
 @needs_scripts
 def test_timm_onnx_export(tmp_path):
     """timm's `onnx_export.py`, checked by itself"""
-    pytest.importorskip('onnx')
+    pytest.importorskip('onnxruntime')
     run_script('onnx_export.py', tmp_path / 'model.onnx', '--model', 'delugenet146', '--batch-size', 2,
                '--check-forward')
     assert (tmp_path / 'model.onnx').stat().st_size > 1e5
