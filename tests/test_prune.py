@@ -172,6 +172,90 @@ def test_pruned_again_and_again():
         prune_connections(twice, 0.3)
 
 
+def masks(model) -> dict[str, torch.Tensor]:
+    """What is left of all weights, ``[C, l]`` of each convolution."""
+    found = {}
+    for name, conv in model.named_modules():
+        if isinstance(conv, CrossLayerDepthwiseConv2d):
+            found[name] = torch.zeros(conv.channels, conv.num_layers, dtype=torch.bool)
+            found[name][:, conv.sources] = conv.mask[:, 0, :, 0]
+    return found
+
+
+@pytest.mark.parametrize('by', ['norm', 'taylor', 'random'])
+@pytest.mark.parametrize('fraction', [0, 0.3, 0.6])
+def test_single_weights_go(by, fraction):
+    model = network().eval()
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4))] if by == 'taylor' else None
+    pruned = prune_connections(model, fraction, by, batches, unit='channel')
+    total = sum(conv.weight.numel() for conv in model.modules() if isinstance(conv, CrossLayerDepthwiseConv2d))
+    left = masks(pruned)
+    assert sum(int(mask.sum()) for mask in left.values()) == total - int(fraction * total)
+    assert all(mask.any(1).all() for mask in left.values())  # of each channel
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in left.items():
+            expected.get_submodule(name).weight[:, 0, :, 0] *= mask
+    assert_same_function(pruned, expected, torch.randn(2, 3, 16, 16))
+    assert_same_function(reparameterize_model(pruned), expected, torch.randn(2, 3, 16, 16))
+
+
+def test_the_weakest_weights_go_by_their_share_of_their_channel():
+    model = network()
+    left = masks(prune_connections(model, 0.4, unit='channel'))
+    shares = {name: model.get_submodule(name).weight[:, 0, :, 0].detach().abs() for name in left}
+    shares = {name: share / share.norm(dim=1, keepdim=True) for name, share in shares.items()}
+    strongest = {name: share == share.amax(1, keepdim=True) for name, share in shares.items()}
+    assert all(mask[strongest[name]].all() for name, mask in left.items())
+    gone = torch.cat([shares[name][~mask] for name, mask in left.items()])
+    others = torch.cat([shares[name][mask & ~strongest[name]] for name, mask in left.items()])
+    assert gone.max() <= others.min()
+
+
+def test_a_connection_without_weights_is_gone():
+    model = network()
+    with torch.no_grad():
+        model.stages[1].cross_layers[2].weight[:, :, 1] = 0
+    pruned = prune_connections(model, 0.1, unit='channel')
+    assert pruned_connections(pruned)[1][2] == [1]
+    assert_same_function(pruned.eval(), prune_connections(pruned, 0.1, unit='channel').eval(), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize('implementation', ['reference', *FAST])
+def test_what_is_gone_stays_gone_in_training(implementation):
+    set_implementation(implementation)
+    pruned = prune_connections(network(), 0.5, 'random', unit='channel').train()
+    left = masks(pruned)
+    optimizer = torch.optim.AdamW(pruned.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        pruned(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+    for name, mask in left.items():
+        conv = pruned.get_submodule(name)
+        weight = conv.weight.new_zeros(mask.shape)
+        weight[:, conv.sources] = conv.weight.detach()[:, 0, :, 0]
+        assert (weight[~mask] == 0).all() and (weight[mask] != 0).all()
+    assert_same(pruned.stages[1], torch.randn(4, 8, 8, 8), implementation, 1e-3)
+
+
+def test_single_weights_go_after_others_and_before_layers(tmp_path):
+    torch.manual_seed(0)
+    model = away_from_start(timm.create_model('delugenet146', num_classes=5))
+    pruned = prune_connections(prune_connections(model, 0.2, 'random'), 0.5, 'random', unit='channel')
+    with pytest.raises(ValueError, match='fraction=0.3: .* channels are gone already'):
+        prune_connections(pruned, 0.3, unit='channel')
+    shallower = remove_layers(prune_connections(pruned, 0.3), [[2], [0, 15], [7]]).eval()
+    save_pruned(shallower, tmp_path / 'pruned')
+    loaded = timm.create_model(f'local-dir:{tmp_path / "pruned"}', pretrained=True).eval()
+    x = torch.randn(1, 3, 16, 16)
+    assert_same_function(loaded, shallower, x)
+    assert_same_function(torch.jit.script(loaded), shallower, x)
+    assert masks(loaded).keys() == masks(shallower).keys()
+    assert all(torch.equal(mask, masks(loaded)[name]) for name, mask in masks(shallower).items())
+
+
 @pytest.mark.parametrize('reparameterized', [False, True])
 def test_exports_to_onnx(tmp_path, reparameterized):
     model, x = prune_connections(network(), 0.5), torch.randn(2, 3, 16, 16)
@@ -289,6 +373,14 @@ def test_what_is_wrong_is_said():
         prune_connections(model, 0.75)
     with pytest.raises(ValueError, match="by='size': must be one of 'norm', 'taylor', 'random'"):
         prune_connections(model, 0.5, 'size')
+    with pytest.raises(ValueError, match="unit='layer': must be one of 'connection', 'channel'"):
+        prune_connections(model, 0.5, unit='layer')
+    with pytest.raises(ValueError, match='of 296 channels at most 208 can go'):
+        prune_connections(model, 0.9, unit='channel')
+    with pytest.raises(ValueError, match='all channels of a connection have the same weight'):
+        prune_connections(network(aggregation='scalar'), 0.5, unit='channel')
+    with pytest.raises(ValueError, match="aggregation='last' has no weight for each channel"):
+        network(aggregation='last', channel_masks=True)
     with pytest.raises(ValueError, match='needs batches'):
         prune_connections(model, 0.5, 'taylor')
     for other in (network(aggregation='residual'), reparameterize_model(model)):
@@ -341,6 +433,10 @@ def test_command(scratch_weights, tmp_path):
     norms = block_connectivity(read_state_dict(printed['model']))[0].norms
     assert [[norm == 0 for norm in of_sum] for of_sum in norms] == [
         [i in sources for i in range(k + 2)] for k, sources in enumerate(pruned_connections(model)[0])]
+    channels = invoke('prune', 'delugenet146', '--unit', 'channel', '--output', tmp_path / 'channels')
+    assert channels.exit_code == 0, channels.output
+    printed = json.loads(channels.stdout)
+    assert printed['weights'] == printed['removed weights']
     again = invoke('prune', 'delugenet146', '--output', tmp_path / 'pruned')
     assert again.exit_code == 2 and 'exists' in again.stderr
 

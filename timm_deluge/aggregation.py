@@ -16,6 +16,7 @@ __all__ = ['AGGREGATIONS', 'CrossLayerDepthwiseConv2d', 'LastLayerScale', 'Weigh
 
 class CrossLayerDepthwiseConv2d(nn.Module):
     """Cross-layer depthwise convolution over the normalised outputs of ``num_layers`` layers (paper, Eq. 1)."""
+    mask: torch.Tensor | None
 
     def __init__(
             self,
@@ -23,6 +24,7 @@ class CrossLayerDepthwiseConv2d(nn.Module):
             channels: int,
             sources: Sequence[int] | None = None,
             drop_rate: float = 0.,
+            masked: bool = False,
             device=None,
             dtype=None,
     ):
@@ -32,6 +34,7 @@ class CrossLayerDepthwiseConv2d(nn.Module):
             channels: Number of channels C of each.
             sources: Those of them that take part, in their order; all if None.
             drop_rate: Share of the connections to source layers that are dropped in training, drawn for each image.
+            masked: Whether single weights may be gone, those that are False in the buffer `mask`.
         """
         super().__init__()
         self.num_layers = num_layers
@@ -41,6 +44,7 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         shape = self.parameter_shape()
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.register_buffer('mask', torch.ones(shape, device=device, dtype=torch.bool) if masked else None)
         self.reset_parameters()
 
     @torch.jit.ignore
@@ -54,11 +58,16 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         nn.init.constant_(self.weight, 1 / len(self.sources))
         nn.init.zeros_(self.bias)
 
+    def masked_weight(self) -> torch.Tensor:
+        """Get the weight, ``[C, 1, number of sources, 1]``, with zeros for what is gone."""
+        mask = self.mask
+        return self.weight if mask is None else self.weight * mask
+
     @torch.jit.ignore
     def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Get weight and bias, ``[C, 1, l, 1]`` each, of the cross-layer depthwise convolution that does the same."""
         shape = self.channels, 1, len(self.sources), 1
-        weight, bias = self.weight.expand(shape), self.bias.expand(shape)
+        weight, bias = self.masked_weight().expand(shape), self.bias.expand(shape)
         if len(self.sources) == self.num_layers:
             return weight, bias
         index = torch.tensor(self.sources, device=weight.device)
@@ -91,7 +100,7 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         scale = self.draw_scale(layers[0].shape[0])
         if scale is not None:
             scale = scale[:, self.sources]
-        return cross_layer_depthwise_conv([layers[i] for i in self.sources], self.weight, self.bias, scale)
+        return cross_layer_depthwise_conv([layers[i] for i in self.sources], self.masked_weight(), self.bias, scale)
 
     def extra_repr(self) -> str:
         sources = '' if len(self.sources) == self.num_layers else f', sources={self.sources}'

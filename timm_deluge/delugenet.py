@@ -255,6 +255,7 @@ class DelugeBlock(FusedTrainingModule, ResidualBlock):
             dilation: int = 1,
             cross_layer: Callable[..., CrossLayerDepthwiseConv2d] = CrossLayerDepthwiseConv2d,
             pruned_connections: Sequence[Sequence[int]] | None = None,
+            channel_masks: bool = False,
             connection_drop_rate: float = 0.,
             device=None,
             dtype=None,
@@ -264,6 +265,7 @@ class DelugeBlock(FusedTrainingModule, ResidualBlock):
             transition, depth, width, drop_path_rates, dilation: See `ResidualBlock`.
             cross_layer: What combines the layers, one of `AGGREGATIONS`.
             pruned_connections: Of each combination, the source layers that take no part; none if None.
+            channel_masks: Whether single weights of the combinations may be gone.
             connection_drop_rate: Rate at which each combination drops its source layers in training.
         """
         dd = {'device': device, 'dtype': dtype}
@@ -273,6 +275,8 @@ class DelugeBlock(FusedTrainingModule, ResidualBlock):
         self.cross_layers = nn.ModuleList()
         for i in range(depth):
             options: dict[str, Any] = {'drop_rate': connection_drop_rate} if connection_drop_rate else {}
+            if channel_masks:
+                options['masked'] = True
             if pruned_connections and pruned_connections[i]:
                 options['sources'] = [source for source in range(i + 2) if source not in pruned_connections[i]]
             self.cross_layers.append(cross_layer(i + 2, 2 * width, **options, **dd))
@@ -330,6 +334,7 @@ class DelugeNet(nn.Module):
             aggregation: str = 'cross_layer',
             transition_type: str = '3x3',
             pruned_connections: Sequence[Sequence[Sequence[int]]] | None = None,
+            channel_masks: bool = False,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             connection_drop_rate: float = 0.,
@@ -353,6 +358,8 @@ class DelugeNet(nn.Module):
                 the first composite layer of every block gives h_0 (paper, Table 2).
             pruned_connections: Of each block's cross-layer convolutions, the source layers that take no part; all do if
                 None. See `timm_deluge.prune_connections`.
+            channel_masks: Whether cross-layer convolutions have masks of single weights, as a network has of which
+                channels were pruned.
             drop_rate: Dropout rate before the classifier.
             drop_path_rate: Stochastic depth rate of the last composite layer; grows linearly from 0.
             connection_drop_rate: In training, share of all connections between layers that are dropped, drawn for each
@@ -403,6 +410,10 @@ class DelugeNet(nn.Module):
         if connection_drop_rate:
             _check_has_connections('connection_drop_rate', aggregation)
             block_args['connection_drop_rate'] = connection_drop_rate
+        if channel_masks:
+            if aggregation != 'cross_layer':
+                raise ValueError(f'channel_masks: aggregation={aggregation!r} has no weight for each channel')
+            block_args['channel_masks'] = True
         dilation = 1
         self.stages = nn.Sequential()
         for i, (depth, width, dpr) in enumerate(zip(depths, widths, block_dprs)):

@@ -58,7 +58,7 @@ def removal_losses(
             outputs.append(norm(layer(x)))
             x = cross_layer(outputs)
             for row, source in enumerate(cross_layer.sources):
-                contribution = outputs[source] * cross_layer.weight[:, :, row]
+                contribution = outputs[source] * cross_layer.masked_weight()[:, :, row]
                 if not keep_mean:
                     contribution += cross_layer.bias[:, :, row]
                 result = _finish_block(layers[k + 1:], outputs, x - contribution)

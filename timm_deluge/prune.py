@@ -5,6 +5,9 @@ what it contributed on average, its bias, moves to a connection that stays: the 
 removed one is replaced by its mean. A layer that nothing is connected to any more is left out for inference by
 `timm.utils.reparameterize_model`.
 
+Single weights can go, too: masks hold them at zero. That makes a network sparse, and no faster, for a layer's channels
+lie side by side in memory and are read together; only where all of a connection's weights are gone, it is.
+
 A composite layer goes together with the cross-layer convolution behind it: what took its result takes what the layer
 took itself. What is left is the network of a shallower variant.
 """
@@ -28,6 +31,7 @@ __all__ = [
 ]
 
 CRITERIA = ('norm', 'taylor', 'random')
+UNITS = ('connection', 'channel')
 
 
 class Connection(NamedTuple):
@@ -82,28 +86,42 @@ def connection_scores(
     Raises:
         ValueError: If the model has no connections, there is no such criterion, or 'taylor' has no batches.
     """
-    if by not in CRITERIA:
-        raise ValueError(f'by={by!r}: must be one of {", ".join(map(repr, CRITERIA))}')
+    consumers = _consumers(model)
+    scores = _scores(model, consumers, 'connection', by, batches, seed)
+    return {
+        Connection(name, source): score
+        for name, conv in consumers.items() for source, score in zip(conv.sources, scores[name][0].tolist())}
+
+
+def _consumers(model: nn.Module) -> dict[str, CrossLayerDepthwiseConv2d]:
     consumers = {n: m for n, m in model.named_modules() if isinstance(m, CrossLayerDepthwiseConv2d)}
     if not consumers:
         raise ValueError(
             'there are no cross-layer convolutions to prune: this is no DelugeNet, or it was reparameterised; prune '
             'first')
+    return consumers
+
+
+def _scores(model, consumers, unit, by, batches, seed) -> dict[str, torch.Tensor]:
+    """Score each convolution's connections, ``[1, number of sources]``, or single weights, ``[C, …]``.
+
+    A norm is a share of all that the batch normalisation behind the sum would divide by.
+    """
+    if by == 'norm':
+        weights = {name: conv.masked_weight().detach().float()[:, 0, :, 0] for name, conv in consumers.items()}
+        sizes = {n: w.abs() if unit == 'channel' else w.norm(dim=0, keepdim=True) for n, w in weights.items()}
+        return {
+            name: size / size.norm(dim=1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
+            for name, size in sizes.items()}
     if by == 'taylor':
-        importance = _taylor(model, consumers, batches)
-    elif by == 'norm':
-        importance = {name: _norm_shares(conv.weight.detach()) for name, conv in consumers.items()}
-    else:
+        changes = _taylor(model, consumers, batches)
+        return {n: (c if unit == 'channel' else c.sum(0, keepdim=True)).abs() for n, c in changes.items()}
+    if by == 'random':
         generator = torch.Generator().manual_seed(seed)
-        importance = {n: torch.rand(len(conv.sources), generator=generator) for n, conv in consumers.items()}
-    return {
-        Connection(name, source): score
-        for name, conv in consumers.items() for source, score in zip(conv.sources, importance[name].tolist())}
-
-
-def _norm_shares(weight: torch.Tensor) -> torch.Tensor:
-    norms = weight.float().flatten(0, 1).norm(dim=0).flatten()
-    return norms / norms.norm().clamp(min=torch.finfo(norms.dtype).tiny)
+        return {
+            name: torch.rand(len(conv.weight) if unit == 'channel' else 1, len(conv.sources), generator=generator)
+            for name, conv in consumers.items()}
+    raise ValueError(f'by={by!r}: must be one of {", ".join(map(repr, CRITERIA))}')
 
 
 def _taylor(model, consumers, batches) -> dict[str, torch.Tensor]:
@@ -121,7 +139,7 @@ def _taylor(model, consumers, batches) -> dict[str, torch.Tensor]:
     finally:
         model.train(was_training)
     return {
-        name: (weight.detach() * total).float().sum((0, 1, 3)).abs()
+        name: (weight.detach() * total).float()[:, 0, :, 0]
         for name, weight, total in zip(consumers, weights, totals)}
 
 
@@ -131,6 +149,7 @@ def prune_connections(
         by: str = 'norm',
         batches: Iterable[tuple[torch.Tensor, torch.Tensor]] | None = None,
         seed: int = 0,
+        unit: str = 'connection',
 ) -> nn.Module:
     """Remove a network's weakest connections.
 
@@ -140,37 +159,55 @@ def prune_connections(
         by: Criterion, see `connection_scores`.
         batches: See `connection_scores`.
         seed: See `connection_scores`.
+        unit: 'connection', or 'channel' for single weights: a share of all weights goes, each scored by itself, within
+            its channel. Only a connection that has lost all of its weights saves time.
 
     Returns:
-        The pruned network, in which every cross-layer convolution keeps at least its strongest connection. It trains,
-        saves and exports like any other; ``timm.create_model`` makes one like it with
-        ``pruned_connections=timm_deluge.pruned_connections(model)``.
+        The pruned network, in which every cross-layer convolution, or every channel of it, keeps at least its strongest
+        connection. It trains, saves and exports like any other; ``timm.create_model`` makes one like it with
+        ``pruned_connections=timm_deluge.pruned_connections(model)``, and for channels ``channel_masks=True``, too.
 
     Raises:
-        ValueError: See `connection_scores`; if the fraction is no share, or less than what is gone already; or if it
-            would take the last source of a cross-layer convolution.
+        ValueError: See `connection_scores`; if the fraction is no share, or less than what is gone already; if it
+            would take the last source of a cross-layer convolution; if there is no such unit, or only one weight for
+            all channels.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f'fraction={fraction}: must be from 0 to 1')
-    scores = connection_scores(model, by, batches, seed)
-    consumers = {n: m for n, m in model.named_modules() if isinstance(m, CrossLayerDepthwiseConv2d)}
-    strongest = {max((c for c in scores if c.consumer == name), key=lambda c: scores[c]) for name in consumers}
-    total = sum(conv.num_layers for conv in consumers.values())
-    number = math.floor(fraction * total + 1e-6) - (total - len(scores))
+    if unit not in UNITS:
+        raise ValueError(f'unit={unit!r}: must be one of {", ".join(map(repr, UNITS))}')
+    consumers = _consumers(model)
+    if unit == 'channel' and any(len(conv.weight) == 1 < conv.channels for conv in consumers.values()):
+        raise ValueError("unit='channel': with aggregation='scalar' all channels of a connection have the same weight")
+    scores = _scores(model, consumers, unit, by, batches, seed)
+    there = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+    if unit == 'channel':
+        there.update({n: conv.mask[:, 0, :, 0] for n, conv in consumers.items() if conv.mask is not None})
+    weak = {
+        name: there[name].scatter(1, score.masked_fill(~there[name], -1).argmax(1, keepdim=True), False)
+        for name, score in scores.items()}
+    total = sum(conv.num_layers * len(scores[name]) for name, conv in consumers.items())
+    num_gone, num_weak = total - sum(int(t.sum()) for t in there.values()), sum(int(w.sum()) for w in weak.values())
+    number = math.floor(fraction * total + 1e-6) - num_gone
     if number < 0:
-        raise ValueError(f'fraction={fraction}: {total - len(scores)} of {total} connections are gone already')
-    if number > len(scores) - len(consumers):
+        raise ValueError(f'fraction={fraction}: {num_gone} of {total} {unit}s are gone already')
+    if number > num_weak:
         raise ValueError(
-            f'fraction={fraction}: {next(iter(consumers))} would lose its last source; of {total} connections at most '
-            f'{total - len(consumers)} can go')
-    removed = sorted(scores.keys() - strongest, key=lambda c: (scores[c], c))[:number]
+            f'fraction={fraction}: {next(iter(consumers))} would lose its last source; of {total} {unit}s at most '
+            f'{num_gone + num_weak} can go')
+    order = torch.cat([scores[name][weak[name]] for name in consumers]).argsort(stable=True)
+    goes = torch.zeros(num_weak, dtype=torch.bool)
+    goes[order[:number]] = True
     pruned = copy.deepcopy(model)
-    for name, conv in consumers.items():
-        sources = {connection.source for connection in removed if connection.consumer == name}
-        if sources:
-            parent, _, index = name.rpartition('.')
-            rows = [row for row, source in enumerate(conv.sources) if source not in sources]
-            pruned.get_submodule(parent)[int(index)] = _with_rows(conv, rows)  # type: ignore[operator]
+    for (name, conv), gone in zip(consumers.items(), goes.split([int(weak[name].sum()) for name in consumers])):
+        kept = there[name].masked_scatter(weak[name], ~gone)
+        rows = kept.any(0).nonzero().flatten().tolist()
+        smaller = _with_rows(conv, rows)
+        if unit == 'channel':
+            smaller.mask = kept[:, None, rows, None]
+            smaller.weight.data *= smaller.mask
+        parent, _, index = name.rpartition('.')
+        pruned.get_submodule(parent)[int(index)] = smaller  # type: ignore[operator]
     return pruned
 
 
@@ -223,6 +260,8 @@ def _with_rows(conv: CrossLayerDepthwiseConv2d, rows: list[int]) -> CrossLayerDe
     bias[:, :, -1] += conv.bias.sum(2) - bias.sum(2)
     smaller.weight = nn.Parameter(weight, conv.weight.requires_grad)
     smaller.bias = nn.Parameter(bias, conv.bias.requires_grad)
+    if conv.mask is not None:
+        smaller.mask = conv.mask[:, :, rows]
     return smaller
 
 
@@ -241,13 +280,14 @@ def save_pruned(model: nn.Module, folder: Path) -> None:
     if folder.exists():
         raise FileExistsError(f'{folder} exists: name a folder that does not')
     folder.parent.mkdir(parents=True, exist_ok=True)
-    kind = next(type(module) for module in model.modules() if isinstance(module, CrossLayerDepthwiseConv2d))
+    conv = next(module for module in model.modules() if isinstance(module, CrossLayerDepthwiseConv2d))
     model_args = {
-        'aggregation': next(name for name, aggregation in AGGREGATIONS.items() if aggregation is kind),
+        'aggregation': next(name for name, aggregation in AGGREGATIONS.items() if aggregation is type(conv)),
         'depths': [
             len(block.layers) + isinstance(block.transition, CompositeLayer)  # which counts, and gives h_0
             for block in model.modules() if isinstance(block, DelugeBlock)],
-        'pruned_connections': pruned_connections(model)}
+        'pruned_connections': pruned_connections(model),
+        **({} if conv.mask is None else {'channel_masks': True})}
     with TemporaryDirectory(dir=folder.parent) as scratch:
         whole: Any = Path(scratch, folder.name)
         save_for_hf(model, whole, model_args=model_args, safe_serialization=True)
