@@ -42,6 +42,7 @@ __all__ = ['DelugeNet']
 
 CIFAR100_MEAN = (0.5071, 0.4866, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+MAX_PARAMS = 10 ** 9  # so that a configuration from elsewhere cannot exhaust the memory
 
 
 class FinalNorm(BatchNormAct2d):
@@ -366,12 +367,14 @@ class DelugeNet(nn.Module):
                 image; what is left of a connection's images is scaled up, so that its mean stays.
 
         Raises:
-            ValueError: If `depths` and `widths` differ in length or an option has none of the values above.
+            ValueError: If `depths` and `widths` differ in length, an option has none of the values above, or there
+                would be more than a thousand million parameters.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         if len(depths) != len(widths):
             raise ValueError(f'depths {tuple(depths)} and widths {tuple(widths)} must name the same number of blocks')
+        _check_size(depths, widths, num_classes, in_chans)
         _check_option('output_stride', output_stride, (8, 16, 32))
         _check_option('stem_type', stem_type, ('imagenet', 'cifar'))
         _check_option('aggregation', aggregation, (*AGGREGATIONS, 'residual'))
@@ -597,6 +600,15 @@ class DelugeNet(nn.Module):
 def _check_option(name: str, value: int | str, choices: tuple[int | str, ...]) -> None:
     if value not in choices:
         raise ValueError(f'{name}={value!r}: must be one of {", ".join(map(repr, choices))}')
+
+
+def _check_size(depths: Sequence[int], widths: Sequence[int], num_classes: int, in_chans: int) -> None:
+    params = 2 * num_classes * widths[-1] + 49 * in_chans * widths[0] + sum(
+        13 * depth * width ** 2 + 2 * width * depth * (depth + 3) for depth, width in zip(depths, widths))
+    if params > MAX_PARAMS:
+        raise ValueError(
+            f'depths={tuple(depths)}, widths={tuple(widths)}, num_classes={num_classes}, in_chans={in_chans}: this '
+            f'network has about {params:.1e} parameters; at most {MAX_PARAMS:,} are built')
 
 
 def _check_has_connections(option: str, aggregation: str) -> None:

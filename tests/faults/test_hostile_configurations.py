@@ -1,0 +1,39 @@
+"""A configuration from elsewhere, as of a Hub repository, that asks for too much is refused before it is built."""
+import json
+import resource
+
+import pytest
+import timm
+
+CONFIG = {'architecture': 'delugenet146', 'num_classes': 10, 'pretrained_cfg': {}}
+
+
+@pytest.fixture
+def memory_limit():
+    """Make what is built nevertheless fail instead of the machine."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (64 * 2 ** 30, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize('config', [
+    {'model_args': {'depths': [1_000_000] * 3}},
+    {'model_args': {'depths': [8, 16, 1_000_000], 'widths': [1, 1, 1]}},
+    {'model_args': {'widths': [32, 64, 1_000_000]}},
+    {'model_args': {'in_chans': 1_000_000_000}},
+    {'num_classes': 1_000_000_000},
+], ids=json.dumps)
+def test_a_network_of_any_size_is_not_built(config, tmp_path, memory_limit):
+    (tmp_path / 'config.json').write_text(json.dumps({**CONFIG, **config}))
+    with pytest.raises(ValueError, match='this network has about .* parameters; at most 1,000,000,000 are built'):
+        timm.create_model(f'local-dir:{tmp_path}')
+
+
+@pytest.mark.parametrize('model_args, error', [
+    ({'depths': [1, 2]}, ValueError), ({'aggregation': '__import__("os")'}, ValueError),
+    ({'stem_type': ['cifar']}, ValueError), ({'code': 'print(1)'}, TypeError)], ids=str)
+def test_what_is_no_option_is_refused(model_args, error, tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps({**CONFIG, 'model_args': model_args}))
+    with pytest.raises(error):
+        timm.create_model(f'local-dir:{tmp_path}')
