@@ -140,7 +140,8 @@ def _performance() -> str:
                  headers='keys', tablefmt='github', disable_numparse=True),
         *map(_conditions, machines),
         *(f'![Cost of a layer against the length of its block, {machine["machine"]}]'
-          f'(benchmarks/results/{path.stem}.png)' for path, machine in zip(files, machines)),
+          f'(benchmarks/results/{path.stem}.png)'
+          for path, machine in zip(files, machines) if path.with_suffix('.png').exists()),
     ))
 
 
