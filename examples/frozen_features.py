@@ -13,6 +13,7 @@ import numpy as np
 import timm
 import torch
 import typer
+from rich.console import Console
 from rich.progress import track
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -43,7 +44,7 @@ def extract(model: torch.nn.Module, folder: Path, num_images: int | None = None)
     loader = DataLoader(Subset(dataset, [i * len(dataset) // count for i in range(count)]), batch_size=100)
     fast = reparameterize_model(model).to(memory_format=torch.channels_last)
     batches = [(fast(images.contiguous(memory_format=torch.channels_last)), targets)
-               for images, targets in track(loader, str(folder))]
+               for images, targets in track(loader, str(folder), console=Console(stderr=True))]
     features, targets = map(torch.cat, zip(*batches, strict=True))
     return features.numpy(), targets.numpy()
 

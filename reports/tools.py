@@ -1,29 +1,35 @@
 """Try the tools that take a network of timm, each in a fresh environment, and write down what works: tools.md.
 
-    TIMM_SCRIPTS=path/to/pytorch-image-models python reports/tools.py
+    TIMM_SCRIPTS=path/to/pytorch-image-models python reports/tools.py [NAME …]
 """
 import ast
+import json
 import os
 import platform
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
+import typer
 from junit import REPOSITORY, Outcome, run_tests
 from tabulate import tabulate
 
 REPORT = REPOSITORY / 'reports' / 'tools.md'
+RESULTS = REPORT.with_suffix('.json')
 TESTS = REPOSITORY / 'tests' / 'tools'
 EXPORTED = 'delugenet146'
-EXPORTERS = ('onnx', 'onnxscript', 'onnxruntime')
+EXPORTERS = 'exporters'
 # what `pip install` takes for the tests of each, by their names
 TOOLS = {
     'transformers': ('transformers[torch]',), 'fastai': ('fastai',), 'lightning': ('lightning',),
     'grad_cam': ('grad-cam',), 'torchinfo': ('torchinfo',), 'torchao': ('torchao',),
-    'timm': ('pandas', 'onnx', 'onnxruntime')}  # which its scripts need
+    'timm': ('pandas', 'onnx', 'onnxruntime'),  # which its scripts need
+    EXPORTERS: ('onnx', 'onnxscript', 'onnxruntime')}
 INTRODUCTION = """# Tools that take a DelugeNet
 
 Written by `python reports/tools.py`. Each tool was installed beside this package into an environment of its own, and
@@ -69,36 +75,51 @@ def descriptions() -> dict[str, str]:
 
 
 def result(outcome: Outcome) -> str:
-    return {'passed': 'works'}.get(outcome.kind, f'{outcome.kind}: {outcome.message}').replace('\n', ' ')
+    return 'works' if outcome.kind == 'passed' else f'{outcome.kind}: {outcome.message.splitlines()[0]}'
 
 
-def main() -> None:
-    if not os.environ.get('TIMM_SCRIPTS'):
-        sys.exit("TIMM_SCRIPTS: name a checkout of timm's repository, whose scripts are tried, too")
+def try_tools(names: Sequence[str], results: dict[str, Any]) -> None:
+    """Try some tools, and put what came of it into the results."""
     tried = descriptions()
-    rows, forms = [], {}
     with TemporaryDirectory() as folder:
         base = Path(folder, 'base')
         python = install(base, str(REPOSITORY), 'pytest', 'pytest-timeout')
-        torch = version(python, 'torch')
-        for name, packages in TOOLS.items():
-            python = install(Path(folder, name), *packages, base=base)
-            tool = name.replace('_', '-')
-            label = f'{tool} {version(python, tool)}'
-            for outcome in run_tests(python, TESTS / 'test_other_tools.py', '-k', f'test_{name}'):
-                rows.append((label, tried[outcome.name], result(outcome)))
-        python = install(Path(folder, 'export'), *EXPORTERS, base=base)
-        versions = ', '.join(f'{package} {version(python, package)}' for package in EXPORTERS)
-        for outcome in run_tests(python, TESTS / 'test_export.py', '--timeout=3600', EXPORTED=EXPORTED):
-            exporter, _, form = outcome.name.partition('[')[2][:-1].rpartition('-')
-            difference = outcome.properties.get('difference', '')
-            forms.setdefault(exporter, {})[form] = f'{result(outcome)}, {difference}'.rstrip(', ')
-    tools = tabulate(rows, ('tool', 'what', ''), tablefmt='github', disable_numparse=True)
-    exporters = tabulate([{'': exporter, **found} for exporter, found in forms.items()], headers='keys',
-                         tablefmt='github', disable_numparse=True)
-    conditions = f'Python {platform.python_version()}, torch {torch}, {versions}, {date.today()}.'
-    REPORT.write_text(f'{INTRODUCTION}\n{tools}\n\n{EXPORT}\n{exporters}\n\n{conditions}\n', encoding='utf-8')
+        results['versions'] = {'Python': platform.python_version(), 'torch': version(python, 'torch')}
+        for name in names:
+            python = install(Path(folder, name), *TOOLS[name], base=base)
+            if name == EXPORTERS:
+                results['versions'].update((package, version(python, package)) for package in TOOLS[name])
+                for outcome in run_tests(python, TESTS / 'test_export.py', '--timeout=3600', EXPORTED=EXPORTED):
+                    exporter, _, form = outcome.name.partition('[')[2][:-1].rpartition('-')
+                    found = ', '.join(filter(None, (result(outcome), outcome.properties.get('difference'))))
+                    results['exporters'].setdefault(exporter, {})[form] = found
+            else:
+                tool = name.replace('_', '-')
+                outcomes = run_tests(python, TESTS / 'test_other_tools.py', '-k', f'test_{name}')
+                results['tools'][name] = [
+                    {'tool': f'{tool} {version(python, tool)}', 'what': tried[outcome.name], 'result': result(outcome)}
+                    for outcome in outcomes]
+
+
+def report(results: dict[str, Any]) -> str:
+    tools = [row for name in TOOLS for row in results['tools'].get(name, [])]
+    exporters = [{'': exporter, **found} for exporter, found in results['exporters'].items()]
+    tables = (tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True) for rows in (tools, exporters))
+    versions = ', '.join(f'{name} {number}' for name, number in results['versions'].items())
+    return '\n'.join((INTRODUCTION, next(tables), '', EXPORT, next(tables), '', f'{versions}, {date.today()}.', ''))
+
+
+def main(names: Annotated[list[str] | None, typer.Argument(help=f'Of {", ".join(TOOLS)}; all by default.')] = None):
+    """Try the tools named; what was found of the others stays."""
+    if not os.environ.get('TIMM_SCRIPTS'):
+        sys.exit("TIMM_SCRIPTS: name a checkout of timm's repository, whose scripts are tried, too")
+    if unknown := set(names or ()) - set(TOOLS):
+        sys.exit(f'{unknown.pop()}: must be one of {", ".join(TOOLS)}')
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {'tools': {}, 'exporters': {}}
+    try_tools(names or list(TOOLS), results)
+    RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+    REPORT.write_text(report(results), encoding='utf-8')
 
 
 if __name__ == '__main__':
-    main()
+    typer.run(main)
