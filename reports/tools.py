@@ -35,9 +35,9 @@ INTRODUCTION = """# Tools that take a DelugeNet
 Written by `python reports/tools.py`. Each tool was installed beside this package into an environment of its own, and
 given a network as it is; the tests are in `tests/tools`.
 
-Two things a package can only work around. timm loads no other package's networks by itself, so that `import timm_deluge`
-has to come first, in every process. And transformers passes `num_classes` a second time where a repository's
-configuration has it among its `model_args`, on timm's own resnet18 as well; what `timm-deluge publish` writes has none.
+Two things a package can only work around. timm loads no other package's networks by itself, so that `import
+timm_deluge` has to come first, in every process. And transformers passes `num_classes` a second time where a
+repository's configuration has it among its `model_args`; what `timm-deluge publish` writes has none.
 """
 EXPORT = f"""## Exporters and compilers
 
