@@ -1,18 +1,22 @@
 """Run the tests of faults, and write down what was tried and what came of it: robustness.md.
 
-    TIMM_SCRIPTS=pytorch-image-models python reports/robustness.py
+    TIMM_SCRIPTS=pytorch-image-models python reports/robustness.py [FILE …]
 """
 import ast
+import json
 import platform
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from junit import REPOSITORY, run_tests
 from tabulate import tabulate
 
 REPORT = REPOSITORY / 'reports' / 'robustness.md'
+RESULTS = REPORT.with_suffix('.json')
 NUMBERS = dict(NUM_NETWORKS='500', NUM_KILLS='20')
 INTRODUCTION = """# What goes wrong, and what comes of it
 
@@ -27,20 +31,24 @@ def purpose(path: Path) -> str:
     return str(ast.get_docstring(ast.parse(path.read_text(encoding='utf-8')))).splitlines()[0]
 
 
-def main() -> None:
-    rows = []
-    for path in sorted((REPOSITORY / 'tests' / 'faults').glob('test_*.py')):
-        outcomes = run_tests(sys.executable, path, **NUMBERS)
+def main(names: Annotated[list[str] | None, typer.Argument(help='Test files; all by default.')] = None) -> None:
+    """Run the tests in the files named; what was found of the others stays."""
+    files = {path.name: path for path in sorted((REPOSITORY / 'tests' / 'faults').glob('test_*.py'))}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in names or files:
+        outcomes = run_tests(sys.executable, files[name], **NUMBERS)
         kinds = [outcome.kind for outcome in outcomes]
         cases = sum(int(outcome.properties.get('cases', '1')) for outcome in outcomes if outcome.kind == 'passed')
-        seconds = sum(outcome.seconds for outcome in outcomes)
-        rows.append((purpose(path), f'{cases:,}', kinds.count('failed'), kinds.count('skipped'), f'{seconds:.0f}',
-                     f'`pytest {path.relative_to(REPOSITORY)}`'))
-    headers = ('', 'cases that did', 'tests that failed', 'skipped', 'seconds', 'command')
-    table = tabulate(rows, headers, tablefmt='github', disable_numparse=True)
-    conditions = f'Python {platform.python_version()}, torch {torch.__version__}, {date.today()}.'
-    REPORT.write_text(f'{INTRODUCTION}\n{table}\n\n{conditions}\n', encoding='utf-8')
+        results[name] = {
+            '': purpose(files[name]), 'cases that did': f'{cases:,}', 'tests that failed': kinds.count('failed'),
+            'skipped': kinds.count('skipped'), 'seconds': round(sum(outcome.seconds for outcome in outcomes)),
+            'command': f'`pytest {files[name].relative_to(REPOSITORY)}`',
+            'when': f'{date.today()}, Python {platform.python_version()}, torch {torch.__version__}'}
+    RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+    rows = [results[name] for name in files if name in results]
+    table = tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
+    REPORT.write_text(f'{INTRODUCTION}\n{table}\n', encoding='utf-8')
 
 
 if __name__ == '__main__':
-    main()
+    typer.run(main)
