@@ -35,6 +35,8 @@ def main(names: Annotated[list[str] | None, typer.Argument(help='Test files; all
     """Run the tests in the files named; what was found of the others stays."""
     files = {path.name: path for path in sorted((REPOSITORY / 'tests' / 'faults').glob('test_*.py'))}
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if unknown := set(names or ()) - set(files):
+        raise typer.BadParameter(f'{unknown.pop()}: must be one of {", ".join(files)}')
     for name in names or files:
         outcomes = run_tests(sys.executable, files[name], **NUMBERS)
         kinds = [outcome.kind for outcome in outcomes]

@@ -179,10 +179,10 @@ def prune_connections(
     consumers = _consumers(model)
     if unit == 'channel' and any(len(conv.weight) == 1 < conv.channels for conv in consumers.values()):
         raise ValueError("unit='channel': with aggregation='scalar' all channels of a connection have the same weight")
-    scores = _scores(model, consumers, unit, by, batches, seed)
+    scores = {n: score.cpu() for n, score in _scores(model, consumers, unit, by, batches, seed).items()}
     there = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
     if unit == 'channel':
-        there.update({n: conv.mask[:, 0, :, 0] for n, conv in consumers.items() if conv.mask is not None})
+        there.update({n: conv.mask[:, 0, :, 0].cpu() for n, conv in consumers.items() if conv.mask is not None})
     weak = {
         name: there[name].scatter(1, score.masked_fill(~there[name], -1).argmax(1, keepdim=True), False)
         for name, score in scores.items()}
@@ -204,7 +204,7 @@ def prune_connections(
         rows = kept.any(0).nonzero().flatten().tolist()
         smaller = _with_rows(conv, rows)
         if unit == 'channel':
-            smaller.mask = kept[:, None, rows, None]
+            smaller.mask = kept[:, None, rows, None].to(conv.weight.device)
             smaller.weight.data *= smaller.mask
         parent, _, index = name.rpartition('.')
         pruned.get_submodule(parent)[int(index)] = smaller  # type: ignore[operator]
