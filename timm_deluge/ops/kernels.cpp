@@ -3,7 +3,6 @@
 // A layer is a matrix. In channels_last memory its rows are positions and its columns are channels (BY_COLUMN); in
 // contiguous memory its rows are the channels of one image after the other and its columns are positions.
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -24,7 +23,8 @@ constexpr int UNROLL = 4;        // vectors that share a weight
 constexpr int64_t ROWS = 64;     // whose products a float may sum
 constexpr int64_t VECTORS = 64;  // whose sums stay in a core's first cache
 constexpr int64_t COLUMNS = VECTORS / UNROLL * WIDTH;
-constexpr int64_t APART = 64;  // floats between what two threads write, lest a line of a cache go to and fro
+constexpr int64_t AHEAD = 4096;  // elements from what is read to what is fetched meanwhile
+constexpr int64_t APART = 64;    // floats between what two threads write, lest a line of a cache go to and fro
 
 using Floats = float __attribute__((vector_size(4 * WIDTH)));
 using Words = uint32_t __attribute__((vector_size(4 * WIDTH)));
@@ -97,9 +97,11 @@ struct Vectors {
     void store(Floats values, T* layer, int m) const {
         ::store<WHOLE>(values, layer + offset + m * step, count);
     }
+    // Has what lies ahead fetched into the second cache: the processor itself follows few streams, and the first cache
+    // would lose it, for all layers may begin at the same place in it.
     template <class T>
     void prefetch(const T* layer, int m) const {
-        __builtin_prefetch(layer + offset + m * step);
+        __builtin_prefetch(layer + offset + m * step + AHEAD, 0, 2);
     }
     Floats parameter(const float* of_channels) const {
         const Floats of_one_channel = Floats{} + of_channels[channel];
@@ -126,14 +128,13 @@ void for_each_tile(const Shape& shape, int threads, const Work& work) {
     }
 }
 
-// Splits a tile into parts of at most VECTORS vectors; the next one is `distance` elements away.
+// Splits a tile into parts of at most VECTORS vectors, or of UNROLL rows.
 template <bool BY_COLUMN, class Work>
-void for_each_part(const Shape& shape, const Tile& tile, const Work& work) {
+void for_each_part(const Tile& tile, const Work& work) {
     const int64_t across = (tile.end_column - tile.column + WIDTH - 1) / WIDTH;
-    const int64_t height = std::max<int64_t>(VECTORS / 2 / across, UNROLL);
-    const int64_t distance = BY_COLUMN ? height * shape.columns : tile.end_column - tile.column;
+    const int64_t height = std::max<int64_t>(VECTORS / across, UNROLL);
     for (int64_t row = tile.row; row < tile.end_row; row += height)
-        work(Tile{row, std::min(row + height, tile.end_row), tile.column, tile.end_column}, distance);
+        work(Tile{row, std::min(row + height, tile.end_row), tile.column, tile.end_column});
 }
 
 template <bool BY_COLUMN, int M, class Work>
@@ -161,73 +162,28 @@ void for_each_vectors(const Shape& shape, const Tile& tile, Work work) {
         for_each_vectors_of_rows<BY_COLUMN, BY_COLUMN ? 1 : UNROLL>(shape, tile, r, work);
 }
 
-// The four layers from one on, or the first ones in the next part of a tile: what the caches are to fetch meanwhile, for
-// the processor follows few streams, and all layers may begin at the same place in its caches.
-template <class T>
-std::array<const T*, 4> layers_ahead(const T* const* layers, int64_t num_layers, int64_t from, int64_t distance) {
-    std::array<const T*, 4> ahead;
-    for (int64_t i = 0; i < 4; i++)
-        ahead[i] = from + i < num_layers ? layers[from + i] : layers[i % num_layers] + distance;
-    return ahead;
-}
-
-// Calls add(how many, whether they are the first ones, whether the last, where they begin) for four at a time.
-template <class Add>
-void in_fours(int64_t number, const Add& add) {
-    const auto add_few = [&](auto is_first, int64_t i) {
-        if (number - i == 4) add(Int<4>{}, is_first, std::true_type{}, i);
-        if (number - i == 3) add(Int<3>{}, is_first, std::true_type{}, i);
-        if (number - i == 2) add(Int<2>{}, is_first, std::true_type{}, i);
-        if (number - i == 1) add(Int<1>{}, is_first, std::true_type{}, i);
-    };
-    if (number <= 4) return add_few(std::true_type{}, 0);
-    add(Int<4>{}, std::true_type{}, std::false_type{}, 0);
-    int64_t i = 4;
-    for (; i + 4 < number; i += 4) add(Int<4>{}, std::false_type{}, std::false_type{}, i);
-    add_few(std::false_type{}, i);
-}
-
-// Adds N layers to the biases (FIRST) or to a tile's sums, of R results; these go out (LAST) or into the sums.
-template <bool BY_COLUMN, int N, int R, bool FIRST, bool LAST, class T>
-void add_layers(const T* const* layers, const T* const* next, const float* const* weights, int64_t first_weight,
-                const float* const* biases, Floats* sums, T* const* outs, Floats floor, const Shape& shape,
-                const Tile& tile) {
-    for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) mutable {
-        Floats results[R][vectors.size], values[N][vectors.size];
-        for (int i = 0; i < N; i++)
-            for (int m = 0; m < vectors.size; m++) {
-                vectors.prefetch(next[i], m);
-                values[i][m] = vectors.load(layers[i], m);
-            }
-        for (int j = 0; j < R; j++) {
-            for (int m = 0; FIRST && m < vectors.size; m++) vectors.prefetch(outs[j], m);
-            for (int m = 0; m < vectors.size; m++)
-                results[j][m] = FIRST ? vectors.parameter(biases[j]) : sums[j * vectors.size + m];
-            for (int i = 0; i < N; i++) {
-                const Floats weight = vectors.parameter(weights[j] + first_weight + i * shape.channels);
-                for (int m = 0; m < vectors.size; m++) results[j][m] += weight * values[i][m];
-            }
-            for (int m = 0; m < vectors.size; m++)
-                if (!LAST) sums[j * vectors.size + m] = results[j][m];
-                else vectors.store(j == 0 && results[j][m] < floor ? floor : results[j][m], outs[j], m);
-        }
-        sums += R * vectors.size;
-    });
-}
-
 template <bool BY_COLUMN, int R, class T>
 void combine_results(const T* const* layers, int64_t num_layers, const float* const* weights,
                      const float* const* biases, T* const* outs, bool relu, const Shape& shape, int threads) {
     const Floats floor = Floats{} + (relu ? 0 : -std::numeric_limits<float>::infinity());
-    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& whole, int) {
-        for_each_part<BY_COLUMN>(shape, whole, [=](const Tile& tile, int64_t distance) {
-            Floats sums[R * VECTORS];
-            const auto add = [&](auto number, auto is_first, auto is_last, int64_t i) {
-                const auto next = layers_ahead<T>(layers, num_layers, i + number, distance);
-                add_layers<BY_COLUMN, number, R, is_first, is_last>(
-                    layers + i, next.data(), weights, i * shape.channels, biases, sums, outs, floor, shape, tile);
-            };
-            in_fours(num_layers, add);
+    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& tile, int) {
+        for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
+            Floats results[R][vectors.size], values[vectors.size];
+            for (int j = 0; j < R; j++)
+                for (int m = 0; m < vectors.size; m++) results[j][m] = vectors.parameter(biases[j]);
+            for (int64_t i = 0; i < num_layers; i++) {
+                for (int m = 0; m < vectors.size; m++) {
+                    vectors.prefetch(layers[i], m);
+                    values[m] = vectors.load(layers[i], m);
+                }
+                for (int j = 0; j < R; j++) {
+                    const Floats weight = vectors.parameter(weights[j] + i * shape.channels);
+                    for (int m = 0; m < vectors.size; m++) results[j][m] += weight * values[m];
+                }
+            }
+            for (int j = 0; j < R; j++)
+                for (int m = 0; m < vectors.size; m++)
+                    vectors.store(j == 0 && results[j][m] < floor ? floor : results[j][m], outs[j], m);
         });
     });
 }
@@ -287,48 +243,60 @@ void for_each_run(const Shape& shape, const Tile& tile, Work work) {
     }
 }
 
+// Calls add(how many, whether they are the first ones, whether the last, where they begin) for four at a time.
+template <class Add>
+void in_fours(int64_t number, const Add& add) {
+    const auto add_few = [&](auto is_first, int64_t i) {
+        if (number - i == 4) add(Int<4>{}, is_first, std::true_type{}, i);
+        if (number - i == 3) add(Int<3>{}, is_first, std::true_type{}, i);
+        if (number - i == 2) add(Int<2>{}, is_first, std::true_type{}, i);
+        if (number - i == 1) add(Int<1>{}, is_first, std::true_type{}, i);
+    };
+    if (number <= 4) return add_few(std::true_type{}, 0);
+    add(Int<4>{}, std::true_type{}, std::false_type{}, 0);
+    int64_t i = 4;
+    for (; i + 4 < number; i += 4) add(Int<4>{}, std::false_type{}, std::false_type{}, i);
+    add_few(std::false_type{}, i);
+}
+
 // Adds N gradients to what was begun (FIRST) or to a tile's results, for R layers; these go out (LAST) or into the
 // results. Adds each one's products with a layer's values, which are kept beside the results, to a sum of their own.
 template <bool BY_COLUMN, int N, int R, bool FIRST, bool LAST, class T>
-void add_grads(const T* const* grads, const T* const* next, const float* const* weights, int64_t first_weight,
-               const T* const* layers, const float* const* means, T* const* outs, bool begun, int64_t distance,
-               Floats* values, Floats* results, float* sums, int64_t num_sums, int64_t layer_sums, const Shape& shape,
-               const Tile& tile) {
+void add_grads(const T* const* grads, const float* const* weights, int64_t first_weight, const T* const* layers,
+               const float* const* means, T* const* outs, bool begun, Floats* values, Floats* results, float* sums,
+               int64_t num_sums, int64_t layer_sums, const Shape& shape, const Tile& tile) {
     for_each_run<BY_COLUMN>(shape, tile, [=](auto whole, int64_t first, int64_t step, int64_t length, int64_t channel,
                                              int count) mutable {
         Floats dots[R * N] = {};
         const auto add = [&](auto vectors) {
             constexpr int M = vectors.size;
-            Floats value[R * M], total[R * M];
-            for (int j = 0; j < R; j++)
+            Floats grad[N * M], value[M], total[M];
+            for (int i = 0; i < N; i++)
+                for (int m = 0; m < M; m++) {
+                    vectors.prefetch(grads[i], m);
+                    grad[i * M + m] = vectors.load(grads[i], m);
+                }
+            for (int j = 0; j < R; j++) {
                 for (int m = 0; m < M; m++) {
                     if (FIRST) {
-                        vectors.prefetch(layers[j] + distance, m);
-                        vectors.prefetch(outs[j] + (begun ? distance : 0), m);
+                        vectors.prefetch(layers[j], m);
+                        vectors.prefetch(outs[j], m);
                     }
-                    value[j * M + m] =
-                        FIRST ? vectors.load(layers[j], m) - vectors.parameter(means[j]) : values[j * M + m];
-                    total[j * M + m] = !FIRST ? results[j * M + m] : begun ? vectors.load(outs[j], m) : Floats{};
-                    if (FIRST && !LAST) values[j * M + m] = value[j * M + m];
+                    value[m] = FIRST ? vectors.load(layers[j], m) - vectors.parameter(means[j]) : values[j * M + m];
+                    total[m] = !FIRST ? results[j * M + m] : begun ? vectors.load(outs[j], m) : Floats{};
+                    if (FIRST && !LAST) values[j * M + m] = value[m];
                 }
-            for (int i = 0; i < N; i++) {
-                Floats grad[M];
-                for (int m = 0; m < M; m++) {
-                    vectors.prefetch(next[i], m);
-                    grad[m] = vectors.load(grads[i], m);
-                }
-                for (int j = 0; j < R; j++) {
+                for (int i = 0; i < N; i++) {
                     const Floats weight = vectors.parameter(weights[j] + first_weight + i * shape.channels);
                     for (int m = 0; m < M; m++) {
-                        total[j * M + m] += weight * grad[m];
-                        dots[j * N + i] += grad[m] * value[j * M + m];
+                        total[m] += weight * grad[i * M + m];
+                        dots[j * N + i] += grad[i * M + m] * value[m];
                     }
                 }
-            }
-            for (int j = 0; j < R; j++)
                 for (int m = 0; m < M; m++)
-                    if (LAST) vectors.store(total[j * M + m], outs[j], m);
-                    else results[j * M + m] = total[j * M + m];
+                    if (LAST) vectors.store(total[m], outs[j], m);
+                    else results[j * M + m] = total[m];
+            }
             values += R * M;
             results += R * M;
         };
@@ -355,13 +323,12 @@ void combine_backward_layers(const T* const* grads, int64_t num_grads, const flo
     float* const first_sums = all_sums.data();
     for_each_tile<BY_COLUMN, COLUMNS / R>(shape, threads, [=](const Tile& whole, int thread) {
         float* const sums = first_sums + thread * thread_sums;
-        for_each_part<BY_COLUMN>(shape, whole, [=](const Tile& tile, int64_t distance) {
+        for_each_part<BY_COLUMN>(whole, [=](const Tile& tile) {
             Floats values[R * VECTORS], results[R * VECTORS];
             const auto add = [&](auto number, auto is_first, auto is_last, int64_t i) {
-                const auto next = layers_ahead<T>(grads, num_grads, i + number, distance);
                 add_grads<BY_COLUMN, number, R, is_first, is_last>(
-                    grads + i, next.data(), weights, i * shape.channels, layers, means, outs, begun, distance, values,
-                    results, sums + i * num_sums, num_sums, layer_sums, shape, tile);
+                    grads + i, weights, i * shape.channels, layers, means, outs, begun, values, results,
+                    sums + i * num_sums, num_sums, layer_sums, shape, tile);
             };
             in_fours(num_grads, add);
         });
@@ -529,9 +496,8 @@ void moments(const T* x, float* mean, float* var, const Shape& shape, int thread
     for (int64_t k = 0; k < shape.channels; k++)
         origin[k] = load<false>(x + (BY_COLUMN ? k : k * shape.columns), 1)[0];
     const float* from = origin.data();
-    const int64_t ahead = BY_COLUMN ? ROWS * shape.columns : VECTORS * WIDTH;
     const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](auto vector) {
-        vector.prefetch(x + ahead, 0);
+        vector.prefetch(x, 0);
         const Floats distance = vector.load(x, 0) - vector.parameter(from);
         return Pair{distance, distance * distance};
     });
