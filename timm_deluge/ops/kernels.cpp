@@ -191,13 +191,15 @@ void combine_results(const T* const* layers, int64_t num_layers, const float* co
 template <bool BY_COLUMN, class T>
 void combine(const T* const* layers, int64_t num_layers, const float* const* weights, const float* const* biases,
              T* const* outs, int64_t num_results, bool relu, const Shape& shape, int threads) {
+    const auto of_results = [&](auto number, int64_t k) {
+        combine_results<BY_COLUMN, number>(
+            layers, num_layers, weights + k, biases + k, outs + k, relu && k == 0, shape, threads);
+    };
     int64_t k = 0;
-    for (; k + 4 <= num_results; k += 4)
-        combine_results<BY_COLUMN, 4>(
-            layers, num_layers, weights + k, biases + k, outs + k, relu && k == 0, shape, threads);
-    for (; k < num_results; k++)
-        combine_results<BY_COLUMN, 1>(
-            layers, num_layers, weights + k, biases + k, outs + k, relu && k == 0, shape, threads);
+    for (; k + 4 <= num_results; k += 4) of_results(Int<4>{}, k);
+    if (num_results - k == 3) of_results(Int<3>{}, k);
+    if (num_results - k == 2) of_results(Int<2>{}, k);
+    if (num_results - k == 1) of_results(Int<1>{}, k);
 }
 
 // Sums the lanes of a vector.
