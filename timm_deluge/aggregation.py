@@ -5,6 +5,7 @@ one or the other, which shows what each is worth. All are special cases of the f
 weights, with which they train. A pruned convolution is one of fewer source layers.
 """
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,8 +26,8 @@ class CrossLayerDepthwiseConv2d(nn.Module):
             sources: Sequence[int] | None = None,
             drop_rate: float = 0.,
             masked: bool = False,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         """
         Args:
@@ -122,7 +123,7 @@ class WeightedLayerSum(CrossLayerDepthwiseConv2d):
 class LastLayerScale(CrossLayerDepthwiseConv2d):
     """The last of the layers alone, each channel with its weight: a network without connections across layers."""
 
-    def __init__(self, num_layers: int, channels: int, device=None, dtype=None):
+    def __init__(self, num_layers: int, channels: int, device: Any = None, dtype: Any = None):
         super().__init__(num_layers, channels, [num_layers - 1], device=device, dtype=dtype)
 
 

@@ -118,7 +118,15 @@ class FusedTrainingModule(nn.Module):
 class CompositeLayer(FusedTrainingModule):
     """Composite layer: a pre-activation bottleneck without a shortcut of its own."""
 
-    def __init__(self, in_chs: int, width: int, stride: int = 1, dilation: int = 1, device=None, dtype=None):
+    def __init__(
+            self,
+            in_chs: int,
+            width: int,
+            stride: int = 1,
+            dilation: int = 1,
+            device: Any = None,
+            dtype: Any = None,
+    ):
         """
         Args:
             in_chs: Number of input channels.
@@ -167,7 +175,15 @@ class CompositeLayer(FusedTrainingModule):
 class ProjectionLayer(CompositeLayer):
     """Composite layer plus a 1x1 projection shortcut: how a standard pre-activation ResNet starts a stage."""
 
-    def __init__(self, in_chs: int, width: int, stride: int = 1, dilation: int = 1, device=None, dtype=None):
+    def __init__(
+            self,
+            in_chs: int,
+            width: int,
+            stride: int = 1,
+            dilation: int = 1,
+            device: Any = None,
+            dtype: Any = None,
+    ):
         super().__init__(in_chs, width, stride, dilation, device, dtype)
         self.shortcut = nn.Conv2d(in_chs, 2 * width, 1, stride, bias=False, device=device, dtype=dtype)
 
@@ -182,7 +198,15 @@ class BlockTransition(FusedTrainingModule):
     Its cross-layer convolution is the last one of the block before.
     """
 
-    def __init__(self, in_chs: int, width: int, stride: int = 2, dilation: int = 1, device=None, dtype=None):
+    def __init__(
+            self,
+            in_chs: int,
+            width: int,
+            stride: int = 2,
+            dilation: int = 1,
+            device: Any = None,
+            dtype: Any = None,
+    ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm: nn.Module = nn.BatchNorm2d(in_chs, **dd)
@@ -215,8 +239,8 @@ class ResidualBlock(nn.Module):
             width: int,
             drop_path_rates: Sequence[float],
             dilation: int = 1,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         """
         Args:
@@ -258,8 +282,8 @@ class DelugeBlock(FusedTrainingModule, ResidualBlock):
             pruned_connections: Sequence[Sequence[int]] | None = None,
             channel_masks: bool = False,
             connection_drop_rate: float = 0.,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         """
         Args:
@@ -339,8 +363,8 @@ class DelugeNet(nn.Module):
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             connection_drop_rate: float = 0.,
-            device=None,
-            dtype=None,
+            device: Any = None,
+            dtype: Any = None,
     ):
         """
         Args:
@@ -634,7 +658,7 @@ def _check_pruned_connections(pruned_connections: Any, depths: Sequence[int], ag
                 raise ValueError(f'pruned_connections: {name} would lose its last source')
 
 
-def _cfg(reduction: int = 32, **kwargs) -> dict[str, Any]:
+def _cfg(reduction: int = 32, **kwargs: Any) -> dict[str, Any]:
     input_size = kwargs.get('input_size', (3, 224, 224))
     return {
         'num_classes': 1000, 'input_size': input_size,
@@ -647,7 +671,7 @@ def _cfg(reduction: int = 32, **kwargs) -> dict[str, Any]:
     }
 
 
-def _cfg_cifar(**kwargs) -> dict[str, Any]:
+def _cfg_cifar(**kwargs: Any) -> dict[str, Any]:
     return _cfg(reduction=4, **{
         'num_classes': 100, 'input_size': (3, 32, 32), 'crop_pct': 1.0,
         'mean': CIFAR100_MEAN, 'std': CIFAR100_STD, **kwargs,
@@ -670,7 +694,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_delugenet(variant: str, pretrained: bool = False, **kwargs) -> DelugeNet:
+def _create_delugenet(variant: str, pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     if pretrained:
         choose_checkpoint(variant, kwargs)
     elif not kwargs.get('pretrained_cfg'):
@@ -693,84 +717,84 @@ _RESIDUAL_1X1 = dict(aggregation='residual', transition_type='1x1')
 
 
 @register_model
-def delugenet92(pretrained: bool = False, **kwargs) -> DelugeNet:
+def delugenet92(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """DelugeNet-92 for 224x224 images."""
     model_args = dict(depths=(7, 7, 8, 8), **_IMAGENET)
     return _create_delugenet('delugenet92', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def delugenet104(pretrained: bool = False, **kwargs) -> DelugeNet:
+def delugenet104(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """DelugeNet-104 for 224x224 images."""
     model_args = dict(depths=(7, 8, 9, 10), **_IMAGENET)
     return _create_delugenet('delugenet104', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def delugenet122(pretrained: bool = False, **kwargs) -> DelugeNet:
+def delugenet122(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """DelugeNet-122 for 224x224 images."""
     model_args = dict(depths=(7, 9, 11, 13), **_IMAGENET)
     return _create_delugenet('delugenet122', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def delugenet146(pretrained: bool = False, **kwargs) -> DelugeNet:
+def delugenet146(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """DelugeNet-146 for 32x32 images."""
     model_args = dict(**_CIFAR146)
     return _create_delugenet('delugenet146', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def delugenet218(pretrained: bool = False, **kwargs) -> DelugeNet:
+def delugenet218(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """DelugeNet-218 for 32x32 images."""
     model_args = dict(**_CIFAR218)
     return _create_delugenet('delugenet218', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def wide_delugenet146(pretrained: bool = False, **kwargs) -> DelugeNet:
+def wide_delugenet146(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """Wide-DelugeNet-146 for 32x32 images."""
     model_args = dict(**_WIDE_CIFAR146)
     return _create_delugenet('wide_delugenet146', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def resnetlike146_3x3(pretrained: bool = False, **kwargs) -> DelugeNet:
+def resnetlike146_3x3(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """ResNet-like 146 baseline with 3x3 block transitions."""
     model_args = dict(aggregation='residual', **_CIFAR146)
     return _create_delugenet('resnetlike146_3x3', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def resnetlike146_1x1(pretrained: bool = False, **kwargs) -> DelugeNet:
+def resnetlike146_1x1(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """ResNet-like 146 baseline with 1x1 projection shortcuts."""
     model_args = dict(**_RESIDUAL_1X1, **_CIFAR146)
     return _create_delugenet('resnetlike146_1x1', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def resnetlike218_3x3(pretrained: bool = False, **kwargs) -> DelugeNet:
+def resnetlike218_3x3(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """ResNet-like 218 baseline with 3x3 block transitions."""
     model_args = dict(aggregation='residual', **_CIFAR218)
     return _create_delugenet('resnetlike218_3x3', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def resnetlike218_1x1(pretrained: bool = False, **kwargs) -> DelugeNet:
+def resnetlike218_1x1(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """ResNet-like 218 baseline with 1x1 projection shortcuts."""
     model_args = dict(**_RESIDUAL_1X1, **_CIFAR218)
     return _create_delugenet('resnetlike218_1x1', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def wide_resnetlike146_3x3(pretrained: bool = False, **kwargs) -> DelugeNet:
+def wide_resnetlike146_3x3(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """Wide ResNet-like 146 baseline with 3x3 block transitions."""
     model_args = dict(aggregation='residual', **_WIDE_CIFAR146)
     return _create_delugenet('wide_resnetlike146_3x3', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def wide_resnetlike146_1x1(pretrained: bool = False, **kwargs) -> DelugeNet:
+def wide_resnetlike146_1x1(pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     """Wide ResNet-like 146 baseline with 1x1 projection shortcuts."""
     model_args = dict(**_RESIDUAL_1X1, **_WIDE_CIFAR146)
     return _create_delugenet('wide_resnetlike146_1x1', pretrained=pretrained, **dict(model_args, **kwargs))

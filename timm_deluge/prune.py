@@ -102,7 +102,14 @@ def _consumers(model: nn.Module) -> dict[str, CrossLayerDepthwiseConv2d]:
     return consumers
 
 
-def _scores(model, consumers, unit, by, batches, seed) -> dict[str, torch.Tensor]:
+def _scores(
+        model: nn.Module,
+        consumers: dict[str, CrossLayerDepthwiseConv2d],
+        unit: str,
+        by: str,
+        batches: Iterable[tuple[torch.Tensor, torch.Tensor]] | None,
+        seed: int,
+) -> dict[str, torch.Tensor]:
     """Score each convolution's connections, ``[1, number of sources]``, or single weights, ``[C, …]``.
 
     A norm is a share of all that the batch normalisation behind the sum would divide by.
@@ -124,7 +131,11 @@ def _scores(model, consumers, unit, by, batches, seed) -> dict[str, torch.Tensor
     raise ValueError(f'by={by!r}: must be one of {", ".join(map(repr, CRITERIA))}')
 
 
-def _taylor(model, consumers, batches) -> dict[str, torch.Tensor]:
+def _taylor(
+        model: nn.Module,
+        consumers: dict[str, CrossLayerDepthwiseConv2d],
+        batches: Iterable[tuple[torch.Tensor, torch.Tensor]] | None,
+) -> dict[str, torch.Tensor]:
     if batches is None:
         raise ValueError("by='taylor' needs batches of images and targets: their loss is what it looks at")
     weights = [conv.weight for conv in consumers.values()]

@@ -18,7 +18,12 @@ def list_classes(dataset: ImageDataset) -> list[str]:
 
 
 def create_validation_loader(
-        model: nn.Module, folder: Path, batch_size: int, workers: int, num_images: int | None = None) -> DataLoader:
+        model: nn.Module,
+        folder: Path,
+        batch_size: int,
+        workers: int,
+        num_images: int | None = None,
+) -> DataLoader[Any]:
     """Batches of a folder that holds one folder of images per class.
 
     Args:
@@ -61,14 +66,14 @@ def create_validation_loader(
     )
 
 
-def image_names(loader: DataLoader) -> list[str]:
+def image_names(loader: DataLoader[Any]) -> list[str]:
     """Names of a validation loader's images, in its order, from its folder on."""
     dataset: Any = loader.dataset
     return dataset.filenames()
 
 
 @torch.inference_mode()
-def rank_targets(model: nn.Module, batches: Iterable, device: str = 'cpu') -> torch.Tensor:
+def rank_targets(model: nn.Module, batches: Iterable[Any], device: str = 'cpu') -> torch.Tensor:
     """Find how many classes the model holds for more probable than the right one.
 
     Args:

@@ -58,7 +58,7 @@ def combine_backward(
     return sums, torch.stack(dots).unflatten(0, (len(layers), len(grads)))
 
 
-def _dot(grad, layer, mean) -> torch.Tensor:
+def _dot(grad: torch.Tensor, layer: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     # the gradient of a batch normalisation's weight is this, and ATen finds it in one pass
     return torch.ops.aten.native_batch_norm_backward(
         grad, layer, None, None, None, mean, torch.ones_like(mean), True, 0., [False, True, False])[1]
