@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+os.environ['COLUMNS'] = '200'  # for tables, whose width is looked up at import; pytest-xdist says 80
 if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'  # Triton wants to know before it is imported
 

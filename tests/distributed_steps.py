@@ -1,6 +1,6 @@
-"""Two steps of SGD in several processes; torchrun runs this for test_distributed.py.
+"""Two steps of SGD in several processes, in each of some modes; torchrun runs this for test_distributed.py.
 
-    torchrun --nproc-per-node=2 tests/distributed_steps.py MODE IMAGES.pt OUT.pt
+    torchrun --nproc-per-node=2 tests/distributed_steps.py IMAGES.pt FOLDER MODE…
 """
 import os
 import sys
@@ -50,21 +50,23 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches) -> l
     return gradients
 
 
-def main(mode: str, images_path: str, out_path: str) -> None:
+def main(images_path: str, folder: str, *modes: str) -> None:
     rank, size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+    nn.SyncBatchNorm.forward = normalise_over_processes
+    DistributedDataParallel._passing_sync_batchnorm_handle = lambda ddp, module: None
     dist.init_process_group('gloo')
-    model = create_model(mode)
-    if mode == 'synchronised':
-        model = convert_sync_batchnorm(model)
-        nn.SyncBatchNorm.forward = normalise_over_processes
-        DistributedDataParallel._passing_sync_batchnorm_handle = lambda ddp, module: None
-    model = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     batches = torch.load(images_path)
     mine = [(images.chunk(size)[rank], targets.chunk(size)[rank]) for images, targets in batches]
-    gradients = take_steps(model, optimizer, mine)
-    if rank == 0:
-        torch.save([{name.removeprefix('module.'): g for name, g in step.items()} for step in gradients], out_path)
+    for mode in modes:
+        model = create_model(mode)
+        if mode == 'synchronised':
+            model = convert_sync_batchnorm(model)
+        model = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        gradients = take_steps(model, optimizer, mine)
+        if rank == 0:
+            torch.save([{name.removeprefix('module.'): g for name, g in step.items()} for step in gradients],
+                       os.path.join(folder, f'{mode}.pt'))
     dist.destroy_process_group()
 
 

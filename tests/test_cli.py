@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def invoke(*args, **kwargs):
-    return CliRunner().invoke(cli.app, [str(a) for a in args], env={'COLUMNS': '200'}, **kwargs)
+    return CliRunner().invoke(cli.app, [str(a) for a in args], **kwargs)
 
 
 @pytest.fixture

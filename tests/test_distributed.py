@@ -13,9 +13,10 @@ from torch import nn
 from timm_deluge.cli import EXAMPLE_IMAGE
 
 STEPS, BATCH = 2, 8
+MODES = ['frozen', 'local', 'synchronised']
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Images ``[8, 3, 32, 32]`` and targets for each step."""
     photograph = torch.from_numpy(np.array(Image.open(EXAMPLE_IMAGE).convert('RGB'))).permute(2, 0, 1) / 255
@@ -26,13 +27,16 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(chosen.split(BATCH), targets.split(BATCH)))
 
 
-def in_two_processes(mode: str, batches, tmp_path: Path) -> list[dict[str, torch.Tensor]]:
-    torch.save(batches, tmp_path / 'images.pt')
+@pytest.fixture(scope='module')
+def in_two_processes(batches, tmp_path_factory) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Each mode's gradients, a dictionary for each step."""
+    folder = tmp_path_factory.mktemp('distributed')
+    torch.save(batches, folder / 'images.pt')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
-               Path(__file__).with_name('distributed_steps.py'), mode, tmp_path / 'images.pt', tmp_path / 'out.pt']
+               Path(__file__).with_name('distributed_steps.py'), folder / 'images.pt', folder, *MODES]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    return torch.load(tmp_path / 'out.pt')
+    return {mode: torch.load(folder / f'{mode}.pt') for mode in MODES}
 
 
 def in_one_process(mode: str, batches) -> list[dict[str, torch.Tensor]]:
@@ -54,9 +58,10 @@ def in_one_process(mode: str, batches) -> list[dict[str, torch.Tensor]]:
     return [{name.removeprefix('model.'): g for name, g in step.items()} for step in gradients]
 
 
-@pytest.mark.parametrize('mode', ['frozen', 'local', 'synchronised'])
-def test_gradients_are_those_of_the_double_batch(mode, batches, tmp_path):
-    found, expected = in_two_processes(mode, batches, tmp_path), in_one_process(mode, batches)
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', MODES)
+def test_gradients_are_those_of_the_double_batch(mode, batches, in_two_processes):
+    found, expected = in_two_processes[mode], in_one_process(mode, batches)
     assert len(found) == len(expected) == STEPS
     for step, (f, e) in enumerate(zip(found, expected)):
         assert f.keys() == e.keys()

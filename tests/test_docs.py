@@ -17,6 +17,7 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path):
     assert blocks
 
 
+@pytest.mark.slow
 def test_the_tour_runs(monkeypatch):
     nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
     monkeypatch.setenv('PYTHONPATH', str(DOCS.parent), prepend=os.pathsep)

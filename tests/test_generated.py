@@ -21,8 +21,13 @@ MEASURED = {'delugenet146.muon30_cifar100': [5, 11, 29], 'delugenet92.from122_ti
 
 
 @pytest.fixture(scope='module')
-def texts():
-    return runpy.run_path(str(REPOSITORY / 'reports' / 'generate.py'))['generate']()
+def generator():
+    return runpy.run_path(str(REPOSITORY / 'reports' / 'generate.py'))
+
+
+@pytest.fixture(scope='module')
+def texts(generator):
+    return generator['generate']()
 
 
 def without_probabilities(text: str) -> str:
@@ -30,6 +35,7 @@ def without_probabilities(text: str) -> str:
     return re.sub(r'\d+\.\d%', '', text)
 
 
+@pytest.mark.slow
 def test_generated_files_are_up_to_date(texts):
     for path, text in texts.items():
         stale = f'{path.name} is out of date: run `python reports/generate.py`'
@@ -63,8 +69,7 @@ def test_first_table_shows_the_best_checkpoint_for_each_data_set(texts):
     assert '\n'.join(rows) in texts[REPOSITORY / 'README.md']
 
 
-def test_accuracy_is_drawn_for_every_checkpoint_and_every_figure_of_the_paper(tmp_path):
-    generator = runpy.run_path(str(REPOSITORY / 'reports' / 'generate.py'))
+def test_accuracy_is_drawn_for_every_checkpoint_and_every_figure_of_the_paper(generator, tmp_path):
     points = generator['accuracies']()
     assert {(p['name'], p['top1']) for p in points if p['source'] == 'ours'} == {
         (c.name, c.metrics['top1']) for c in list_checkpoints()}
@@ -78,9 +83,9 @@ def test_accuracy_is_drawn_for_every_checkpoint_and_every_figure_of_the_paper(tm
 @pytest.mark.parametrize('value, limits, cell', [
     (1.04, {'at_most': 1.05}, '1.04 ×'), (1.06, {'at_most': 1.05}, '1.06 ×, missed'),
     (1.9, {'at_least': 2.}, '1.90 ×, missed'), (2.1, {'at_least': 2.}, '2.10 ×'), (9., {}, '9.00 ×')])
-def test_performance_table_says_what_is_missed(value, limits, cell):
+def test_performance_table_says_what_is_missed(generator, value, limits, cell):
     figure = {'at_most': None, 'at_least': None, **limits, 'value': value}
-    assert runpy.run_path(str(REPOSITORY / 'reports' / 'generate.py'))['_cell'](figure) == cell
+    assert generator['_cell'](figure) == cell
 
 
 def test_model_card_is_in_hugging_face_form(texts):
@@ -105,9 +110,8 @@ def test_training_log_ends_with_the_published_accuracy(checkpoint):
     assert all(float(e['train_loss']) > 0 for e in epochs)
 
 
-def test_learning_curves_are_those_of_the_logs(tmp_path):
-    draw = runpy.run_path(str(REPOSITORY / 'reports' / 'generate.py'))['draw_learning_curves']
-    figure = draw(tmp_path / 'curves.png')
+def test_learning_curves_are_those_of_the_logs(generator, tmp_path):
+    figure = generator['draw_learning_curves'](tmp_path / 'curves.png')
     for axis, column, of_percent in zip(figure.axes, ('train_loss', 'eval_top1'), (lambda x: x, lambda x: 100 - x)):
         lines = {line.get_label(): line for line in axis.get_lines()}
         for checkpoint in list_checkpoints():

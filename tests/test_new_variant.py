@@ -62,6 +62,7 @@ print(json.dumps(dict(
     assert (found['shape'], found['reductions'], found['input_size']) == ([1, 7], [2, 4, 8, 16, 32], [3, 224, 224])
 
 
+@pytest.mark.slow
 def test_reports_and_tables_have_it(checkout):
     (report,) = json.loads(run(checkout, '-m', 'timm_deluge.cli', 'report', 'delugenet74', '--format', 'json'))
     assert report['name'] == 'delugenet74' and 30e6 < report['params'] < 43_404_072
@@ -69,10 +70,12 @@ def test_reports_and_tables_have_it(checkout):
     shutil.copytree(REPOSITORY / 'benchmarks', checkout / 'benchmarks')
     shutil.copy(REPOSITORY / 'README.md', checkout)
     rows = json.loads(run(checkout, '-c', '''
-import json, sys
+import dataclasses, json, sys
 sys.path.insert(0, "reports")
 import generate
 generate.list_checkpoints, generate.PEERS = lambda: [], []
+counts = generate.create_report("delugenet74")
+generate.create_report = lambda name: dataclasses.replace(counts, name=name)  # the others take half a minute
 texts = {path.name: text for path, text in generate.generate().items()}
 print(json.dumps([texts["README.md"], texts["zoo.md"]]))
 '''))

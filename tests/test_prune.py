@@ -225,9 +225,10 @@ def test_a_connection_without_weights_is_gone():
 @pytest.mark.parametrize('implementation', ['reference', *FAST])
 def test_what_is_gone_stays_gone_in_training(implementation):
     set_implementation(implementation)
+    torch.manual_seed(0)
     pruned = prune_connections(network(), 0.5, 'random', unit='channel').train()
     left = masks(pruned)
-    optimizer = torch.optim.AdamW(pruned.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(pruned.parameters(), lr=0.02)
     for _ in range(3):
         optimizer.zero_grad()
         pruned(torch.randn(4, 3, 8, 8)).square().mean().backward()

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = '''
 import timm_deluge
@@ -34,6 +36,7 @@ timm_deluge.DelugeNet(depths=(1, 2), widths='wide')
 ERRORS = 4  # the last lines
 
 
+@pytest.mark.slow
 def test_a_typed_script_is_checked_by_mypy(tmp_path):
     path = tmp_path / 'script.py'
     path.write_text(SCRIPT)

@@ -175,6 +175,7 @@ def test_the_first_of_several_parts_loads_as_a_file(split_weights):
         create()
 
 
+@pytest.mark.slow
 def test_joining_parts_takes_no_more_memory_than_one_file(tmp_path):
     """Peak of a process that loads 256 MiB of fp16 tensors into a model, from one file and from eight parts."""
     state_dict = {f'{i}.weight': torch.full((2048, 4096), i, dtype=torch.float16) for i in range(16)}

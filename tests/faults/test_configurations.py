@@ -93,6 +93,7 @@ def check(network, call, seed):
             assert error(fused(x), expected) <= 1e-5 + 10 * error(model(x), expected)
 
 
+@pytest.mark.slow
 def test_as_near_to_double_precision_as_the_reference(record_property):
     settings = hypothesis.settings(max_examples=NUM_NETWORKS, deadline=None, derandomize=True, database=None)
     settings(hypothesis.given(networks, calls, st.integers(0, 2 ** 31))(check))()

@@ -82,6 +82,7 @@ ODD = [with_another_extension, of_any_mode, of_16_bits, animated, rotated]
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='makes a fifo, and measures memory as POSIX does')
+@pytest.mark.slow
 def test_a_thousand_hostile_images(tmp_path, record_property):
     rng = random.Random(0)
     folder = tmp_path / 'images'

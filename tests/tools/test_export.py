@@ -16,7 +16,7 @@ NETWORK = os.environ.get('EXPORTED')
 @pytest.fixture(scope='module')
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
-    size = {} if NETWORK else {'depths': (3, 2), 'widths': (4, 8)}
+    size = {} if NETWORK else {'depths': (2, 2), 'widths': (4, 8)}
     return away_from_start(timm.create_model(NETWORK or 'delugenet146', **size)).eval()
 
 
@@ -73,6 +73,7 @@ def jit_trace(model, path):
     return torch.jit.load(path / 'model.pt')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['as trained', 'reparameterised'])
 @pytest.mark.parametrize(
     'export', [torch_export, onnx_dynamo, onnx_legacy, torch_compile, aot_inductor, jit_script, jit_trace],

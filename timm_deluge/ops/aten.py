@@ -59,9 +59,10 @@ def combine_backward(
 
 
 def _dot(grad: torch.Tensor, layer: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    # the gradient of a batch normalisation's weight is this, and ATen finds it in one pass
+    # the gradient of a batch normalisation's weight is this, and ATen finds it in one pass; on CUDA, where there is a weight
+    ones = torch.ones_like(mean)
     return torch.ops.aten.native_batch_norm_backward(
-        grad, layer, None, None, None, mean, torch.ones_like(mean), True, 0., [False, True, False])[1]
+        grad, layer, ones, None, None, mean, ones, True, 0., [False, True, False])[1]
 
 
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

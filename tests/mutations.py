@@ -1,0 +1,125 @@
+"""Break the package in many ways, one at a time in a scratch copy, and see that a test fails each time.
+
+    python tests/mutations.py              # all, in half an hour; prints a table of what caught what
+    python tests/mutations.py report prune # those of the files whose names contain one of these
+
+A mutation is a file of the package, a piece of it that occurs once, what takes its place, and the tests that should
+notice. Exits with 1 if one survives.
+"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tabulate import tabulate
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+IMPLEMENTATIONS = 'test_implementations.py'
+MUTATIONS = [
+    # the definition and the architecture
+    ('aggregation.py', 'self.weight, 1 / len(self.sources)', 'self.weight, 1.', 'test_fidelity.py'),
+    ('aggregation.py', '.div_(keep_rate)', '', 'test_connection_drop.py'),
+    ('aggregation.py', 'index_copy(2, index, bias)', 'index_copy(2, index, 0 * bias)', 'test_prune.py'),
+    ('ops/reference.py', 'x = bias.sum(0)', 'x = bias[0]', 'test_fidelity.py'),
+    ('delugenet.py', 'outputs = [self.norm(x)]', 'outputs = [x]', 'test_fidelity.py'),
+    ('delugenet.py', "mode='fan_out'", "mode='fan_in'", 'test_fidelity.py test_timm_contract.py'),
+    ('delugenet.py', 'outputs.append(drop_path(norm(h)))', 'outputs.append(norm(h))', IMPLEMENTATIONS),
+    ('delugenet.py', 'if params > MAX_PARAMS:', 'if False:', 'faults/test_hostile_configurations.py'),
+    # the fused training path
+    ('ops/fused_training.py', 'projection = invstd ** 2 / count', 'projection = 0 * invstd', IMPLEMENTATIONS),
+    ('ops/fused_training.py', 'grad *= sample_scale', 'pass', IMPLEMENTATIONS),
+    ('ops/fused_training.py', 'begins = (len(self._weights) - index) % LAYERS_PER_PASS == 0',
+     'begins = (len(self._weights) - index) % LAYERS_PER_PASS == 1', IMPLEMENTATIONS),
+    ('ops/fused_training.py', 'if this_pass != self._pass:', 'if False:', IMPLEMENTATIONS),
+    ('ops/running_sums.py', 'folded_weights(i, new, False)', 'folded_weights(i, new, True)', IMPLEMENTATIONS),
+    ('ops/norm_act_conv.py', 'var * count / (count - 1)', 'var', IMPLEMENTATIONS),
+    ('ops/norm_act_conv.py', 'norm.num_batches_tracked.add_(1)', 'pass', IMPLEMENTATIONS),
+    ('ops/conv.py', 'pad_h, pad_w = max(0, dh * (kh - 1) - ph)', 'pad_h, pad_w = max(0, kh - 1 - ph)', 'test_conv.py'),
+    ('ops/decision.py', "name = 'reference' if reason else", 'name =', IMPLEMENTATIONS),
+    ('ops/implementation.py', 'if x.dtype is torch.float16 and not x.is_cuda:', 'if False:', IMPLEMENTATIONS),
+    # the backends
+    ('ops/aten.py', 'x.addcmul_(layer, scale)', 'x.addcmul_(layer, scale, value=1.01)', IMPLEMENTATIONS),
+    ('ops/backend.py', 'if tensor.device != like.device:', 'if False:', IMPLEMENTATIONS),
+    ('ops/triton.py', '(total < 0) & (result == 0)', '(total < 0)', IMPLEMENTATIONS),
+    ('ops/triton.py', "centred -= tl.load(means + which * channels + c, mask=c < channels, other=0.)", 'pass',
+     IMPLEMENTATIONS),
+    ('ops/kernels.cpp', 'relu && k == 0, shape, threads', 'relu, shape, threads', IMPLEMENTATIONS),
+    ('ops/kernels.cpp', 'total[m] += weight * grad[i * M + m];', 'total[m] += grad[i * M + m];', IMPLEMENTATIONS),
+    ('ops/kernels.cpp', 'vectors.load(layers[j], m) - vectors.parameter(means[j])', 'vectors.load(layers[j], m)',
+     IMPLEMENTATIONS),
+    ('ops/kernels.cpp', 'if (num_results - k == 3) of_results(Int<3>{}, k);', '', IMPLEMENTATIONS),
+    ('ops/kernels.cpp', 'if (c < tile.end_column)\n            add(', 'if (false)\n            add(', IMPLEMENTATIONS),
+    ('ops/compile.py', 'status.st_mode & 0o022', 'status.st_mode & 0', 'test_compile.py'),
+    ('ops/compile.py', 'if path.name == _file_name(name, content):', 'if True:', 'test_compile.py'),
+    # inference
+    ('reparameterize.py', '(norm.running_var + norm.eps).rsqrt()', 'norm.running_var.rsqrt()', 'test_reparameterize.py'),
+    ('reparameterize.py', 'biases[i] * scale + shift', 'biases[i] + shift', 'test_reparameterize.py'),
+    ('reparameterize.py', 'key = self.weight.data_ptr(), version, size', 'key = size', 'test_reparameterize.py'),
+    ('reparameterize.py', "return {**self.__dict__, '_reordered': None}", 'return self.__dict__', 'test_reparameterize.py'),
+    ('reparameterize.py', 'needed.update(sources[i])', 'pass', 'test_prune.py'),
+    # checkpoints
+    ('weights.py', "if sha256 != file['sha256']:", 'if False:', 'test_weights.py faults/test_damaged_checkpoints.py'),
+    ('weights.py', 'if sha256 != expected:', 'if False:', 'test_hub.py'),
+    ('weights.py', "if not filename.endswith('.safetensors'):", 'if False:',
+     'test_hub.py faults/test_hostile_configurations.py'),
+    ('weights.py', 'for file in sorted({file for name, file in weight_map.items() if name not in state_dict}):',
+     'for file in ():', 'test_weights.py test_connectivity.py'),
+    ('weights.py', "tag in ('', checkpoint.tag)", "tag != '-'", 'test_weights.py'),
+    ('pretrained.py', 'if differing:', 'if False:', 'test_weights.py'),
+    ('pretrained.py', 'other_head = model.num_classes != len(', 'other_head = 0 > len(', 'test_weights.py test_timm_contract.py'),
+    ('download.py', 'if sha256 != checkpoint.sha256:', 'if False:', 'faults/test_download.py'),
+    ('hub.py', '    validate_repo_id(repo_id)\n', '', 'test_hub.py test_cli.py faults/test_bad_options.py'),
+    ('settle.py', 'norm.train().momentum = None', 'norm.train()', 'test_training_run.py'),
+    ('validate.py', '(ranks < 5).double()', '(ranks <= 5).double()', 'test_cli.py test_training_run.py test_weights.py'),
+    # reports and tools
+    ('report.py', '3 * cross_layer_macs + flops', '2 * cross_layer_macs + flops', 'test_counts.py'),
+    ('report.py', 'batch_norm=2 * elements', 'batch_norm=elements', 'test_counts.py test_report.py'),
+    ('report.py', "uncounted[op] += 1", 'pass', 'test_report.py'),
+    ('connectivity.py', 'norm / max(self.norms[-1])', 'norm / sum(self.norms[-1])', 'test_connectivity.py'),
+    ('prune.py', 'argmax(1, keepdim=True), False)', 'argmin(1, keepdim=True), False)', 'test_prune.py'),
+    ('prune.py', 'bias[:, :, -1] += conv.bias.sum(2) - bias.sum(2)', 'pass', 'test_prune.py'),
+    ('importance.py', 'x - contribution', 'x + contribution', 'test_importance.py'),
+    ('images.py', 'ImageOps.exif_transpose(image)', 'image', 'test_images.py'),
+    ('images.py', "image.size, 'white')", "image.size, 'black')", 'test_images.py'),
+    ('predict.py', 'top = min(top, len(labels))', 'top = top', 'test_cli.py test_images.py'),
+]
+
+
+def first_failure(checkout: Path, tests: str) -> str | None:
+    """Run some of the scratch copy's tests until one fails, and get its name."""
+    environment = {**os.environ, 'PYTHONPATH': str(checkout)}
+    paths = [f'tests/{name}' for name in tests.split()]
+    process = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-qx', '-p', 'no:cacheprovider', '--timeout=0', *paths],
+        cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode == 0:
+        return None
+    failure = re.search(r'^(?:FAILED|ERROR) tests/(\S+)', process.stdout, re.MULTILINE)
+    assert failure, process.stdout + process.stderr
+    return failure[1]
+
+
+def main() -> int:
+    chosen = [m for m in MUTATIONS if not sys.argv[1:] or any(part in m[0] for part in sys.argv[1:])]
+    rows = []
+    with TemporaryDirectory() as folder:
+        checkout = Path(folder, 'checkout')
+        shutil.copytree(REPOSITORY, checkout, ignore=shutil.ignore_patterns('.*', '__pycache__'))
+        for number, (file, old, new, tests) in enumerate(chosen, start=1):
+            path = checkout / 'timm_deluge' / file
+            source = path.read_text()
+            assert source.count(old) == 1, f'{file}: {source.count(old)} times {old!r}'
+            path.write_text(source.replace(old, new))
+            caught_by = first_failure(checkout, tests)
+            path.write_text(source)
+            rows.append({'file': file, 'instead of': old, 'stands': new, 'caught by': caught_by or 'nothing'})
+            print(f'{number}/{len(chosen)} {file}: {caught_by or "SURVIVED"}', file=sys.stderr, flush=True)
+    print(tabulate(rows, headers='keys', tablefmt='github'))
+    return int(any(row['caught by'] == 'nothing' for row in rows))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
