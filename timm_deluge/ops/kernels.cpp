@@ -16,10 +16,11 @@ namespace {
 
 #ifdef __AVX512F__
 constexpr int WIDTH = 16;  // floats in a vector
+constexpr int UNROLL = 4;  // vectors that share a weight: there are 32 registers, for these of four results, too
 #else
 constexpr int WIDTH = 8;
+constexpr int UNROLL = 2;  // with 16 registers
 #endif
-constexpr int UNROLL = 4;        // vectors that share a weight
 constexpr int64_t ROWS = 64;     // whose products a float may sum
 constexpr int64_t VECTORS = 64;  // whose sums stay in a core's first cache
 constexpr int64_t COLUMNS = VECTORS / UNROLL * WIDTH;
