@@ -99,6 +99,14 @@ def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
     assert weights.list_checkpoints() == [again]
 
 
+def test_a_run_resumed_in_its_own_folder_has_two_headers(run_dir, data_dir, weights_dir):
+    (run_dir / 'summary.csv').write_text('epoch,train_loss\n6,1.5\nepoch,train_loss\n7,1.4\n')
+    checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
+    assert checkpoint.epochs == 8
+    log = weights_dir.parent / 'reports' / 'training' / f'{checkpoint.name}.csv'
+    assert log.read_text() == 'epoch,train_loss\n6,1.5\n7,1.4\n'
+
+
 @pytest.mark.parametrize('model_ema', [True, False])
 def test_the_moving_average_is_published_where_there_is_one(run_dir, data_dir, weights_dir, model_ema):
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())

@@ -235,6 +235,8 @@ def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[in
             before = 1 + max(log)
         with (run_dir / 'summary.csv').open(newline='') as f:
             for row in csv.DictReader(f):
+                if row['epoch'] == 'epoch':  # a run that was resumed in its folder begins with the header again
+                    continue
                 epoch = before + int(row['epoch'])
                 log[epoch] = {**row, 'epoch': str(epoch)}
     return log, 1 + max(log) - before
