@@ -59,7 +59,8 @@ def combine_backward(
 
 
 def _dot(grad: torch.Tensor, layer: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    # the gradient of a batch normalisation's weight is this, and ATen finds it in one pass; on CUDA, where there is a weight
+    # the gradient of a batch normalisation's weight is this, and ATen finds it in one pass: on CUDA, of a weight that
+    # there is
     ones = torch.ones_like(mean)
     return torch.ops.aten.native_batch_norm_backward(
         grad, layer, ones, None, None, mean, ones, True, 0., [False, True, False])[1]
