@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ['OMP_WAIT_POLICY'] = 'PASSIVE'  # before PyTorch is imported: the workers' threads share the cores
+
 import torch
 
 os.environ['COLUMNS'] = '200'  # for tables, whose width is looked up at import; pytest-xdist says 80
