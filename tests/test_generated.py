@@ -16,7 +16,7 @@ from timm_deluge.weights import list_checkpoints
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # train.py logs the epochs after which it measures: all of them, but for runs with --val-interval
-MEASURED = {'delugenet146.muon30_cifar100': [5, 11, 29], 'delugenet92.from122_tinyin': [1],
+MEASURED = {'delugenet146.muon9_cifar100': [2, 5, 8], 'delugenet92.from122_tinyin': [1],
             'delugenet122.nadamw2_tinyin': [1]}
 
 
