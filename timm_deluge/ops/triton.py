@@ -16,6 +16,7 @@ from .layout import same_layout
 __all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 TILE = 8192  # elements of a layer that a program works on
+ADDRESSES = 8  # that a kernel takes as its arguments
 
 
 def combine(
@@ -80,10 +81,31 @@ def _tiling(x: torch.Tensor, inner: int) -> tuple[tuple[int, int, int], tuple[in
 
 
 def _table(layers: Sequence[torch.Tensor]) -> torch.Tensor:
-    addresses = torch.tensor([layer.data_ptr() for layer in layers])
-    if layers[0].is_cuda:
-        addresses = addresses.pin_memory().to(layers[0].device, non_blocking=True)
-    return addresses
+    """Get the layers' addresses as a tensor on their device.
+
+    A kernel takes them there as its arguments, as a CUDA graph that is captured can hold no copy from the host.
+    """
+    addresses = [layer.data_ptr() for layer in layers]
+    if not layers[0].is_cuda:
+        return torch.tensor(addresses)
+    table = torch.empty(
+        triton.cdiv(len(addresses), ADDRESSES) * ADDRESSES, dtype=torch.int64, device=layers[0].device)
+    for part in range(0, len(addresses), ADDRESSES):
+        given = addresses[part:part + ADDRESSES]
+        _table_kernel[(1,)](table[part:], *given, *given[:1] * (ADDRESSES - len(given)))
+    return table
+
+
+@triton.jit
+def _table_kernel(table, a0, a1, a2, a3, a4, a5, a6, a7):
+    tl.store(table, a0)
+    tl.store(table + 1, a1)
+    tl.store(table + 2, a2)
+    tl.store(table + 3, a3)
+    tl.store(table + 4, a4)
+    tl.store(table + 5, a5)
+    tl.store(table + 6, a6)
+    tl.store(table + 7, a7)
 
 
 @triton.jit
