@@ -232,7 +232,7 @@ def evaluate(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, args
         with torch.autocast(x.device.type, torch.bfloat16):
             logits = model(x).float()
         loss += F.cross_entropy(logits, target, reduction='sum').item()
-        hits = logits.topk(5).indices.eq(target[:, None])
+        hits = logits.topk(min(5, logits.shape[1])).indices.eq(target[:, None])
         hits1, hits5 = hits1 + hits[:, 0].sum().item(), hits5 + hits.sum().item()
     model.train()
     count = len(targets) / 100

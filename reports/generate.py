@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -20,7 +21,7 @@ from tabulate import tabulate
 from timm_deluge.card import best_table, checkpoint_table, model_card, model_table
 from timm_deluge.connectivity import block_connectivity, draw_connectivity
 from timm_deluge.paper import PUBLISHED
-from timm_deluge.report import create_report, format_reports
+from timm_deluge.report import ModelReport, create_report, format_reports
 from timm_deluge.weights import Checkpoint, list_checkpoints, load_checkpoint
 
 REPORTS = Path(__file__).resolve().parent
@@ -46,6 +47,7 @@ def generate() -> dict[Path, str]:
     readme = _replace_block(readme, 'performance', _performance())
     readme = _replace_block(readme, 'pruning', _pruning())
     readme = _replace_block(readme, 'features', _features(checkpoints))
+    readme = _replace_block(readme, 'baselines', _baselines(zoo))
     texts = {REPOSITORY / 'MODEL_CARD.md': model_card(checkpoints), REPOSITORY / 'README.md': readme}
     for name, reports in (('zoo', zoo), ('peers', peers)):
         for fmt, suffix in (('markdown', 'md'), ('csv', 'csv'), ('json', 'json')):
@@ -192,6 +194,25 @@ def _features(checkpoints: list[Checkpoint]) -> str:
         (f'{what}, `{c.name}`', f'{c.dataset["train_images"]:,}', c.epochs, f'{c.metrics["top1"]:.2f}')
         for what, base in trained.items() for c in checkpoints if (c.data_set, c.base_model) == (found['data'], base)]
     headers = (f'`{found["model"]}`', 'training images', 'epochs', f'top-1 of {found["test images"]:,}, %')
+    return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
+
+
+def _baselines(zoo: list[ModelReport]) -> str:
+    """Compare the errors of networks that one recipe trained, seed by seed."""
+    rows = []
+    for report in zoo:
+        errors = []
+        for path in sorted((REPORTS / 'baselines').glob(f'{report.name}.*.csv')):
+            with path.open(newline='') as f:
+                *_, last = csv.DictReader(f)
+            errors.append(100 - float(last['eval_top1']))
+        if errors:
+            rows.append((
+                f'`{report.name}`', f'{report.params:,}', f'{report.paper_flops / 1e9:.2f}', f'{mean(errors):.2f}',
+                ', '.join(f'{error:.2f}' for error in errors), int(last['epoch']) + 1,
+                f'{PUBLISHED[report.name].top1_error["cifar100"]:.2f}'))
+    headers = ('', 'parameters', 'GFLOPs, paper’s way', 'error %, mean', 'of each seed', 'epochs',
+               'paper: error %, 300 epochs')
     return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
 
 

@@ -1,0 +1,141 @@
+"""Training on one GPU, tried on a processor: timm's Muon, timm's crops, and what a checkpoint is made of."""
+import csv
+import runpy
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from timm.optim import create_optimizer_v2
+
+from timm_deluge.recipes import recipe_path
+
+EXAMPLE = Path(__file__).resolve().parent.parent / 'examples' / 'train_on_gpu.py'
+CROPS = dict(scale=(0.5, 1.), ratio=(0.8, 1.25), hflip=0.5)
+
+
+@pytest.fixture(scope='module')
+def example():
+    return runpy.run_path(str(EXAMPLE))
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Two classes that a network can tell apart: dark and bright pictures."""
+    folder = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for split in 'train', 'validation':
+        for name, low in ('bright', 160), ('dark', 0):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(16):
+                pixels = rng.integers(low, low + 96, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f'{i}.png')
+    return folder
+
+
+def recipe(tmp_path, **options) -> Path:
+    text = yaml.safe_load(recipe_path('cifar100_baselines').read_text())
+    text.update(
+        {'num_classes': 2, 'epochs': 2, 'train_img_sizes': [16, 24], 'batch_size': 16, 'warmup_epochs': 0, **options})
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(yaml.safe_dump(text))
+    return path
+
+
+def test_a_step_is_that_of_timms_muon(example):
+    torch.manual_seed(0)
+    ours, theirs = timm.create_model('delugenet146', num_classes=10), timm.create_model('delugenet146', num_classes=10)
+    theirs.load_state_dict(ours.state_dict())
+    options = dict(lr=0.01, weight_decay=0.05, momentum=0.95, fallback_lr_scale=0.3)
+    optimizers = [create_optimizer_v2(model, 'muon', **options) for model in (ours, theirs)]
+    muon = example['BatchedMuon'](optimizers[0])
+    for step in range(2):
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group['lr'] = 0.01 / (1 + step)  # as a scheduler does
+        muon.take_learning_rates()
+        muon.step()
+        optimizers[1].step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_a_whole_image_stays_as_it_is(example):
+    images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
+    for mode in 'rrc', 'rkrr':
+        args = Namespace(train_crop_mode=mode, scale=(1, 1), ratio=(1, 1), hflip=0.)
+        torch.testing.assert_close(example['augment'](images, 32, args), images.permute(0, 3, 1, 2).float())
+        args.hflip = 1.
+        flipped = example['augment'](images, 32, args).flip(3)
+        torch.testing.assert_close(flipped, images.permute(0, 3, 1, 2).float(), rtol=0, atol=1e-3)
+
+
+def test_a_smaller_image_sees_every_pixel(example):
+    images = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
+    args = Namespace(train_crop_mode='rrc', scale=(1, 1), ratio=(1, 1), hflip=0.)
+    halved = torch.nn.functional.avg_pool2d(images.permute(0, 3, 1, 2).float(), 2)
+    torch.testing.assert_close(example['augment'](images, 16, args), halved)
+
+
+@pytest.mark.parametrize('mode', ['rrc', 'rkrr'])
+def test_crops_are_as_large_as_timms(example, mode):
+    torch.manual_seed(0)
+    gradient = torch.arange(32, dtype=torch.uint8).view(1, 1, 32, 1).expand(2000, 32, 32, 3)
+    cropped = example['augment'](gradient, 32, Namespace(train_crop_mode=mode, **CROPS))
+    width = (cropped[..., 16, 20] - cropped[..., 16, 12])[:, 0].abs() / 8  # of the crop, as a part of the image's
+    expected = torch.empty(20000).uniform_(0.5, 1.).sqrt().mean()
+    if mode == 'rkrr':  # every other image
+        expected = (1 + expected) / 2
+    assert width.mean().item() == pytest.approx(expected.item(), abs=0.02)
+    assert width.max() <= 1.13  # sqrt(1.25)
+
+
+def test_erases_as_often_as_asked(example):
+    torch.manual_seed(0)
+    erased = example['erase'](torch.ones(2000, 3, 32, 32), 0.25)
+    parts = 1 - erased[:, 0].mean((1, 2))
+    assert (parts > 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert parts[parts > 0].mean().item() == pytest.approx((0.02 + 1 / 3) / 2, abs=0.03)
+    assert torch.equal(erased[:, 0], erased[:, 2])
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_leaves_what_a_checkpoint_needs(images, tmp_path):
+    path = recipe(tmp_path, epochs=6, train_img_sizes=[16] * 6, lr=0.005, smoothing=0.)
+    subprocess.run(
+        [sys.executable, EXAMPLE, path, images, '--output', tmp_path / 'run', '--val-interval', '1'], check=True)
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    assert [int(row['epoch']) for row in rows] == list(range(6))
+    assert float(rows[-1]['train_loss']) < 0.7 * float(rows[0]['train_loss'])
+    left = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)
+    timm.create_model('delugenet146', num_classes=2).load_state_dict(left['state_dict'])
+    args = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
+    assert (args['model'], args['epochs'], args['train_split'], args['seed']) == ('delugenet146', 6, 'train', 42)
+
+
+def test_an_unknown_option_is_refused_by_name(example, tmp_path):
+    with pytest.raises(ValueError, match='cutmix: 1.0 is not known here; train by timm'):
+        example['read_recipe'](recipe(tmp_path, cutmix=1.0))
+    with pytest.raises(ValueError, match='only opt: muon'):
+        example['read_recipe'](recipe(tmp_path, opt='sgd'))
+    with pytest.raises(ValueError, match='train_img_sizes: expected one for each of 3 epochs'):
+        example['read_recipe'](recipe(tmp_path, epochs=3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_graph_does_what_it_captured(example):
+    device = torch.device('cuda')
+    total, addend = torch.zeros((), device=device), torch.ones((), device=device)
+    step = example['GraphedStep'](lambda: total.add_(addend), device)
+    for i in range(6):
+        addend.fill_(i)
+        step()
+    assert total.item() == sum(range(6)) and step.graph is not None
