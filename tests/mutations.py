@@ -1,6 +1,6 @@
 """Break the package in many ways, one at a time in a scratch copy, and see that a test fails each time.
 
-    python tests/mutations.py              # all, in half an hour; prints a table of what caught what
+    python tests/mutations.py              # all; prints a table of what caught what
     python tests/mutations.py report prune # those of the files whose names contain one of these
 
 A mutation is a file of the package, a piece of it that occurs once, what takes its place, and the tests that should

@@ -408,6 +408,14 @@ def test_relu_keeps_what_is_not_a_number(implementation):
     torch.testing.assert_close(x.flatten(), torch.tensor([0., 2., float('nan')]), equal_nan=True)
 
 
+@pytest.mark.parametrize('implementation', FAST)
+def test_relu_is_for_the_first_result_alone(implementation):
+    backend = importlib.import_module(f'timm_deluge.ops.{implementation}')
+    layer = torch.full((1, 3, 2, 2), -1.)
+    results = backend.combine([layer], [torch.ones(1, 3, 1, 1)] * 6, [torch.zeros(3, 1, 1)] * 6, relu=True)
+    assert [result.unique().tolist() for result in results] == [[0.]] + [[-1.]] * 5
+
+
 def test_forward_mode_is_refused_and_says_what_to_do():
     module, x = block().eval(), torch.randn(2, 6, 4, 4)
     with torch.autograd.forward_ad.dual_level():
