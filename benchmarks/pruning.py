@@ -28,6 +28,7 @@ from timm_deluge.validate import accuracy, create_validation_loader, rank_target
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 BATCHES = (1, 64)
+FINE_TUNED = run.FOLDER / 'fine_tuning'
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
@@ -74,18 +75,29 @@ def measure_speed(whole: nn.Module, pruned: nn.Module, dtype: torch.dtype) -> di
     return ratios
 
 
+def fine_tuned_rows(checkpoint: str) -> list[dict[str, Any]]:
+    """Get what `fine_tuning.py` has measured of a checkpoint."""
+    rows = [json.loads(path.read_text()) for path in FINE_TUNED.glob(f'{checkpoint}-*.json')]
+    return sorted(rows, key=lambda row: row['fraction'])
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """Plot accuracy and time against the share of connections that is gone."""
+    trained = fine_tuned_rows(results['checkpoint'])
     figure, (top1, time) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
     for by, colour, marker in zip(CRITERIA, ('#0072B2', '#D55E00', '#999999'), 'os^'):
         chosen = [row for row in results['rows'] if row['by'] in (by, None)]
         fractions = [row['fraction'] for row in chosen]
         top1.plot(fractions, [row['top1'] for row in chosen], color=colour, marker=marker, label=by)
+        chosen = [row for row in trained if row['by'] == by]
+        top1.plot([row['fraction'] for row in chosen], [row['top1'] for row in chosen], color=colour, marker=marker,
+                  linestyle='--', markerfacecolor='white')
     timed = [row for row in results['rows'] if row['time']]
     for batch, colour, marker in zip(BATCHES, ('#0072B2', '#D55E00'), 'os'):
         ratios = [row['time'][str(batch)] for row in timed]
         time.plot([row['fraction'] for row in timed], ratios, color=colour, marker=marker, label=f'batch {batch}')
-    top1.set(title='top-1 on the test images, %', xlabel='share of connections gone', ylim=(0, 100))
+    title = 'top-1 on the test images, %' + ('; dashed: after an epoch' if trained else '')
+    top1.set(title=title, xlabel='share of connections gone', ylim=(0, 100))
     time.set(title='time of inference, by norm', xlabel='share of connections gone', ylim=(0, 1.1))
     for axis in top1, time:
         axis.legend()

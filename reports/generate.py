@@ -21,11 +21,16 @@ from tabulate import tabulate
 from timm_deluge.card import best_table, checkpoint_table, model_card, model_table
 from timm_deluge.connectivity import block_connectivity, draw_connectivity
 from timm_deluge.paper import PUBLISHED
+from timm_deluge.prune import CRITERIA
 from timm_deluge.report import ModelReport, create_report, format_reports
 from timm_deluge.weights import Checkpoint, list_checkpoints, load_checkpoint
 
 REPORTS = Path(__file__).resolve().parent
 REPOSITORY = REPORTS.parent
+# of the runs in reports/aggregations: what --model-kwargs said
+AGGREGATIONS: dict[str, dict[str, Any]] = {
+    **{name: {'aggregation': name} for name in ('cross_layer', 'scalar', 'last', 'residual')},
+    **{f'connection_drop_rate={rate}': {'connection_drop_rate': rate} for rate in (0.05, 0.1)}}
 PEERS = ['resnetv2_101', 'resnetv2_152', 'resnet200', 'wide_resnet50_2', 'densenet161']
 
 
@@ -48,6 +53,7 @@ def generate() -> dict[Path, str]:
     readme = _replace_block(readme, 'pruning', _pruning())
     readme = _replace_block(readme, 'features', _features(checkpoints))
     readme = _replace_block(readme, 'baselines', _baselines(zoo))
+    readme = _replace_block(readme, 'aggregations', _aggregations())
     texts = {REPOSITORY / 'MODEL_CARD.md': model_card(checkpoints), REPOSITORY / 'README.md': readme}
     for name, reports in (('zoo', zoo), ('peers', peers)):
         for fmt, suffix in (('markdown', 'md'), ('csv', 'csv'), ('json', 'json')):
@@ -162,6 +168,12 @@ def _pruning() -> str:
             **{f'top-1, by {name}': f'{row["top1"]:.2f} %' for name, row in by.items()},
             'layers left, by norm': f'{by["norm"]["layers"]} of {whole["layers"]}',
             **{f'time, batch {n}': f'{ratio:.2f} ×' for n, ratio in by['norm']['time'].items()}})
+    files = (REPOSITORY / 'benchmarks' / 'fine_tuning').glob(f'{results["checkpoint"]}-*.json')
+    trained = {(row['by'], row['fraction']): row['top1'] for row in (json.loads(file.read_text()) for file in files)}
+    after = [
+        {'connections gone': f'{fraction:.0%}', **{
+            f'top-1, by {by}': f'{trained[by, fraction]:.2f} %' for by in CRITERIA if (by, fraction) in trained}}
+        for fraction in sorted({fraction for _, fraction in trained})]
     importance = results['importance']
     correlations = [
         {'': part, 'connections': importance[part]['connections'], **{
@@ -169,15 +181,18 @@ def _pruning() -> str:
             for what in ('replaced by its mean', 'set to zero') for by in ('norm', 'taylor')}}
         for part in importance if part not in ('num_images', 'loss')]
     tables = [tabulate(table, headers='keys', tablefmt='github', disable_numparse=True)
-              for table in (rows, correlations)]
+              for table in (rows, after, correlations)]
     return '\n\n'.join((
         f'`{results["checkpoint"]}`, {results["connections"]} connections, top-1 {whole["top1"]:.2f} % on '
         f'{whole["num_images"]:,} test images in {results["dtype"]}, no fine-tuning; time of inference, of the whole '
         f'network\'s, pruned by norm:',
         tables[0],
+        'The same after one epoch of training by the recipe `cifar100_fine_tuning`, '
+        '`python benchmarks/fine_tuning.py`:',
+        tables[1],
         f'Rank correlation of a connection\'s norm, and of the first-order estimate, with the loss on '
         f'{importance["num_images"]} training images without it:',
-        tables[1],
+        tables[2],
         f'{results["machine"]}: {results["threads"]} threads, channels_last, torch {results["torch"]}, '
         f'{results["date"]}; medians of {results["rounds"]} interleaved rounds.',
         '![Accuracy and time against the share of connections gone](benchmarks/pruning.png)',
@@ -213,6 +228,20 @@ def _baselines(zoo: list[ModelReport]) -> str:
                 f'{PUBLISHED[report.name].top1_error["cifar100"]:.2f}'))
     headers = ('', 'parameters', 'GFLOPs, paper’s way', 'error %, mean', 'of each seed', 'epochs',
                'paper: error %, 300 epochs')
+    return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
+
+
+def _aggregations() -> str:
+    """Compare the errors of one network with what connects its layers, of one recipe and seed."""
+    rows = []
+    for name, model_args in AGGREGATIONS.items():
+        with (REPORTS / 'aggregations' / f'{name}.csv').open(newline='') as f:
+            *_, last = csv.DictReader(f)
+        report = create_report('delugenet146', **model_args)
+        rows.append((
+            f'`{name}`', f'{report.params:,}', f'{report.paper_flops / 1e9:.2f}', f'{float(last["train_loss"]):.3f}',
+            f'{100 - float(last["eval_top1"]):.2f}', int(last['epoch']) + 1))
+    headers = ('`delugenet146` with', 'parameters', 'GFLOPs, paper’s way', 'training loss', 'error %', 'epochs')
     return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
 
 

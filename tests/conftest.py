@@ -29,9 +29,12 @@ from timm_deluge.cli import EXAMPLE_IMAGE
 
 @pytest.fixture(scope='session', autouse=True)
 def cache_home(tmp_path_factory):
-    """Keep compiled kernels out of the user's cache folder, in one for this session."""
+    """Keep compiled kernels out of the user's cache folder, in one for this session and all of its workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'cache'
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        monkeypatch.setenv('XDG_CACHE_HOME', str(folder))
         yield
 
 

@@ -8,6 +8,7 @@ import pytest
 DOCS = Path(__file__).resolve().parent.parent / 'docs'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('page', sorted(DOCS.glob('*.md')), ids=lambda path: path.stem)
 def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path):
     blocks = re.findall(r'^```python\n(.*?)^```', page.read_text(encoding='utf-8'), re.DOTALL | re.MULTILINE)

@@ -69,6 +69,7 @@ def test_first_table_shows_the_best_checkpoint_for_each_data_set(texts):
     assert '\n'.join(rows) in texts[REPOSITORY / 'README.md']
 
 
+@pytest.mark.slow
 def test_accuracy_is_drawn_for_every_checkpoint_and_every_figure_of_the_paper(generator, tmp_path):
     points = generator['accuracies']()
     assert {(p['name'], p['top1']) for p in points if p['source'] == 'ours'} == {

@@ -4,11 +4,16 @@ In training they are those of augmented images, often of another size, of the la
 is rarely active may not have been.
 """
 from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ['settle_batch_norm']
+from .validate import create_validation_loader
+
+__all__ = ['settle_batch_norm', 'settle_on_folder']
 
 
 @torch.no_grad()
@@ -31,3 +36,20 @@ def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None
     model.train(was_training)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
+
+
+def settle_on_folder(model: nn.Module, folder: Path, num_images: int, seed: int) -> None:
+    """Set all running statistics to their mean over some of a folder's images, as they are in inference.
+
+    Args:
+        model: A model of timm, on the CPU.
+        folder: Training images; see `create_validation_loader`.
+        num_images: Number of images, evenly from all classes.
+        seed: For the order that mixes the classes.
+
+    Raises:
+        ValueError: See `create_validation_loader`.
+    """
+    batches: Any = create_validation_loader(model, folder, batch_size=250, workers=1, num_images=num_images)
+    Random(seed).shuffle(batches.dataset.reader.samples)
+    settle_batch_norm(model.to(memory_format=torch.channels_last), (images for images, _ in batches))

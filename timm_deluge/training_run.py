@@ -3,7 +3,6 @@ import csv
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -15,7 +14,7 @@ from timm.data import create_dataset, resolve_data_config
 from timm.models import load_state_dict
 
 from .recipes import recipe_path
-from .settle import settle_batch_norm
+from .settle import settle_on_folder
 from .validate import accuracy, create_validation_loader, image_names, list_classes, rank_targets
 from .weights import (
     Checkpoint,
@@ -119,10 +118,7 @@ def add_checkpoint(
     model.load_state_dict(state_dict)
     model.pretrained_cfg.update(input_config)
     if settled_images:
-        batches: Any = create_validation_loader(
-            model, data_dir / args['train_split'], batch_size=250, workers=1, num_images=settled_images)
-        Random(args['seed']).shuffle(batches.dataset.reader.samples)
-        settle_batch_norm(model.to(memory_format=torch.channels_last), (images for images, _ in batches))
+        settle_on_folder(model, data_dir / args['train_split'], settled_images, args['seed'])
     published = {
         k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
     model.load_state_dict(published)

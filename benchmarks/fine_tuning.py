@@ -1,0 +1,70 @@
+"""Train a pruned network on for one epoch, by timm's train.py: how much of its accuracy comes back. One JSON file.
+
+    TIMM_SCRIPTS=path/to/pytorch-image-models python benchmarks/fine_tuning.py taylor 0.3 --data-dir cifar100
+
+The network is pruned, trained by the recipe cifar100_fine_tuning, given the statistics of training images as they are
+in inference, and tested on all test images. `benchmarks/pruning.py` draws what there is beside its own curve.
+"""
+import json
+import os
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import pruning
+import run
+import timm
+import torch
+import typer
+from torch import nn
+
+from timm_deluge import prune_connections, save_pruned
+from timm_deluge.recipes import recipe_path
+from timm_deluge.settle import settle_on_folder
+from timm_deluge.validate import accuracy, create_validation_loader, rank_targets
+
+SETTLED_IMAGES = 5000
+
+
+def fine_tune(pruned: nn.Module, data_dir: Path) -> None:
+    """Train a network on by train.py, and settle its batch normalisation."""
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch, 'pruned')
+        save_pruned(pruned, folder)
+        subprocess.run([
+            sys.executable, Path(os.environ['TIMM_SCRIPTS'], 'train.py'),
+            '--config', recipe_path('cifar100_fine_tuning'), '--data-dir', data_dir,
+            '--model', f'local-dir:{folder}', '--pretrained', '--output', scratch, '--experiment', 'run'], check=True)
+        trained = torch.load(Path(scratch, 'run', 'last.pth.tar'), weights_only=True)
+    pruned.load_state_dict(trained['state_dict'])
+    settle_on_folder(pruned, data_dir / 'train', SETTLED_IMAGES, seed=42)
+
+
+def main(
+        by: Annotated[str, typer.Argument(help='Criterion: norm, taylor or random.')],
+        fraction: Annotated[float, typer.Argument(help='Share of all connections that goes.')],
+        data_dir: Annotated[Path, typer.Option(help='CIFAR-100: train/ and validation/, a folder for each class.')],
+        model_name: Annotated[str, typer.Option('--model', help='Model, or model.tag.')] = 'delugenet146',
+        num_images: Annotated[int, typer.Option(help='Training images for the first-order estimate.')] = 1000,
+        threads: Annotated[int, typer.Option(help='Threads of all but the training.')] = 2,
+) -> None:
+    """Prune, train on, test."""
+    torch.set_num_threads(threads)
+    model = timm.create_model(model_name, pretrained=True).eval()
+    checkpoint = f'{model.pretrained_cfg["architecture"]}.{model.pretrained_cfg["tag"]}'
+    batches = create_validation_loader(model, data_dir / 'train', 100, 1, num_images)
+    pruned = prune_connections(model, fraction, by, batches)
+    fine_tune(pruned, data_dir)
+    row = {
+        'checkpoint': checkpoint, 'by': by, 'fraction': fraction,
+        **accuracy(rank_targets(pruned, create_validation_loader(pruned, data_dir / 'validation', 250, 1))),
+        'date': str(date.today()), 'machine': run.cpu_name(), 'torch': torch.__version__}
+    pruning.FINE_TUNED.mkdir(exist_ok=True)
+    (pruning.FINE_TUNED / f'{checkpoint}-{by}-{fraction}.json').write_text(json.dumps(row, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    typer.run(main)
