@@ -19,9 +19,11 @@ import run
 import timm
 import torch
 import typer
+from timm.models import load_state_dict
 from torch import nn
 
-from timm_deluge import prune_connections, save_pruned
+from timm_deluge import prune_connections
+from timm_deluge.prune import save_pruned
 from timm_deluge.recipes import recipe_path
 from timm_deluge.settle import settle_on_folder
 from timm_deluge.validate import accuracy, create_validation_loader, rank_targets
@@ -38,8 +40,7 @@ def fine_tune(pruned: nn.Module, data_dir: Path) -> None:
             sys.executable, Path(os.environ['TIMM_SCRIPTS'], 'train.py'),
             '--config', recipe_path('cifar100_fine_tuning'), '--data-dir', data_dir,
             '--model', f'local-dir:{folder}', '--pretrained', '--output', scratch, '--experiment', 'run'], check=True)
-        trained = torch.load(Path(scratch, 'run', 'last.pth.tar'), weights_only=True)
-    pruned.load_state_dict(trained['state_dict'])
+        pruned.load_state_dict(load_state_dict(str(Path(scratch, 'run', 'last.pth.tar'))))
     settle_on_folder(pruned, data_dir / 'train', SETTLED_IMAGES, seed=42)
 
 
@@ -49,18 +50,21 @@ def main(
         data_dir: Annotated[Path, typer.Option(help='CIFAR-100: train/ and validation/, a folder for each class.')],
         model_name: Annotated[str, typer.Option('--model', help='Model, or model.tag.')] = 'delugenet146',
         num_images: Annotated[int, typer.Option(help='Training images for the first-order estimate.')] = 1000,
+        dtype_name: Annotated[str, typer.Option('--dtype', help='In the test.')] = 'float32',
         threads: Annotated[int, typer.Option(help='Threads of all but the training.')] = 2,
 ) -> None:
     """Prune, train on, test."""
     torch.set_num_threads(threads)
+    dtype = getattr(torch, dtype_name)
     model = timm.create_model(model_name, pretrained=True).eval()
     checkpoint = f'{model.pretrained_cfg["architecture"]}.{model.pretrained_cfg["tag"]}'
     batches = create_validation_loader(model, data_dir / 'train', 100, 1, num_images)
     pruned = prune_connections(model, fraction, by, batches)
     fine_tune(pruned, data_dir)
+    test = pruning.test_batches(pruned, data_dir / 'validation', dtype)
     row = {
-        'checkpoint': checkpoint, 'by': by, 'fraction': fraction,
-        **accuracy(rank_targets(pruned, create_validation_loader(pruned, data_dir / 'validation', 250, 1))),
+        'checkpoint': checkpoint, 'by': by, 'fraction': fraction, 'dtype': dtype_name,
+        **accuracy(rank_targets(pruning.inference_model(pruned, dtype), test)),
         'date': str(date.today()), 'machine': run.cpu_name(), 'torch': torch.__version__}
     pruning.FINE_TUNED.mkdir(exist_ok=True)
     (pruning.FINE_TUNED / f'{checkpoint}-{by}-{fraction}.json').write_text(json.dumps(row, indent=2) + '\n')

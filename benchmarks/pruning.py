@@ -8,6 +8,7 @@ images is without it; the accuracy on all test images without the weakest ones, 
 inference that is left, a ratio of medians of interleaved rounds.
 """
 import json
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +63,13 @@ def inference_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def as_input(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return images.to(dtype, memory_format=torch.channels_last)
+
+
+def test_batches(
+        model: nn.Module, folder: Path, dtype: torch.dtype, num_images: int | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for images, targets in create_validation_loader(model, folder, 250, 1, num_images):
+        yield as_input(images, dtype), targets
 
 
 def measure_speed(whole: nn.Module, pruned: nn.Module, dtype: torch.dtype) -> dict[str, float]:
@@ -129,7 +137,7 @@ def main(
     importance = measure_importance(
         model.to(memory_format=torch.channels_last), as_input(images, torch.float32), targets, scores)
 
-    test = [(as_input(x, dtype), y) for x, y in create_validation_loader(model, test_dir, 250, 1, num_test_images)]
+    test = list(test_batches(model, test_dir, dtype, num_test_images))
     whole = inference_model(model, dtype)
     rows = []
     for by, fraction in track([(None, 0.), *((by, fraction) for by in CRITERIA for fraction in FRACTIONS)]):

@@ -235,7 +235,10 @@ def _aggregations() -> str:
     """Compare the errors of one network with what connects its layers, of one recipe and seed."""
     rows = []
     for name, model_args in AGGREGATIONS.items():
-        with (REPORTS / 'aggregations' / f'{name}.csv').open(newline='') as f:
+        path = REPORTS / 'aggregations' / f'{name}.csv'
+        if not path.exists():
+            continue
+        with path.open(newline='') as f:
             *_, last = csv.DictReader(f)
         report = create_report('delugenet146', **model_args)
         rows.append((
