@@ -1,6 +1,7 @@
 """Norms of connections are what their weights say, wherever a checkpoint comes from."""
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import safetensors.torch
@@ -8,8 +9,11 @@ import timm
 import torch
 from PIL import Image
 from test_cli import invoke
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.utils import CheckpointSaver
 
 from timm_deluge.connectivity import block_connectivity, draw_connectivity, read_state_dict
+from timm_deluge.training_connectivity import training_connectivity
 from timm_deluge.weights import CheckpointError
 
 
@@ -103,3 +107,58 @@ def test_networks_without_connections(tmp_path, aggregation, message):
 def test_pictures_are_png_or_svg(scratch_weights, tmp_path):
     result = invoke('connectivity', scratch_weights, '--output', tmp_path / 'picture.jpg')
     assert result.exit_code == 2 and '.png or .svg' in result.stderr and not list(tmp_path.glob('picture*'))
+
+
+def train_one_step(folder, opt, momentum=0.9) -> None:
+    """Leave what train.py does of a network in which the gradient of a connection from h_i has the norm i + 1."""
+    size = dict(depths=(3, 2), widths=(2, 4))
+    args = Namespace(
+        model='delugenet146', num_classes=5, in_chans=None, input_size=[1, 8, 8], model_kwargs=size, opt=opt, lr=0.1,
+        weight_decay=1e-4, momentum=momentum, opt_kwargs={})
+    model = timm.create_model(args.model, num_classes=5, in_chans=1, **size)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.randn_like(parameter)
+        if 'cross_layers' in name:
+            norms = torch.arange(1., 1 + parameter.shape[2])
+            parameter.grad = (norms / math.sqrt(len(parameter)))[:, None].expand_as(parameter).clone()
+    optimizer.step()
+    saver = CheckpointSaver(model, optimizer, args=args, checkpoint_dir=str(folder), recovery_dir=str(folder))
+    for epoch in (0, 1):
+        saver.save_checkpoint(epoch, metric=epoch)
+
+
+@pytest.mark.parametrize('opt', ['sgd', 'nadamw', 'muon'])
+def test_training(tmp_path, opt):
+    train_one_step(tmp_path, opt)
+    epochs = training_connectivity(tmp_path)
+    assert [epoch.epoch for epoch in epochs] == [0, 1]
+    first, second = epochs[0].gradients
+    assert first.last == pytest.approx([1 / 3, 2 / 3, 1], rel=1e-3)  # SGD's has weight decay in it
+    assert second.last == pytest.approx([1 / 3, 2 / 3, 1], rel=1e-3)
+    assert epochs[0].weights == block_connectivity(read_state_dict(str(tmp_path / 'checkpoint-0.pth.tar')))
+    result = invoke('connectivity', tmp_path)
+    assert result.exit_code == 0 and len([line for line in result.stdout.splitlines() if '│' in line]) == 4
+    shown = json.loads(invoke('connectivity', tmp_path, '--json').stdout)
+    assert shown[1]['gradients'][0]['norms'] == first.norms
+
+
+def test_training_without_momentum(tmp_path):
+    train_one_step(tmp_path, 'momentum', momentum=0.)
+    assert training_connectivity(tmp_path)[0].gradients is None
+    assert invoke('connectivity', tmp_path).exit_code == 0
+
+
+def test_folders_that_no_training_left(tmp_path):
+    result = invoke('connectivity', tmp_path)
+    assert result.exit_code == 2 and f'local-dir:{tmp_path}' in result.stderr
+    path = tmp_path / 'checkpoint-0.pth.tar'
+    for content, message in (({'state_dict': {}}, 'lacks args, epoch, optimizer'), ([], 'no checkpoint of train.py')):
+        torch.save(content, path)
+        result = invoke('connectivity', tmp_path)
+        assert result.exit_code == 2 and str(path) in result.stderr and message in result.stderr
+    path.write_text('nothing')
+    result = invoke('connectivity', tmp_path)
+    assert result.exit_code == 2 and str(path) in result.stderr and 'damaged' in result.stderr
+    result = invoke('connectivity', tmp_path, '--output', tmp_path / 'picture.png')
+    assert result.exit_code == 2 and 'one checkpoint' in result.stderr

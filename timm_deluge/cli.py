@@ -2,12 +2,14 @@
 import ast
 import csv
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import timm
@@ -31,6 +33,7 @@ from .prune import CRITERIA, prune_connections, save_pruned
 from .recipes import list_recipes, recipe_path
 from .reparameterize import FusedDelugeBlock
 from .report import create_report, format_reports
+from .training_connectivity import EpochConnectivity, training_connectivity
 from .training_run import add_checkpoint
 from .validate import accuracy, create_validation_loader, image_names, rank_targets
 from .weights import HUB_FILE, Checkpoint, CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
@@ -162,7 +165,7 @@ def report(
 def connectivity(
         source: Annotated[str, typer.Argument(
             metavar='MODEL_OR_CHECKPOINT',
-            help='Model, model.tag, hf-hub:USER/REPO, local-dir:FOLDER, or a checkpoint file.')],
+            help='Model, model.tag, hf-hub:USER/REPO, local-dir:FOLDER, a checkpoint file, or the folder of a run.')],
         as_json: Annotated[bool, typer.Option('--json', help='Print JSON, with every connection.')] = False,
         output: Annotated[Path | None, typer.Option(
             help='Picture to write, .png or .svg, with every connection.', show_default=False)] = None,
@@ -171,10 +174,19 @@ def connectivity(
 
     The table has one column for each block: the norms in the convolution with the most source layers, of the largest.
     The sources are batch-normalised, so that their norms can be compared.
+
+    Of the folder of a run of train.py, the table has a row for each epoch and block: the norms of the first source, of
+    the others (their mean) and of the last in that convolution; the share of weights below a thousandth of the largest;
+    and the norm of the mean gradient that the optimizer keeps, of the weights' norm.
     """
     if output is not None and output.suffix not in ('.png', '.svg'):
         _fail(f'{output}: pictures are written as .png or .svg')
     try:
+        if Path(source).is_dir():
+            if output is not None:
+                _fail(f'{source}: a picture is of one checkpoint; name a file of that folder')
+            _print_training(training_connectivity(Path(source)), as_json)
+            return
         blocks = block_connectivity(read_state_dict(source))
         if output is not None:
             draw_connectivity(blocks, Path(source).name).savefig(output, dpi=150)
@@ -188,6 +200,25 @@ def connectivity(
         table.add_column(f'block {block.block}', justify='right')
     for i in range(max(len(block.last) for block in blocks)):
         table.add_row(f'h_{i}', *(f'{block.last[i]:.2f}' if i < len(block.last) else '' for block in blocks))
+    console.print(table, soft_wrap=False)
+
+
+def _print_training(epochs: list[EpochConnectivity], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([asdict(epoch) for epoch in epochs], indent=2))
+        return
+    table = Table('epoch', header_style='bold')
+    for column in ('block', 'h_0', 'others', 'last', 'below 1/1000', 'gradient'):
+        table.add_column(column, justify='right')
+    for epoch in epochs:
+        for i, block in enumerate(epoch.weights):
+            first, *others = block.last
+            gradient = ''
+            if epoch.gradients:
+                gradient = f'{math.hypot(*epoch.gradients[i].norms[-1]) / math.hypot(*block.norms[-1]):.1e}'
+            table.add_row(
+                str(epoch.epoch), str(block.block), f'{first:.2f}', f'{mean(others):.2f}', f'{others[-1]:.2f}',
+                f'{mean(block.dead_channels):.1%}', gradient)
     console.print(table, soft_wrap=False)
 
 

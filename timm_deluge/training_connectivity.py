@@ -1,0 +1,93 @@
+"""What becomes of the connections while a network trains: their norms and their gradients', epoch by epoch.
+
+train.py leaves a checkpoint after each epoch, with what the optimizer keeps. That is, for each weight, a mean of its
+gradients over the latest steps: the momentum.
+"""
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+
+from .connectivity import BlockConnectivity, block_connectivity
+from .weights import CheckpointError
+
+__all__ = ['EpochConnectivity', 'training_connectivity']
+
+MOMENTA = ('momentum_buffer', 'exp_avg')  # names that optimizers give it
+
+
+@dataclass(frozen=True)
+class EpochConnectivity:
+    """The connections after an epoch.
+
+    Attributes:
+        epoch: Number of the epoch, from 0 on as train.py counts.
+        weights: Norms of the weights, for each block.
+        gradients: Norms of the weights' mean gradients, for each block; None if the optimizer has no momentum.
+    """
+    epoch: int
+    weights: list[BlockConnectivity]
+    gradients: list[BlockConnectivity] | None
+
+
+def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
+    """Measure the connections of each checkpoint that a run of train.py has left.
+
+    Args:
+        run_dir: The run's folder. train.py keeps its `--checkpoint-hist` best checkpoints, ten by default.
+
+    Returns:
+        The epochs in their order.
+
+    Raises:
+        CheckpointError: If there are no checkpoints, or one is not train.py's.
+        ValueError: If the network has no cross-layer convolutions.
+    """
+    torch.serialization.add_safe_globals([Namespace])
+    paths = list(run_dir.glob('checkpoint-*.pth.tar'))
+    if not paths:
+        raise CheckpointError(
+            f'{run_dir}: there is no checkpoint-*.pth.tar; name the folder of a run of train.py, or, of a saved model, '
+            f'local-dir:{run_dir}')
+    epochs = []
+    for path in paths:
+        checkpoint = _load(path)
+        gradients = _mean_gradients(checkpoint)
+        epochs.append(EpochConnectivity(
+            epoch=checkpoint['epoch'],
+            weights=block_connectivity(checkpoint['state_dict']),
+            gradients=block_connectivity(gradients) if gradients else None,
+        ))
+    return sorted(epochs, key=lambda epoch: epoch.epoch)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        missing = {'args', 'epoch', 'optimizer', 'state_dict'} - checkpoint.keys()
+    except (AttributeError, EOFError, RuntimeError, UnpicklingError) as error:
+        raise CheckpointError(f'{path}: this is no checkpoint of train.py, or damaged: {error}') from error
+    if missing:
+        raise CheckpointError(f'{path}: this is no checkpoint of train.py, it lacks {", ".join(sorted(missing))}')
+    return checkpoint
+
+
+def _mean_gradients(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Get the momenta by the parameters' names: the optimizer has numbers for them, in the order of its groups."""
+    args = checkpoint['args']
+    model = timm.create_model(
+        args.model, num_classes=args.num_classes, in_chans=args.in_chans or (args.input_size or [3])[0],
+        device=torch.device('meta'), **args.model_kwargs)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer: Any = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    gradients = {}
+    for group, saved in zip(optimizer.param_groups, checkpoint['optimizer']['param_groups']):
+        for parameter, number in zip(group['params'], saved['params']):
+            state = checkpoint['optimizer']['state'].get(number, {})
+            gradients.update({names[id(parameter)]: state[key] for key in MOMENTA if key in state})
+    return gradients
