@@ -141,8 +141,14 @@ def test_weights_commands(scratch_weights):
     assert result.exit_code == 1 and '7 bytes, but the manifest says' in result.stderr
 
 
+def test_recipes_are_listed_with_what_they_are():
+    result = invoke('recipe')
+    names = [line.split('│')[1].strip() for line in result.stdout.splitlines() if line.startswith('│')]
+    assert [name for name in names if name] == list_recipes()
+    assert 'Eighteen epochs of Muon, one cycle, for a GPU: images of 32, 48 and at last 56 pixels.' in result.stdout
+
+
 def test_recipe_prints_a_path_and_nothing_else():
-    assert invoke('recipe').stdout.split() == list_recipes()
     for name in list_recipes():
         assert Path(invoke('recipe', name).stdout.strip()) == recipe_path(name)
     result = invoke('recipe', 'nonsense')

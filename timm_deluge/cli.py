@@ -30,7 +30,7 @@ from .hub import hub_files, push_to_hub
 from .images import find_images
 from .predict import EXAMPLE_IMAGE, Prediction, predict
 from .prune import CRITERIA, prune_connections, save_pruned
-from .recipes import list_recipes, recipe_path
+from .recipes import list_recipes, recipe_path, recipe_summary
 from .reparameterize import FusedDelugeBlock
 from .report import create_report, format_reports
 from .training_connectivity import EpochConnectivity, training_connectivity
@@ -442,11 +442,17 @@ def recipe(
         name: Annotated[str | None, typer.Argument(
             help='Name of a recipe; none lists them.', show_default=False)] = None,
 ) -> None:
-    """Print the path of an option file for timm's train.py."""
-    try:
-        print(recipe_path(name) if name is not None else '\n'.join(list_recipes()))
-    except LookupError as error:
-        _fail(error)
+    """Print the path of an option file for timm's train.py, or list all of them."""
+    if name is not None:
+        try:
+            print(recipe_path(name))
+        except LookupError as error:
+            _fail(error)
+        return
+    table = Table('recipe', 'what it is', header_style='bold', show_lines=True)
+    for name in list_recipes():
+        table.add_row(escape(name), escape(recipe_summary(name)))
+    console.print(table, soft_wrap=False)
 
 
 if __name__ == '__main__':
