@@ -76,6 +76,7 @@ MUTATIONS = [
     ('download.py', 'if sha256 != checkpoint.sha256:', 'if False:', 'faults/test_download.py'),
     ('hub.py', '    validate_repo_id(repo_id)\n', '', 'test_hub.py test_cli.py faults/test_bad_options.py'),
     ('settle.py', 'norm.train().momentum = None', 'norm.train()', 'test_training_run.py'),
+    ('settle.py', 'Random(seed).shuffle(batches.dataset.reader.samples)', 'pass', 'test_training_run.py'),
     ('validate.py', '(ranks < 5).double()', '(ranks <= 5).double()',
      'test_cli.py test_training_run.py test_weights.py'),
     # reports and tools
@@ -83,6 +84,8 @@ MUTATIONS = [
     ('report.py', 'batch_norm=2 * elements', 'batch_norm=elements', 'test_counts.py test_report.py'),
     ('report.py', "uncounted[op] += 1", 'pass', 'test_report.py'),
     ('connectivity.py', 'norm / max(self.norms[-1])', 'norm / sum(self.norms[-1])', 'test_connectivity.py'),
+    ('training_connectivity.py', "zip(group['params'], saved['params'])",
+     "zip(group['params'], reversed(saved['params']))", 'test_connectivity.py'),
     ('prune.py', 'argmax(1, keepdim=True), False)', 'argmin(1, keepdim=True), False)', 'test_prune.py'),
     ('prune.py', 'bias[:, :, -1] += conv.bias.sum(2) - bias.sum(2)', 'pass', 'test_prune.py'),
     ('importance.py', 'x - contribution', 'x + contribution', 'test_importance.py'),

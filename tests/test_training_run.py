@@ -14,7 +14,7 @@ from PIL import Image
 from test_cli import invoke
 from typer.testing import CliRunner
 
-from timm_deluge import cli, weights
+from timm_deluge import cli, settle, weights
 from timm_deluge.card import model_card
 from timm_deluge.settle import settle_batch_norm
 from timm_deluge.training_run import add_checkpoint
@@ -241,6 +241,22 @@ def test_settled_statistics_are_the_mean_over_the_batches():
     torch.testing.assert_close(model[0].running_mean, torch.stack(batches).mean((0, 1, 3, 4)))
     torch.testing.assert_close(model[0].running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0))
     assert model.training and model[0].training and model[0].momentum == 0.1
+
+
+def test_batches_for_statistics_mix_the_classes(tmp_path, monkeypatch):
+    for name, colour in (('black', 0), ('white', 255)):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            Image.new('RGB', (8, 8), (colour,) * 3).save(tmp_path / name / f'{i}.png')
+    model = torch.nn.Identity()
+    model.pretrained_cfg = dict(input_size=(3, 8, 8), label_names=['black', 'white'])
+    found = []
+    monkeypatch.setattr(settle, 'BATCH_SIZE', 10)
+    monkeypatch.setattr(settle, 'settle_batch_norm', lambda model, batches: found.extend(batches))
+    settle.settle_on_folder(model, tmp_path, num_images=30, seed=0)
+    assert [len(images) for images in found] == [10, 10, 10]
+    assert all(images[:, 0].amin() < images[:, 0].amax() for images in found)
+    assert sum(int((images.mean((1, 2, 3)) > 0).sum()) for images in found) == 15
 
 
 def test_hours_of_a_resumed_run_add_up(run_dir, data_dir, weights_dir, tmp_path):

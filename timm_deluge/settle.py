@@ -15,6 +15,8 @@ from .validate import create_validation_loader
 
 __all__ = ['settle_batch_norm', 'settle_on_folder']
 
+BATCH_SIZE = 250
+
 
 @torch.no_grad()
 def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
@@ -50,6 +52,6 @@ def settle_on_folder(model: nn.Module, folder: Path, num_images: int, seed: int)
     Raises:
         ValueError: See `create_validation_loader`.
     """
-    batches: Any = create_validation_loader(model, folder, batch_size=250, workers=1, num_images=num_images)
+    batches: Any = create_validation_loader(model, folder, BATCH_SIZE, workers=1, num_images=num_images)
     Random(seed).shuffle(batches.dataset.reader.samples)
     settle_batch_norm(model.to(memory_format=torch.channels_last), (images for images, _ in batches))
