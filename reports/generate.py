@@ -27,10 +27,7 @@ from timm_deluge.weights import Checkpoint, list_checkpoints, load_checkpoint
 
 REPORTS = Path(__file__).resolve().parent
 REPOSITORY = REPORTS.parent
-# of the runs in reports/aggregations: what --model-kwargs said
-AGGREGATIONS: dict[str, dict[str, Any]] = {
-    **{name: {'aggregation': name} for name in ('cross_layer', 'scalar', 'last', 'residual')},
-    **{f'connection_drop_rate={rate}': {'connection_drop_rate': rate} for rate in (0.05, 0.1)}}
+AGGREGATIONS = ('cross_layer', 'scalar', 'last', 'residual')
 PEERS = ['resnetv2_101', 'resnetv2_152', 'resnet200', 'wide_resnet50_2', 'densenet161']
 
 
@@ -233,17 +230,14 @@ def _baselines(zoo: list[ModelReport]) -> str:
 def _aggregations() -> str:
     """Compare the errors of one network with what connects its layers, of one recipe and seed."""
     rows = []
-    for name, model_args in AGGREGATIONS.items():
-        path = REPORTS / 'aggregations' / f'{name}.csv'
-        if not path.exists():
-            continue
-        with path.open(newline='') as f:
+    for name in AGGREGATIONS:
+        with (REPORTS / 'aggregations' / f'{name}.csv').open(newline='') as f:
             *_, last = csv.DictReader(f)
-        report = create_report('delugenet146', **model_args)
+        report = create_report('delugenet146', aggregation=name)
         rows.append((
             f'`{name}`', f'{report.params:,}', f'{report.paper_flops / 1e9:.2f}', f'{float(last["train_loss"]):.3f}',
             f'{100 - float(last["eval_top1"]):.2f}', int(last['epoch']) + 1))
-    headers = ('`delugenet146` with', 'parameters', 'GFLOPs, paper’s way', 'training loss', 'error %', 'epochs')
+    headers = ('`aggregation`', 'parameters', 'GFLOPs, paper’s way', 'training loss', 'error %', 'epochs')
     return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
 
 
