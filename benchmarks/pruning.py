@@ -104,7 +104,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for batch, colour, marker in zip(BATCHES, ('#0072B2', '#D55E00'), 'os'):
         ratios = [row['time'][str(batch)] for row in timed]
         time.plot([row['fraction'] for row in timed], ratios, color=colour, marker=marker, label=f'batch {batch}')
-    title = 'top-1 on the test images, %' + ('; dashed: after an epoch' if trained else '')
+    title = 'top-1 on the test images, %' + ('; hollow: after an epoch' if trained else '')
     top1.set(title=title, xlabel='share of connections gone', ylim=(0, 100))
     time.set(title='time of inference, by norm', xlabel='share of connections gone', ylim=(0, 1.1))
     for axis in top1, time:
