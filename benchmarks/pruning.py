@@ -68,6 +68,7 @@ def as_input(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def test_batches(
         model: nn.Module, folder: Path, dtype: torch.dtype, num_images: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Get a folder's images, in channels_last, and targets."""
     for images, targets in create_validation_loader(model, folder, 250, 1, num_images):
         yield as_input(images, dtype), targets
 

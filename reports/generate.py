@@ -184,7 +184,8 @@ def _pruning() -> str:
         f'{whole["num_images"]:,} test images in {results["dtype"]}, no fine-tuning; time of inference, of the whole '
         f'network\'s, pruned by norm:',
         tables[0],
-        *(['After one epoch of training by the recipe `cifar100_fine_tuning`, `python benchmarks/fine_tuning.py`:',
+        *(['After one epoch of training by the recipe `cifar100_fine_tuning`, '
+           '`python benchmarks/fine_tuning.py taylor 0.3 …`:',
            tables[1]] if after else []),
         f'Rank correlation of a connection\'s norm, and of the first-order estimate, with the loss on '
         f'{importance["num_images"]} training images without it:',

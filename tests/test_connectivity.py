@@ -161,4 +161,12 @@ def test_folders_that_no_training_left(tmp_path):
     result = invoke('connectivity', tmp_path)
     assert result.exit_code == 2 and str(path) in result.stderr and 'damaged' in result.stderr
     result = invoke('connectivity', tmp_path, '--output', tmp_path / 'picture.png')
-    assert result.exit_code == 2 and 'one checkpoint' in result.stderr
+    assert result.exit_code == 2 and 'one checkpoint' in result.stderr and result.stderr.count('error:') == 1
+
+
+def test_a_model_goes_before_a_folder_of_its_name(scratch_weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'delugenet146').mkdir()
+    monkeypatch.setattr('timm_deluge.cli.read_state_dict', lambda source: timm.create_model(source).state_dict())
+    result = invoke('connectivity', 'delugenet146')
+    assert result.exit_code == 0 and 'block 3' in result.stdout

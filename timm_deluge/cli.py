@@ -181,10 +181,11 @@ def connectivity(
     """
     if output is not None and output.suffix not in ('.png', '.svg'):
         _fail(f'{output}: pictures are written as .png or .svg')
+    is_run = Path(source).is_dir() and not timm.is_model(source)
+    if is_run and output is not None:
+        _fail(f'{source}: a picture is of one checkpoint; name a file of that folder')
     try:
-        if Path(source).is_dir():
-            if output is not None:
-                _fail(f'{source}: a picture is of one checkpoint; name a file of that folder')
+        if is_run:
             _print_training(training_connectivity(Path(source)), as_json)
             return
         blocks = block_connectivity(read_state_dict(source))
