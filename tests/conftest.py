@@ -87,7 +87,7 @@ def write_entry(path: Path) -> None:
 @pytest.fixture
 def server():
     with HubServer() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
 

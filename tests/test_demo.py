@@ -109,6 +109,7 @@ def url(tmp_path_factory):
         process.wait()
 
 
+@pytest.mark.slow
 def test_uploads_are_limited(url):
     boundary = b'boundary'
     body = b'--' + boundary + (b'\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
@@ -120,12 +121,14 @@ def test_uploads_are_limited(url):
     assert error.value.code == 413
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_said(url, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', Image.MAX_IMAGE_PIXELS)
     result = invoke('demo', '--port', url.rpartition(':')[2])
     assert result.exit_code == 2 and 'port' in result.stderr
 
 
+@pytest.mark.slow
 def test_in_a_browser_without_internet(url, tmp_path):
     playwright = pytest.importorskip('playwright.sync_api')
     chromium = which('chromium')

@@ -18,6 +18,7 @@ def example(name: str):
     return runpy.run_path(str(EXAMPLES / f'{name}.py'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('architecture', ['unet', 'deeplabv3plus'])
 @pytest.mark.parametrize('encoder', ['tu-delugenet92', 'tu-delugenet122'])
 def test_segmentation_learns(architecture, encoder):
@@ -46,6 +47,7 @@ def test_detection_trains_and_detects():
     assert set(found) == {'boxes', 'labels', 'scores'} and found['boxes'].shape[1] == 4
 
 
+@pytest.mark.slow
 def test_frozen_features_tell_colours_apart(tmp_path):
     pytest.importorskip('sklearn')
     rng = np.random.default_rng(0)

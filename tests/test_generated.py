@@ -42,6 +42,7 @@ def test_generated_files_are_up_to_date(texts):
         assert without_probabilities(path.read_text(encoding='utf-8')) == without_probabilities(text), stale
 
 
+@pytest.mark.slow
 def test_readme_shows_the_model_table(texts):
     readme = texts[REPOSITORY / 'README.md']
     assert '| `delugenet122`' in readme and '63,620,392' in readme
@@ -56,6 +57,7 @@ def test_model_table_shows_the_best_checkpoint_for_a_data_set(order):
     assert f'7.50 ({checkpoint.data_set})' in table and '9.75' not in table
 
 
+@pytest.mark.slow
 def test_first_table_shows_the_best_checkpoint_for_each_data_set(texts):
     checkpoints = list_checkpoints()
     rows = best_table(checkpoints).splitlines()[2:]
@@ -89,6 +91,7 @@ def test_performance_table_says_what_is_missed(generator, value, limits, cell):
     assert generator['_cell'](figure) == cell
 
 
+@pytest.mark.slow
 def test_model_card_is_in_hugging_face_form(texts):
     card = ModelCard(texts[REPOSITORY / 'MODEL_CARD.md'])
     assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'

@@ -5,13 +5,12 @@ import inspect
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import timm
 import torch
+from forked import Forked
 from released import ReleasedDelugeNet
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -520,13 +519,11 @@ def test_switch():
 
 @pytest.mark.parametrize('name, expected', [
     ('aten', 'aten'), ('nonsense', "TIMM_DELUGE_IMPLEMENTATION: implementation 'nonsense': must be one of")])
-def test_switch_in_the_environment(name, expected):
+def test_switch_in_the_environment(name, expected, tmp_path):
     code = 'import timm_deluge; print(timm_deluge.get_implementation())'
-    result = subprocess.run(
-        [sys.executable, '-c', code], env={**os.environ, 'TIMM_DELUGE_IMPLEMENTATION': name}, capture_output=True,
-        text=True)
-    assert expected in result.stdout + result.stderr
-    assert (result.returncode == 0) == (name == expected)
+    process = Forked(code, (), {**os.environ, 'TIMM_DELUGE_IMPLEMENTATION': name}, tmp_path)
+    assert expected in ''.join(process.communicate())
+    assert (process.returncode == 0) == (name == expected)
 
 
 def test_without_triton(monkeypatch):
@@ -535,7 +532,7 @@ def test_without_triton(monkeypatch):
         timm_deluge.set_implementation('triton')
 
 
-def test_without_a_compiler():
+def test_without_a_compiler(tmp_path):
     code = """if True:
         import timm_deluge, torch
         from timm_deluge.ops import aten, choose_backend
@@ -546,10 +543,10 @@ def test_without_a_compiler():
             print(error)
         assert timm_deluge.get_implementation() == 'auto'
     """
-    found = subprocess.run(
-        [sys.executable, '-c', code], env={**os.environ, 'CXX': 'no-such-compiler -O3'}, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "kernels.cpp cannot be compiled with 'no-such-compiler'" in found.stdout
+    process = Forked(code, (), {**os.environ, 'CXX': 'no-such-compiler -O3'}, tmp_path)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "kernels.cpp cannot be compiled with 'no-such-compiler'" in output
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')

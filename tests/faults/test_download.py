@@ -1,4 +1,5 @@
 """What does not come with the package is downloaded whole, once and as the manifest says, or not at all."""
+import json
 import time
 from pathlib import Path
 
@@ -10,10 +11,14 @@ CREATE = "print(timm.create_model('delugenet146', pretrained=True).pretrained_cf
 
 
 @pytest.fixture
-def published(server, publish, scratch_weights):
-    """What the scratch checkpoint has, published and no longer here."""
-    assert publish().returncode == 0
+def published(server, scratch_weights):
+    """What the scratch checkpoint has, in a repository that the manifest names and no longer here."""
     content = scratch_weights.read_bytes()
+    server.repos[REPO] = {'model.safetensors': content}
+    manifest_path = scratch_weights.parent / 'manifest.json'
+    manifest = json.loads(manifest_path.read_text())
+    manifest['checkpoints'][0]['hf_hub_id'] = REPO
+    manifest_path.write_text(json.dumps(manifest))
     scratch_weights.unlink()
     return content
 

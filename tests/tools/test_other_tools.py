@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from forked import Forked
 from PIL import Image
 from timm_scripts import SCRIPTS, needs_scripts
 
@@ -98,10 +99,10 @@ def test_timm_without_the_package_names_the_network(server, publish, tmp_path):
     """Without `import timm_deluge`, timm refuses an `hf-hub:` name: it does not know the network"""
     succeeds(publish())
     code = f"import timm; timm.create_model('hf-hub:{REPO}', pretrained=True)"
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                            env={**os.environ, 'HF_ENDPOINT': server.url, 'HF_HUB_OFFLINE': '0',
-                                 'HF_HOME': str(tmp_path / 'cache')})
-    assert result.returncode == 1 and 'Unknown model (delugenet146)' in result.stderr
+    process = Forked(code, (), {**os.environ, 'HF_ENDPOINT': server.url, 'HF_HUB_OFFLINE': '0',
+                                'HF_HOME': str(tmp_path / 'cache')}, tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and 'Unknown model (delugenet146)' in errors
     assert 'import timm, timm_deluge' in server.repos[REPO]['README.md'].decode()
 
 
