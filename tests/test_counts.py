@@ -58,6 +58,7 @@ def test_one_printed_parameter_count_is_a_misprint():
     assert counted == 9.21 != PUBLISHED['resnetlike218_1x1'].params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', COUNTS)
 def test_multiply_adds_and_printed_gflops(name):
     report = create_report(name)

@@ -190,6 +190,7 @@ def assert_as_near(module, low_precision, shape, context=None, implementation='a
         assert squares[name, implementation] <= 4 * squares[name, 'reference'], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('implementation', ['auto', 'aten'])
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

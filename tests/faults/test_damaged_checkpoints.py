@@ -82,6 +82,7 @@ def a_link_elsewhere(parts, index, rng):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('damage', [
     in_the_header, in_the_header_length, in_the_tensors, in_the_index, cut_off, continued, swapped, of_another_training,
     a_link_elsewhere])
