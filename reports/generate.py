@@ -28,6 +28,7 @@ from timm_deluge.weights import Checkpoint, list_checkpoints, load_checkpoint
 REPORTS = Path(__file__).resolve().parent
 REPOSITORY = REPORTS.parent
 AGGREGATIONS = ('cross_layer', 'scalar', 'last', 'residual')
+RESULT_HEADERS = ('training loss', 'error %', 'epochs')
 PEERS = ['resnetv2_101', 'resnetv2_152', 'resnet200', 'wide_resnet50_2', 'densenet161']
 
 
@@ -51,6 +52,7 @@ def generate() -> dict[Path, str]:
     readme = _replace_block(readme, 'features', _features(checkpoints))
     readme = _replace_block(readme, 'baselines', _baselines(zoo))
     readme = _replace_block(readme, 'aggregations', _aggregations())
+    readme = _replace_block(readme, 'connection drop', _connection_drop())
     texts = {REPOSITORY / 'MODEL_CARD.md': model_card(checkpoints), REPOSITORY / 'README.md': readme}
     for name, reports in (('zoo', zoo), ('peers', peers)):
         for fmt, suffix in (('markdown', 'md'), ('csv', 'csv'), ('json', 'json')):
@@ -232,14 +234,26 @@ def _aggregations() -> str:
     """Compare the errors of one network with what connects its layers, of one recipe and seed."""
     rows = []
     for name in AGGREGATIONS:
-        with (REPORTS / 'aggregations' / f'{name}.csv').open(newline='') as f:
-            *_, last = csv.DictReader(f)
         report = create_report('delugenet146', aggregation=name)
-        rows.append((
-            f'`{name}`', f'{report.params:,}', f'{report.paper_flops / 1e9:.2f}', f'{float(last["train_loss"]):.3f}',
-            f'{100 - float(last["eval_top1"]):.2f}', int(last['epoch']) + 1))
-    headers = ('`aggregation`', 'parameters', 'GFLOPs, paper’s way', 'training loss', 'error %', 'epochs')
+        rows.append((f'`{name}`', f'{report.params:,}', f'{report.paper_flops / 1e9:.2f}',
+                     *_result(REPORTS / 'aggregations' / f'{name}.csv')))
+    headers = ('`aggregation`', 'parameters', 'GFLOPs, paper’s way', *RESULT_HEADERS)
     return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
+
+
+def _connection_drop() -> str:
+    """Compare the errors of one network with connections dropped at random in training, of one recipe and seed."""
+    logs = {'0': REPORTS / 'aggregations' / 'cross_layer.csv'}
+    logs.update((path.stem, path) for path in sorted((REPORTS / 'connection_drop').glob('*.csv')))
+    rows = [(rate, *_result(path)) for rate, path in logs.items()]
+    return tabulate(rows, ('`connection_drop_rate`', *RESULT_HEADERS), tablefmt='github', disable_numparse=True)
+
+
+def _result(log: Path) -> tuple[str, str, str]:
+    """Get the last epoch's training loss, error in % and number from a log of train.py."""
+    with log.open(newline='') as f:
+        *_, last = csv.DictReader(f)
+    return f'{float(last["train_loss"]):.3f}', f'{100 - float(last["eval_top1"]):.2f}', str(int(last['epoch']) + 1)
 
 
 def _goal(figure: dict[str, Any]) -> str:

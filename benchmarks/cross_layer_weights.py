@@ -1,0 +1,87 @@
+"""Train by timm's train.py with other rules for the cross-layer weights: how fast they learn, and from where.
+
+    TIMM_SCRIPTS=path/to/pytorch-image-models python benchmarks/cross_layer_weights.py --lr-scale 0.1 \
+        --config $(timm-deluge recipe cifar100_connections) --data-dir cifar100 --epochs 1
+
+What this script does not know goes to train.py.
+"""
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm.optim
+import torch
+import typer
+from timm.optim import muon
+from torch import nn
+
+import timm_deluge.run
+from timm_deluge.aggregation import CrossLayerDepthwiseConv2d
+
+
+class Start(str, Enum):
+    """Cross-layer weights before training: the mean of the source layers, or the latest one alone."""
+    mean = 'mean'
+    latest = 'latest'
+
+
+class Optimizer(str, Enum):
+    """Of the cross-layer weights: what train.py's optimizer has for vectors, or orthogonalised updates."""
+    fallback = 'fallback'
+    muon = 'muon'
+
+
+def parameter_groups(
+        model: nn.Module, weight_decay: float, lr_scale: float, cross_layer_decay: float | None,
+) -> Iterator[dict[str, Any]]:
+    """Split timm's groups of parameters in those of cross-layer convolutions and all others."""
+    cross_layer = {id(p) for m in model.modules() if isinstance(m, CrossLayerDepthwiseConv2d) for p in m.parameters()}
+    for group in timm.optim.param_groups_weight_decay(model, weight_decay):
+        for chosen in (False, True):
+            parameters = [p for p in group['params'] if (id(p) in cross_layer) == chosen]
+            found = {**group, 'params': parameters, 'lr_scale': lr_scale if chosen else 1.}
+            if chosen and cross_layer_decay is not None:
+                found['weight_decay'] = cross_layer_decay
+            yield found
+
+
+def start_from_latest(self: CrossLayerDepthwiseConv2d) -> None:
+    nn.init.zeros_(self.weight)
+    nn.init.ones_(self.weight[:, :, -1:])
+    nn.init.zeros_(self.bias)
+
+
+def main(
+        context: typer.Context,
+        lr_scale: Annotated[float, typer.Option(help='Times the learning rate of what is no matrix.')] = 1.,
+        weight_decay: Annotated[float | None, typer.Option(help="The recipe's by default.")] = None,
+        start: Annotated[Start, typer.Option(help='From the mean of the layers or from the latest one.')] = Start.mean,
+        optimizer: Annotated[Optimizer, typer.Option(help="What timm's Muon does with them.")] = Optimizer.fallback,
+) -> None:
+    """Run train.py."""
+    create_optimizer = timm.optim.create_optimizer_v2
+
+    def create(model: nn.Module, **kwargs: Any) -> torch.optim.Optimizer:
+        groups = functools.partial(
+            parameter_groups, weight_decay=kwargs['weight_decay'], lr_scale=lr_scale, cross_layer_decay=weight_decay)
+        return create_optimizer(model, **kwargs, param_group_fn=lambda model: list(groups(model)))
+
+    timm.optim.create_optimizer_v2 = create
+    if start == Start.latest:
+        CrossLayerDepthwiseConv2d.reset_parameters = start_from_latest
+    if optimizer == Optimizer.muon:
+        is_suitable = muon._is_suitable_for_muon
+        muon._is_suitable_for_muon = lambda p, **kwargs: is_suitable(
+            p.flatten(1) if p.ndim == 4 and p.shape[1] == p.shape[3] == 1 else p, **kwargs)
+    sys.argv = [sys.argv[0], str(Path(os.environ['TIMM_SCRIPTS'], 'train.py')), *context.args]
+    timm_deluge.run.main()
+
+
+if __name__ == '__main__':
+    app = typer.Typer(add_completion=False)
+    app.command(context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})(main)
+    app()
