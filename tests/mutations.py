@@ -8,6 +8,7 @@ notice. Exits with 1 if one survives.
 """
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tabulate import tabulate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMPLEMENTATIONS = 'test_implementations.py'
+MAX_MEMORY = 16 * 2 ** 30  # of a test, in bytes: some mutations ask for more than there is
 MUTATIONS = [
     # the definition and the architecture
     ('aggregation.py', 'self.weight, 1 / len(self.sources)', 'self.weight, 1.', 'test_fidelity.py'),
@@ -111,6 +113,7 @@ def first_failure(checkout: Path, tests: str) -> str | None:
 
 def main() -> int:
     chosen = [m for m in MUTATIONS if not sys.argv[1:] or any(part in m[0] for part in sys.argv[1:])]
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     rows = []
     with TemporaryDirectory() as folder:
         checkout = Path(folder, 'checkout')
