@@ -40,7 +40,8 @@ class Run:
         config = resolve_data_config({'input_size': (3, 16, 16)}, model=self.model)
         self.loader = create_loader(
             create_dataset('', root=str(images)), config['input_size'], BATCH_SIZE, is_training=True,
-            mean=config['mean'], std=config['std'], num_workers=0, use_prefetcher=False, color_jitter=0.1, re_prob=0.2)
+            mean=config['mean'], std=config['std'], num_workers=0, persistent_workers=False, use_prefetcher=False,
+            color_jitter=0.1, re_prob=0.2)
         self.optimizer = create_optimizer_v2(self.model, opt=opt, lr=0.01, weight_decay=0.02)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, sched='cosine', num_epochs=EPOCHS, warmup_epochs=1, step_on_epochs=False,

@@ -35,10 +35,15 @@ def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
         if not target.is_file():
             repository, _, revision = repo_id.partition('@')
             with incomplete.open('ab') as file:
-                if file.tell() < checkpoint.bytes:
-                    http_get(
-                        hf_hub_url(repository, HUB_FILE, revision=revision or None), file, resume_size=file.tell(),
-                        headers=build_hf_headers(), displayed_filename=checkpoint.file)
+                while (begin := file.tell()) < checkpoint.bytes:
+                    try:
+                        http_get(
+                            hf_hub_url(repository, HUB_FILE, revision=revision or None), file, resume_size=begin,
+                            headers=build_hf_headers(), displayed_filename=checkpoint.file)
+                        break
+                    except Exception:  # each version of huggingface_hub has its own for a connection that was lost
+                        if file.tell() == begin:
+                            raise
             sha256 = hashlib.sha256(incomplete.read_bytes()).hexdigest()
             if sha256 != checkpoint.sha256:
                 incomplete.unlink()

@@ -34,14 +34,14 @@ def exported(model) -> torch.export.ExportedProgram:
 
 def onnx_dynamo(model, path):
     pytest.importorskip('onnxscript')
-    torch.onnx.export(model, (images(2),), path / 'model.onnx', input_names=['x'], dynamo=True,
+    torch.onnx.export(model, (images(2),), str(path / 'model.onnx'), input_names=['x'], dynamo=True,
                       dynamic_shapes=({0: torch.export.Dim('batch')},))
     return onnxruntime(path / 'model.onnx')
 
 
 def onnx_legacy(model, path):
     pytest.importorskip('onnx')
-    torch.onnx.export(model, (images(2),), path / 'model.onnx', input_names=['x'], dynamo=False,
+    torch.onnx.export(model, (images(2),), str(path / 'model.onnx'), input_names=['x'], dynamo=False,
                       dynamic_axes={'x': {0: 'batch'}})
     return onnxruntime(path / 'model.onnx')
 
