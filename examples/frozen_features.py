@@ -51,8 +51,8 @@ def extract(model: torch.nn.Module, folder: Path, num_images: int | None = None)
 
 def main(
         model: str,
-        train_dir: Path,
-        test_dir: Path,
+        train_dir: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='A folder for each class.')],
+        test_dir: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='The same folders.')],
         num_train: Annotated[int | None, typer.Option(help='Training images; all by default.')] = None,
         num_test: Annotated[int | None, typer.Option(help='Test images; all by default.')] = None,
 ) -> None:
