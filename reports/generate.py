@@ -200,14 +200,15 @@ def _pruning() -> str:
 
 def _features(checkpoints: list[Checkpoint]) -> str:
     """Show what frozen features are worth beside what was trained on the same data."""
-    found = json.loads((REPORTS / 'frozen_features.json').read_text(encoding='utf-8'))
-    rows = [(what, f'{found["train images"]:,}', '', f'{found[what]:.2f}')
-            for what in ('nearest neighbours', 'linear probe')]
+    lines = (REPORTS / 'frozen_features.jsonl').read_text(encoding='utf-8').splitlines()
+    frozen = [json.loads(line) for line in lines]
+    rows = [(f'{what}, `{found["model"]}`', f'{found["train images"]:,}', '', f'{found[what]:.2f}')
+            for found in frozen for what in ('nearest neighbours', 'linear probe')]
     rows += [
         (f'from {f"`{c.base_model}`" if c.base_model else "random weights"}, `{c.name}`',
          f'{c.dataset["train_images"]:,}', c.epochs, f'{c.metrics["top1"]:.2f}')
-        for c in checkpoints if c.data_set == found['data']]
-    headers = (f'`{found["model"]}`', 'training images', 'epochs', f'top-1 of {found["test images"]:,}, %')
+        for c in checkpoints if c.data_set == frozen[0]['data']]
+    headers = ('', 'training images', 'epochs', f'top-1 of {frozen[0]["test images"]:,}, %')
     return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
 
 
