@@ -67,6 +67,7 @@ def test_the_share_that_is_dropped_and_the_mean():
     assert (spread.mean(0) - kept).abs().max() < 5 * spread.std(0).max() / 100_000 ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('implementation', FAST)
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('batch', [1, 6])

@@ -150,6 +150,7 @@ def test_network_of_any_memory_format_trains_as_the_reference(batch, of_weights,
     assert_same(model, LAYOUTS[of_images](torch.randn(batch, 3, 24, 24, dtype=torch.float64)), 'auto', 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('implementation', FAST)
 @pytest.mark.parametrize('batch', [1, 4])
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -426,6 +427,7 @@ def test_forward_mode_is_refused_and_says_what_to_do():
         assert torch.autograd.forward_ad.unpack_dual(module(dual)).tangent is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('module', [
     block(2, 2), block(3, 2, drop_path_rates=(0., .3, .5)), block(3, 2, connection_drop_rate=0.3),
