@@ -5,7 +5,6 @@
 
 What this script does not know goes to train.py.
 """
-import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -50,6 +49,7 @@ def parameter_groups(
 
 
 def start_from_latest(self: CrossLayerDepthwiseConv2d) -> None:
+    """Take the place of `reset_parameters`, which starts from the mean."""
     nn.init.zeros_(self.weight)
     nn.init.ones_(self.weight[:, :, -1:])
     nn.init.zeros_(self.bias)
@@ -57,8 +57,8 @@ def start_from_latest(self: CrossLayerDepthwiseConv2d) -> None:
 
 def main(
         context: typer.Context,
-        lr_scale: Annotated[float, typer.Option(help='Times the learning rate of what is no matrix.')] = 1.,
-        weight_decay: Annotated[float | None, typer.Option(help="The recipe's by default.")] = None,
+        lr_scale: Annotated[float, typer.Option(help="Of their learning rate, to what is no matrix's.")] = 1.,
+        weight_decay: Annotated[float | None, typer.Option(help="Of them alone; the recipe's by default.")] = None,
         start: Annotated[Start, typer.Option(help='From the mean of the layers or from the latest one.')] = Start.mean,
         optimizer: Annotated[Optimizer, typer.Option(help="What timm's Muon does with them.")] = Optimizer.fallback,
 ) -> None:
@@ -66,9 +66,8 @@ def main(
     create_optimizer = timm.optim.create_optimizer_v2
 
     def create(model: nn.Module, **kwargs: Any) -> torch.optim.Optimizer:
-        groups = functools.partial(
-            parameter_groups, weight_decay=kwargs['weight_decay'], lr_scale=lr_scale, cross_layer_decay=weight_decay)
-        return create_optimizer(model, **kwargs, param_group_fn=lambda model: list(groups(model)))
+        groups = list(parameter_groups(model, kwargs['weight_decay'], lr_scale, weight_decay))
+        return create_optimizer(model, **kwargs, param_group_fn=lambda _: groups)
 
     timm.optim.create_optimizer_v2 = create
     if start == Start.latest:
