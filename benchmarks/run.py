@@ -56,6 +56,7 @@ BATCH = {
 AUTOCAST_SIZE = {'cpu': {'delugenet122': 64, 'delugenet146': 32}, 'cuda': SIZE}[DEVICE]
 PEERS = [
     'delugenet122 resnet200', 'delugenet122 densenet161', 'delugenet92 wide_resnet50_2', 'delugenet92 resnet152']
+BASELINES = ('resnetlike146_3x3', 'resnetlike146_1x1')
 LENGTHS = (8, 16, 24, 32, 48, 64)
 MAX_DISAGREEMENT = 0.15  # of the rounds of a side: interquartile range, of the median
 MAX_LOAD = 1.15  # of the reference kernel's times: the longest, of the shortest
@@ -207,6 +208,14 @@ def measure_training(name: str, autocast: bool = False) -> dict[str, Any]:
     ]}
 
 
+def measure_baselines(name: str) -> dict[str, Any]:
+    x = images(BATCH['autocast'][name], AUTOCAST_SIZE[name])
+    seconds = median_seconds({side: training_step(create(side), x, autocast=True) for side in (name, *BASELINES)})
+    return {
+        'seconds': seconds, 'conditions': f'training, {describe(x)}, bf16 autocast',
+        'images_per_second': {side: len(x) / s for side, s in seconds.items()}, 'figures': []}
+
+
 def measure_released(name: str) -> dict[str, Any]:
     from released import ReleasedDelugeNet  # the tests' reference
     x = images(BATCH['training'][name], SIZE[name])
@@ -289,7 +298,7 @@ def measure(name: str, number_of_rounds: int, threads: int) -> dict[str, Any]:
     result = {
         'inference': measure_inference, 'training': measure_training, 'peer': measure_peer, 'growth': measure_growth,
         'autocast': lambda model: measure_training(model, autocast=True), 'released': measure_released,
-        'onnxruntime': measure_onnxruntime,
+        'baselines': measure_baselines, 'onnxruntime': measure_onnxruntime,
     }[kind](*subject)
     return {
         'date': str(date.today()), 'torch': torch.__version__, 'timm': timm.__version__, 'rounds': rounds,
@@ -346,7 +355,7 @@ def main(
     machine = torch.cuda.get_device_name() if DEVICE == 'cuda' else cpu_name()
     output = output or FOLDER / 'results' / f'{slug(machine)}.json'
     names = [f'{kind} {name}' for kind in ('inference', 'training', 'autocast') for name in SIZE]
-    names += ['released delugenet146', *(f'peer {pair}' for pair in PEERS)]
+    names += ['released delugenet146', 'baselines delugenet146', *(f'peer {pair}' for pair in PEERS)]
     names += [*(f'onnxruntime {name}' for name in SIZE if DEVICE == 'cpu'), *(f'growth {n}' for n in LENGTHS)]
     chosen = fnmatch.filter(names, only)
     if not chosen:

@@ -133,8 +133,7 @@ def draw_accuracies(path: Path) -> None:
 
 def _performance() -> str:
     """Show what was measured, with a column for each machine."""
-    files = sorted((REPOSITORY / 'benchmarks' / 'results').glob('*.json'))
-    machines = [json.loads(path.read_text(encoding='utf-8')) for path in files]
+    machines = _machines()
     table: dict[str, dict[str, str]] = {}
     for machine in machines:
         for name, row in machine['rows'].items():
@@ -147,9 +146,15 @@ def _performance() -> str:
                  headers='keys', tablefmt='github', disable_numparse=True),
         *map(_conditions, machines),
         *(f'![Cost of a layer against the length of its block, {machine["machine"]}]'
-          f'(benchmarks/results/{path.stem}.png)'
-          for path, machine in zip(files, machines) if path.with_suffix('.png').exists()),
+          f'(benchmarks/results/{machine["figure"].name})'
+          for machine in machines if machine['figure'].exists()),
     ))
+
+
+def _machines() -> list[dict[str, Any]]:
+    """Read what benchmarks/run.py measured on each machine, and where it drew its figure."""
+    files = sorted((REPOSITORY / 'benchmarks' / 'results').glob('*.json'))
+    return [{**json.loads(path.read_text(encoding='utf-8')), 'figure': path.with_suffix('.png')} for path in files]
 
 
 def _pruning() -> str:
@@ -213,7 +218,10 @@ def _features(checkpoints: list[Checkpoint]) -> str:
 
 
 def _baselines(zoo: list[ModelReport]) -> str:
-    """Compare the errors of networks that one recipe trained, seed by seed."""
+    """Compare networks that one recipe trained: the error of each seed, and how fast a training step is."""
+    speeds = {
+        f'images/s, {row["conditions"]}, {machine["machine"]}': row['images_per_second']
+        for machine in _machines() if (row := machine['rows'].get('baselines delugenet146'))}
     rows = []
     for report in zoo:
         errors = []
@@ -223,10 +231,11 @@ def _baselines(zoo: list[ModelReport]) -> str:
             errors.append(100 - float(last['eval_top1']))
         if errors:
             rows.append((
-                f'`{report.name}`', f'{report.params:,}', f'{report.paper_flops / 1e9:.2f}', f'{mean(errors):.2f}',
+                f'`{report.name}`', f'{report.params:,}', f'{report.paper_flops / 1e9:.2f}',
+                *(f'{speed[report.name]:.0f}' for speed in speeds.values()), f'{mean(errors):.2f}',
                 ', '.join(f'{error:.2f}' for error in errors), int(last['epoch']) + 1,
                 f'{PUBLISHED[report.name].top1_error["cifar100"]:.2f}'))
-    headers = ('', 'parameters', 'GFLOPs, paper’s way', 'error %, mean', 'of each seed', 'epochs',
+    headers = ('', 'parameters', 'GFLOPs, paper’s way', *speeds, 'error %, mean', 'of each seed', 'epochs',
                'paper: error %, 300 epochs')
     return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
 

@@ -46,7 +46,7 @@ def _network(name: str) -> Any:
 
 @lru_cache(maxsize=4)
 def _pruned(name: str, fraction: float) -> nn.Module:
-    return prune_connections(_network(name), fraction)
+    return prune_connections(_network(name), fraction) if fraction else _network(name)
 
 
 @lru_cache(maxsize=4)
