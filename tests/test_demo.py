@@ -6,6 +6,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from shutil import which
 
 import pytest
@@ -17,8 +18,9 @@ from test_cli import invoke
 gr = pytest.importorskip('gradio')
 
 from timm_deluge import prune_connections  # noqa: E402
-from timm_deluge.demo import MAX_PIXELS, answer, grad_cam, launch_page  # noqa: E402
+from timm_deluge.demo import MAX_PIXELS, answer, create_page, grad_cam, launch_page  # noqa: E402
 from timm_deluge.predict import EXAMPLE_IMAGE, predict  # noqa: E402
+from timm_deluge.weights import find_checkpoint  # noqa: E402
 
 NAME = 'delugenet146.muon8_cifar100'
 
@@ -37,6 +39,14 @@ def test_the_answer_is_the_networks():
     probabilities = prune_connections(model, 0.1)(x)[0].softmax(-1)
     assert list(left.values()) == pytest.approx(probabilities.tolist(), abs=1e-4)
     assert facts.startswith('460 of 511 connections and ') and ' of 47 layers are left' in facts
+
+
+def test_only_networks_on_this_machine_are_offered(monkeypatch):
+    here = find_checkpoint(*NAME.split('.'))
+    elsewhere = replace(here, tag='elsewhere_cifar100', file='elsewhere.safetensors')
+    monkeypatch.setattr('timm_deluge.demo.list_checkpoints', lambda: [here, elsewhere])
+    (dropdown,) = (block for block in create_page(NAME).blocks.values() if isinstance(block, gr.Dropdown))
+    assert [name for name, _ in dropdown.choices] == [NAME]
 
 
 def test_without_a_picture_there_is_no_answer():

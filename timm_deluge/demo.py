@@ -1,5 +1,5 @@
 """The page of `timm-deluge demo`: what a network sees in a picture, where, and what without some connections."""
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -18,7 +18,6 @@ from torch import nn
 
 from .aggregation import CrossLayerDepthwiseConv2d
 from .connectivity import block_connectivity, draw_connectivity, read_state_dict
-from .delugenet import DelugeBlock
 from .images import ImageError, read_image
 from .predict import EXAMPLE_IMAGE, class_labels
 from .prune import prune_connections
@@ -39,19 +38,17 @@ Every layer of a [DelugeNet](https://arxiv.org/abs/1611.05552) sees all earlier 
 learned weight for each channel: a connection. Drop a picture, and take connections away."""
 
 
-@lru_cache(maxsize=4)
+@cache
 def _network(name: str) -> Any:
     return timm.create_model(name, pretrained=True).eval().to(memory_format=torch.channels_last)
 
 
 @lru_cache(maxsize=4)
-def _pruned(name: str, fraction: float) -> nn.Module:
-    return prune_connections(_network(name), fraction) if fraction else _network(name)
-
-
-@lru_cache(maxsize=4)
-def _fast(name: str, fraction: float) -> nn.Module:
-    return reparameterize_model(_pruned(name, fraction))
+def _fast(name: str, fraction: float) -> tuple[nn.Module, int]:
+    """Get a network without its weakest connections, reparameterised, and how many of them are left."""
+    pruned = prune_connections(_network(name), fraction)
+    connections = [len(m.sources) for m in pruned.modules() if isinstance(m, CrossLayerDepthwiseConv2d)]
+    return reparameterize_model(pruned, inplace=True), sum(connections)
 
 
 def grad_cam(model: Any, x: torch.Tensor) -> torch.Tensor:
@@ -117,25 +114,20 @@ def answer(
         picture = read_image(Path(path))
     except ImageError as error:
         raise gr.Error(f'This picture cannot be used: {error}', print_exception=False) from None
-    model, fraction = _network(name), percent / 100
+    model = _network(name)
+    (whole, num_connections), (rest, num_left) = _fast(name, 0.), _fast(name, percent / 100)
     config = resolve_data_config(model=model)
     x = create_transform(**config)(picture)[None].contiguous(memory_format=torch.channels_last)
-    probabilities, times = _time_together([_fast(name, 0.), _fast(name, fraction)], x)
+    probabilities, times = _time_together([whole, rest], x)
     labels = [label.replace('_', ' ') for label in class_labels(find_checkpoint(*name.split('.', 1)))]
-    whole, left = (dict(zip(labels, values.tolist())) for values in probabilities)
+    before, after = (dict(zip(labels, values.tolist())) for values in probabilities)
     overlay = _lay_over(grad_cam(model, x), picture, config['crop_pct'])
-    return whole, overlay, left, _describe(name, fraction, times)
-
-
-def _describe(name: str, fraction: float, times: list[float]) -> str:
-    connections = [
-        sum(len(module.sources) for module in network.modules() if isinstance(module, CrossLayerDepthwiseConv2d))
-        for network in (_pruned(name, fraction), _network(name))]
     layers = [
-        sum(len(module.layers) for module in network.modules() if isinstance(module, kind))
-        for network, kind in ((_fast(name, fraction), FusedDelugeBlock), (_network(name), DelugeBlock))]
-    return (f'{connections[0]} of {connections[1]} connections and {layers[0]} of {layers[1]} layers are left. An '
-            f'image takes {times[1]:.1f} ms here, instead of {times[0]:.1f} ms.')
+        sum(len(module.layers) for module in network.modules() if isinstance(module, FusedDelugeBlock))
+        for network in (whole, rest)]
+    facts = (f'{num_left} of {num_connections} connections and {layers[1]} of {layers[0]} layers are left. An image '
+             f'takes {times[1]:.1f} ms here, instead of {times[0]:.1f} ms.')
+    return before, overlay, after, facts
 
 
 @lru_cache(maxsize=8)
@@ -144,7 +136,7 @@ def _draw(name: str) -> Figure:
 
 
 def create_page(default: str) -> gr.Blocks:
-    """Make the page.
+    """Make the page, with all networks read from this machine beforehand.
 
     Args:
         default: The checkpoint that is chosen at first, `<model>.<tag>`.
@@ -152,6 +144,9 @@ def create_page(default: str) -> gr.Blocks:
     Raises:
         CheckpointError: If there is no such checkpoint, or its file is not what the manifest says.
     """
+    names = [c.name for c in list_checkpoints() if c.files]
+    for name in names:
+        _network(name)
     answer(str(EXAMPLE_IMAGE), default, 10)
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION)
@@ -160,7 +155,6 @@ def create_page(default: str) -> gr.Blocks:
                 picture = gr.Image(
                     label='Picture', type='filepath', image_mode=None, sources=['upload', 'clipboard'], height=320)
                 gr.Examples([[str(EXAMPLE_IMAGE)]], [picture], label='Example')
-                names = [c.name for c in list_checkpoints()]
                 network = gr.Dropdown(names, value=default, label='Network')
             with gr.Column():
                 classes = gr.Label(label='What it sees', num_top_classes=5)
