@@ -28,6 +28,8 @@ from timm_deluge.weights import Checkpoint, list_checkpoints, load_checkpoint
 REPORTS = Path(__file__).resolve().parent
 REPOSITORY = REPORTS.parent
 AGGREGATIONS = ('cross_layer', 'scalar', 'last', 'residual')
+CROSS_LAYER_WEIGHTS = {
+    'as in the recipes': 'fallback', '`--optimizer muon`': 'muon', '`--weight-decay 0`': 'no_decay'}
 RESULT_HEADERS = ('training loss', 'error %', 'epochs')
 PEERS = ['resnetv2_101', 'resnetv2_152', 'resnet200', 'wide_resnet50_2', 'densenet161']
 
@@ -51,6 +53,8 @@ def generate() -> dict[Path, str]:
     readme = _replace_block(readme, 'pruning', _pruning())
     readme = _replace_block(readme, 'features', _features(checkpoints))
     readme = _replace_block(readme, 'baselines', _baselines(zoo))
+    readme = _replace_block(readme, 'learning rates', _learning_rates())
+    readme = _replace_block(readme, 'cross-layer weights', _cross_layer_weights())
     readme = _replace_block(readme, 'aggregations', _aggregations())
     readme = _replace_block(readme, 'connection drop', _connection_drop())
     texts = {REPOSITORY / 'MODEL_CARD.md': model_card(checkpoints), REPOSITORY / 'README.md': readme}
@@ -238,6 +242,26 @@ def _baselines(zoo: list[ModelReport]) -> str:
     headers = ('', 'parameters', 'GFLOPs, paper’s way', *speeds, 'error %, mean', 'of each seed', 'epochs',
                'paper: error %, 300 epochs')
     return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
+
+
+def _learning_rates() -> str:
+    """Compare the errors of networks after an epoch at each of some learning rates, of one recipe and seed."""
+    errors: dict[str, dict[str, str]] = {}
+    for path in sorted((REPORTS / 'learning_rates').glob('*.csv')):
+        model, _, rate = path.stem.partition('.')
+        errors.setdefault(model, {})[f'error %, {rate}'] = _result(path)[1]
+    rows = [{'': f'`{model}`', **of_rates} for model, of_rates in errors.items()]
+    return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
+
+
+def _cross_layer_weights() -> str:
+    """Compare the errors of one network by how its cross-layer weights learn, of one recipe, seed by seed."""
+    rows = []
+    for options, name in CROSS_LAYER_WEIGHTS.items():
+        results = [_result(path) for path in sorted((REPORTS / 'cross_layer_weights').glob(f'{name}.*.csv'))]
+        losses, errors, epochs = zip(*results)
+        rows.append((options, ', '.join(losses), ', '.join(errors), epochs[0]))
+    return tabulate(rows, ('', *RESULT_HEADERS), tablefmt='github', disable_numparse=True)
 
 
 def _aggregations() -> str:
