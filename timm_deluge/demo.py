@@ -142,7 +142,7 @@ def create_page(default: str) -> gr.Blocks:
         default: The checkpoint that is chosen at first, `<model>.<tag>`.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or its file is not what the manifest says.
+        CheckpointError: If there is no such checkpoint, or the file of any is not what the manifest says.
     """
     names = [c.name for c in list_checkpoints() if c.files]
     for name in names:
