@@ -120,10 +120,10 @@ def create(name: str, reparameterized: bool = False, dtype: torch.dtype = torch.
     return to_device(reparameterize_model(model, inplace=True) if reparameterized else model, dtype)
 
 
-def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
+def inference(model: nn.Module, x: torch.Tensor, implementation: str = 'auto') -> Callable[[], Any]:
     @torch.inference_mode()
     def run() -> None:
-        set_implementation('auto')
+        set_implementation(implementation)
         model(x)
     model.eval()
     return run
@@ -167,21 +167,29 @@ def peak_bytes(step: Callable[[], Any]) -> int:
 
 def measure_inference(name: str) -> dict[str, Any]:
     x = images(BATCH['inference'][name], SIZE[name])
-    seconds = median_seconds({
+    sides = {
         'fp32': inference(create(name, True), x),
         'R fp32': inference(create(name, True, aggregation='residual'), x),
-        'bf16': inference(create(name, True, torch.bfloat16), x.bfloat16()),
-        'R bf16': inference(create(name, True, torch.bfloat16, aggregation='residual'), x.bfloat16()),
         'as trained, fp32': inference(create(name), x),
-    })
+        'layer by layer, fp32': inference(create(name), x, 'reference'),
+    }
+    if has_bfloat16():
+        sides['bf16'] = inference(create(name, True, torch.bfloat16), x.bfloat16())
+        sides['R bf16'] = inference(create(name, True, torch.bfloat16, aggregation='residual'), x.bfloat16())
+    seconds = median_seconds(sides)
     what = f'inference, `{name}`, {describe(x)}'
     bar = {'delugenet122': 1.05, 'delugenet146': 1.10}[name]
-    return {'seconds': seconds, 'figures': [
-        figure(f'{what}, fp32: time, of R', seconds['fp32'] / seconds['R fp32'], at_most=bar),
+    of_bfloat16 = [
         figure(f'{what}, bf16: time, of R', seconds['bf16'] / seconds['R bf16']),
         figure(f'{what}, bf16: faster than fp32', seconds['fp32'] / seconds['bf16'], at_least=2.),
-        figure(f'{what}, fp32: faster by `reparameterize_model`', seconds['as trained, fp32'] / seconds['fp32'],
-               at_least=1.25 if name == 'delugenet122' else None),
+    ] if has_bfloat16() else []
+    return {'seconds': seconds, 'figures': [
+        figure(f'{what}, fp32: time, of R', seconds['fp32'] / seconds['R fp32'], at_most=bar),
+        *of_bfloat16,
+        figure(f'{what}, fp32: faster by `reparameterize_model`',
+               seconds['layer by layer, fp32'] / seconds['fp32'], at_least=1.25 if name == 'delugenet122' else None),
+        figure(f'{what}, fp32: faster as trained than layer by layer',
+               seconds['layer by layer, fp32'] / seconds['as trained, fp32']),
     ]}
 
 
@@ -316,12 +324,21 @@ def measure_calmly(name: str, number_of_rounds: int, threads: int) -> dict[str, 
     return {**min(runs, key=lambda run: run['disagreement']), 'runs': len(runs)}
 
 
-def cpu_name() -> str:
-    """Name the processor, and AMX or no more than AVX2: virtual machines give several processors one name."""
+def cpu_info() -> tuple[str, list[str]]:
+    """Get the processor's name and what it can do."""
     path = Path('/proc/cpuinfo')
     info = dict(re.findall(r'^(model name|flags)\s*: (.+)$', path.read_text(), re.MULTILINE)) if path.exists() else {}
-    name = info.get('model name', platform.processor())
-    flags = info.get('flags', '').split()
+    return info.get('model name', platform.processor()), info.get('flags', '').split()
+
+
+def has_bfloat16() -> bool:
+    """Tell whether bfloat16 is more than emulated here."""
+    return DEVICE == 'cuda' or not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpu_info()[1])
+
+
+def cpu_name() -> str:
+    """Name the processor, and AMX or no more than AVX2: virtual machines give several processors one name."""
+    name, flags = cpu_info()
     if 'amx_bf16' in flags:
         return f'{name} with AMX'
     return f'{name} with AVX2 alone' if 'avx2' in flags and 'avx512f' not in flags else name
@@ -357,6 +374,8 @@ def main(
     names = [f'{kind} {name}' for kind in ('inference', 'training', 'autocast') for name in SIZE]
     names += ['released delugenet146', 'baselines delugenet146', *(f'peer {pair}' for pair in PEERS)]
     names += [*(f'onnxruntime {name}' for name in SIZE if DEVICE == 'cpu'), *(f'growth {n}' for n in LENGTHS)]
+    if not has_bfloat16():
+        names = [name for name in names if not name.startswith(('autocast', 'baselines'))]
     chosen = fnmatch.filter(names, only)
     if not chosen:
         raise typer.BadParameter(f'{only!r} fits none of: {", ".join(names)}', param_hint='--only')

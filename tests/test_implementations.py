@@ -307,12 +307,39 @@ def test_an_interrupted_backward_pass_leaves_nothing_behind():
         torch.autograd.grad(module(x).square().sum(), module.layers[0].conv1.weight))
 
 
+@pytest.mark.parametrize('implementation', FAST)
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode):
-    module, x = block().eval(), torch.randn(4, 6, 5, 7)
-    with mode():
-        y = module(x)
-    assert_near(y, module(x).detach(), 1e-5)
+@pytest.mark.parametrize('training', [True, False])
+def test_without_gradients(implementation, mode, training, monkeypatch):
+    module, x = block(depth=9).train(training), torch.randn(4, 6, 5, 7)
+    found, calls = {}, fused_calls(monkeypatch)
+    for name in ('reference', implementation):
+        set_implementation(name)
+        run = copy.deepcopy(module)
+        with mode():
+            found[name] = {'y': run(x), **dict(run.named_buffers())}
+    assert len(calls) == 1
+    for name, expected in found['reference'].items():
+        assert_near(found[implementation][name], expected, 1e-4, name)
+
+
+def test_statistics_that_are_a_mean_over_all_batches(monkeypatch):
+    module, calls = block().train(), fused_calls(monkeypatch)
+    for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = None
+    batches = [0.5 + torch.randn(4, 6, 5, 7) for _ in range(3)]
+    found = {}
+    for name in ('reference', 'auto'):
+        set_implementation(name)
+        run = copy.deepcopy(module)
+        with torch.no_grad():
+            for x in batches:
+                run(x)
+        found[name] = dict(run.named_buffers())
+    assert len(calls) == len(batches)
+    for name, expected in found['reference'].items():
+        assert_near(found['auto'][name], expected, 1e-5, name)
 
 
 def kept_bytes(model, x):
@@ -755,7 +782,7 @@ def test_an_explanation_names_the_implementation_and_what_is_against_it(caplog):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     with torch.no_grad():
-        assert all('reparameterize_model' in found.reason for found in explain_implementation(model, x).values())
+        assert explain_implementation(model, x) == dict.fromkeys(names, ('aten', None))
         fused = timm.utils.reparameterize_model(model.eval())
         assert explain_implementation(fused, x)['stages.1'] == ('aten', None)
     assert 'gradients are wanted' in explain_implementation(fused, x)['stages.1'].reason

@@ -75,13 +75,13 @@ def _why_not_plain(module: nn.Module) -> str | None:
     if isinstance(module, nn.Conv2d) and not (
             module.bias is None and module.groups == 1 and module.padding_mode == 'zeros'):
         return 'was replaced by another kind of convolution'
-    if isinstance(module, nn.BatchNorm2d) and not (module.track_running_stats and module.momentum is not None):
-        return 'has no running statistics, or averages them over all batches'
+    if isinstance(module, nn.BatchNorm2d) and not module.track_running_stats:
+        return 'has no running statistics'
     return None
 
 
 def _why_not_fused(module: nn.Module, x: torch.Tensor) -> str | None:
-    """Get the reason why a module's `forward_fused` cannot train in the place of `forward`, None if it can.
+    """Get the reason why a module's `forward_fused` cannot take the place of `forward`, None if it can.
 
     Args:
         module: The module, whose children are all what `forward_fused` takes them for, but for a transition.
@@ -90,8 +90,6 @@ def _why_not_fused(module: nn.Module, x: torch.Tensor) -> str | None:
     reason = why_not_fast(x)
     if reason:
         return reason
-    if not torch.is_grad_enabled():
-        return 'no gradients are wanted; for inference there is timm.utils.reparameterize_model'
     if isinstance(module, DelugeBlock) and not len(module.layers):
         return 'there are no layers'
     if x.numel() <= x.shape[1]:
@@ -106,16 +104,16 @@ def _why_not_fused(module: nn.Module, x: torch.Tensor) -> str | None:
     return None
 
 
-class FusedTrainingModule(nn.Module):
-    """A module that trains, where it can, through a path that keeps less for the backward pass."""
+class FusedModule(nn.Module):
+    """A module that takes, where it can, a path of less memory traffic, which keeps less for the backward pass."""
 
     @torch.jit.ignore
-    def trains_fused(self, x: torch.Tensor) -> bool:
+    def runs_fused(self, x: torch.Tensor) -> bool:
         """Whether `forward` takes that path."""
         return takes_fast_path(self, x, _why_not_fused(self, x))
 
 
-class CompositeLayer(FusedTrainingModule):
+class CompositeLayer(FusedModule):
     """Composite layer: a pre-activation bottleneck without a shortcut of its own."""
 
     def __init__(
@@ -151,7 +149,7 @@ class CompositeLayer(FusedTrainingModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self.trains_fused(x):
+            if self.runs_fused(x):
                 return self.forward_fused(x)
         return self.bottleneck(self.norm1(x))
 
@@ -192,7 +190,7 @@ class ProjectionLayer(CompositeLayer):
         return self.shortcut(x) + self.bottleneck(x)
 
 
-class BlockTransition(FusedTrainingModule):
+class BlockTransition(FusedModule):
     """Block transition: BN and a strided 3x3 convolution, without ReLU.
 
     Its cross-layer convolution is the last one of the block before.
@@ -214,7 +212,7 @@ class BlockTransition(FusedTrainingModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self.trains_fused(x):
+            if self.runs_fused(x):
                 return norm_act_conv(x, self.norm, self.conv)
         return self.conv(self.norm(x))
 
@@ -268,7 +266,7 @@ class ResidualBlock(nn.Module):
         return x
 
 
-class DelugeBlock(FusedTrainingModule, ResidualBlock):
+class DelugeBlock(FusedModule, ResidualBlock):
     """Block whose layers see a cross-layer depthwise convolution of all earlier outputs (paper, Eq. 1)."""
 
     def __init__(
@@ -309,7 +307,7 @@ class DelugeBlock(FusedTrainingModule, ResidualBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.transition(x)
         if not torch.jit.is_scripting():
-            if self.trains_fused(x):
+            if self.runs_fused(x):
                 return self.forward_fused(x)
         outputs = [self.norm(x)]
         for layer, norm, drop_path, cross_layer in zip(self.layers, self.norms, self.drop_paths, self.cross_layers):

@@ -36,9 +36,12 @@ def norm_act_conv(
 
 def norm_args(norm: Any) -> tuple[torch.Tensor, torch.Tensor, bool, float, float]:
     """Count a batch normalisation's call, and take what ATen needs of it besides its parameters."""
+    momentum = norm.momentum
     if norm.training:
         norm.num_batches_tracked.add_(1)
-    return norm.running_mean, norm.running_var, norm.training, norm.momentum, norm.eps
+        if momentum is None:  # the statistics are a mean over all batches
+            momentum = 1 / norm.num_batches_tracked.item()
+    return norm.running_mean, norm.running_var, norm.training, momentum, norm.eps
 
 
 def statistics(
