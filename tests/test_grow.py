@@ -1,0 +1,94 @@
+"""A deeper network made of a trained one computes the same, and learns to use its additional layers."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_implementations import assert_near, restore_implementation  # noqa: F401
+from test_prune import DEPTHS, network
+from test_reparameterize import assert_same_function, away_from_start
+
+from timm_deluge import insert_layers, prune_connections, remove_layers, set_implementation
+from timm_deluge.delugenet import DelugeNet
+
+DEEPER, LAYERS = (6, 7), [[1, 4], [2, 3, 5]]  # one less of the first block's layers: that one gives h_0
+
+
+def deeper(depths=DEEPER, widths=(4, 8), **kwargs) -> DelugeNet:
+    torch.manual_seed(1)
+    return away_from_start(DelugeNet(depths, widths, num_classes=5, stem_type='cifar', **kwargs))
+
+
+def differentiate(model, x):
+    model.train()
+    loss = F.cross_entropy(model(x), torch.arange(len(x)) % 5)
+    names, parameters = zip(*model.named_parameters())
+    return loss, dict(zip(names, torch.autograd.grad(loss, parameters)))
+
+
+@pytest.mark.parametrize('layers', [LAYERS, [[3, 4], [4, 5, 6]], [[1, 2], [1, 2, 3]]])
+@pytest.mark.parametrize('aggregation', ['cross_layer', 'scalar'])
+def test_it_computes_the_same(aggregation, layers):
+    model, larger = network(aggregation=aggregation), deeper(aggregation=aggregation)
+    before = [copy.deepcopy(m.state_dict()) for m in (model, larger)]
+    grown = insert_layers(model, larger, layers)
+    x = torch.randn(4, 3, 16, 16)
+    assert_same_function(grown.eval(), model.eval(), x)
+    larger.load_state_dict(grown.state_dict())
+    assert_same_function(larger.eval(), model, x)
+    for m, expected in zip((model, deeper(aggregation=aggregation)), before):
+        for name, tensor in m.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize('implementation', ['reference', 'auto'])
+def test_it_trains_as_the_same_and_begins_to_listen(implementation):
+    set_implementation(implementation)
+    model, x = network().double(), torch.randn(4, 3, 16, 16).double()
+    grown = insert_layers(model, deeper().double(), LAYERS)
+    loss, grads = differentiate(grown, x)
+    expected_loss, expected = differentiate(model, x)
+    assert_near(loss, expected_loss, 1e-9)
+    for name in ('stem.conv.weight', 'stages.0.transition.conv2.weight', 'head.fc.weight'):
+        assert_near(grads[name], expected[name], 1e-8, name)
+    assert_near(grads['stages.1.layers.4.conv2.weight'], expected['stages.1.layers.2.conv2.weight'], 1e-8)
+    assert not grads['stages.1.layers.3.conv2.weight'].any()  # additional: nothing listens to it yet
+    listening = grads['stages.1.cross_layers.6.weight'][:, 0, :, 0]
+    assert listening[:, 4].abs().min() > 0
+
+    with torch.no_grad():
+        for name, parameter in grown.named_parameters():
+            parameter -= 0.1 * grads[name]
+    _, grads = differentiate(grown, x)
+    assert grads['stages.1.layers.3.conv2.weight'].abs().max() > 0
+
+
+def test_it_undoes_the_removal_of_layers():
+    model = network()
+    layers = [[1], [1, 3]]
+    shallower = remove_layers(model, layers)
+    again = insert_layers(shallower, model, layers)
+    additional = model.stages[1].layers[3]
+    assert torch.equal(again.stages[1].layers[3].conv2.weight, additional.conv2.weight)
+    once_more = remove_layers(again, layers)
+    for name, tensor in shallower.state_dict().items():
+        assert torch.equal(once_more.state_dict()[name], tensor), name
+
+
+def test_what_does_not_fit_is_named():
+    model = network()
+    with pytest.raises(ValueError, match='got 1 for 2 blocks and 2 of the deeper network'):
+        insert_layers(model, deeper(), [[1]])
+    with pytest.raises(ValueError, match='got 2 for 2 blocks and 0 of the deeper network'):
+        insert_layers(model, deeper(aggregation='residual'), LAYERS)
+    with pytest.raises(ValueError, match=r'block 0 has 3 layers, and 5 .*: expected 2 numbers from 1 to 4, got'):
+        insert_layers(model, deeper(), [[0, 1], []])
+    with pytest.raises(ValueError, match=r'block 1 has 4 layers.*expected 3 numbers from 1 to 6, got \[2\]'):
+        insert_layers(model, deeper(), [[1, 2], [2]])
+    with pytest.raises(ValueError, match='block 1 has 16 channels, in the deeper network 24'):
+        insert_layers(model, deeper(widths=(4, 12)), LAYERS)
+    for pruned in (
+            prune_connections(model, 0.3), prune_connections(model, 0.3, unit='channel'), network(aggregation='last')):
+        with pytest.raises(ValueError, match='block 0 has connections that are gone: insert layers before pruning'):
+            insert_layers(pruned, deeper(), LAYERS)
+    assert [len(block.layers) for block in model.stages] == [DEPTHS[0] - 1, DEPTHS[1]]

@@ -1,0 +1,72 @@
+"""A trained network with additional layers, which computes the same until training connects them.
+
+This undoes `timm_deluge.remove_layers`: nothing listens to an additional layer at first, and the cross-layer
+convolution behind it hands on what the layer took itself.
+"""
+import copy
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .aggregation import CrossLayerDepthwiseConv2d
+from .delugenet import DelugeBlock
+
+__all__ = ['insert_layers']
+
+
+def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collection[int]]) -> nn.Module:
+    """Insert composite layers of another network, each with a cross-layer convolution behind it.
+
+    Args:
+        model: A DelugeNet, not reparameterised; left as it is.
+        deeper: One with as many layers as are to be there, of the same widths, from which the additional ones are
+            taken; left as it is.
+        layers: Of each block, the numbers that the additional layers have in the deeper network, from 1 on: layer 0
+            takes h_0 before it is normalised, as no other layer does.
+
+    Returns:
+        The deeper network. It gives what `model` gives, in training, too. The additional layers learn as soon as the
+        weights with which others listen to them, zero at first, have learned.
+
+    Raises:
+        ValueError: If the networks or the layers do not fit together, or a cross-layer convolution does not hear all
+            layers before it.
+    """
+    grown = copy.deepcopy(model)
+    blocks: list[Any] = [block for block in grown.modules() if isinstance(block, DelugeBlock)]
+    donors: list[Any] = [block for block in deeper.modules() if isinstance(block, DelugeBlock)]
+    if not len(blocks) == len(donors) == len(layers):
+        raise ValueError(
+            f'layers: expected those of each block of two DelugeNets, got {len(layers)} for {len(blocks)} blocks and '
+            f'{len(donors)} of the deeper network')
+    for i, (block, donor, additional) in enumerate(zip(blocks, donors, layers)):
+        depth = len(donor.layers)
+        if not set(additional) <= set(range(1, depth)) or len(block.layers) + len(set(additional)) != depth:
+            raise ValueError(
+                f'layers: block {i} has {len(block.layers)} layers, and {depth} in the deeper network: expected '
+                f'{depth - len(block.layers)} numbers from 1 to {depth - 1}, got {sorted(additional)}')
+        if block.norm.num_features != donor.norm.num_features:
+            raise ValueError(
+                f'block {i} has {block.norm.num_features} channels, in the deeper network {donor.norm.num_features}')
+        if any(conv.mask is not None or len(conv.sources) != conv.num_layers for conv in block.cross_layers):
+            raise ValueError(f'block {i} has connections that are gone: insert layers before pruning')
+        for number in sorted(set(additional)):
+            for name in ('layers', 'norms', 'drop_paths'):
+                getattr(block, name).insert(number, copy.deepcopy(getattr(donor, name)[number]))
+            block.cross_layers.insert(number, copy.deepcopy(block.cross_layers[number - 1]))
+        sources = [0, *(number + 1 for number in range(depth) if number not in additional)]
+        for number, conv in enumerate(block.cross_layers):
+            _listen_to(conv, sources[:conv.num_layers], number + 2)
+    return grown
+
+
+@torch.no_grad()
+def _listen_to(conv: CrossLayerDepthwiseConv2d, sources: list[int], num_layers: int) -> None:
+    """Give a cross-layer convolution more layers: those it has are `sources` of them, all others weigh nothing."""
+    for name, parameter in list(conv.named_parameters()):
+        rows = parameter.new_zeros(*parameter.shape[:2], num_layers, 1)
+        rows[:, :, sources] = parameter
+        setattr(conv, name, nn.Parameter(rows, parameter.requires_grad))
+    conv.sources, conv.num_layers = list(range(num_layers)), num_layers
