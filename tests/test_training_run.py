@@ -77,6 +77,7 @@ def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
     checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert weights.list_checkpoints() == [checkpoint] == [weights.find_checkpoint('resnetlike146_1x1', 'test_noise')]
     weights.verify_checkpoint(checkpoint)
+    assert checkpoint.path.stat().st_mode & 0o777 == 0o644
     assert checkpoint.class_names == ['class_0', 'class_5', 'class_10']  # timm's natural order
     assert (checkpoint.epochs, checkpoint.seed, checkpoint.mean) == (8, 42, [0.4, 0.4, 0.4])
     assert (checkpoint.dataset['train_images'], checkpoint.dataset['test_images']) == (6, 21)
@@ -209,6 +210,10 @@ def test_a_run_may_start_from_what_was_made_of_a_published_checkpoint(run_dir, d
         add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE)
     with pytest.raises(weights.CheckpointError, match="resnetlike146_1x1 has no checkpoint with the tag 'absent'"):
         add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model='resnetlike146_1x1.absent')
+    moved = start.rename(tmp_path / 'moved.safetensors')
+    with pytest.raises(FileNotFoundError, match='start.safetensors: the run started from this file, which is'):
+        add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model=base.name)
+    moved.rename(start)
     made = add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model=base.name)
     assert (made.base_model, made.epochs) == (base.name, 8)
     changed = weights.load_checkpoint(base)

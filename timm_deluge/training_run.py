@@ -183,6 +183,7 @@ def write_weights(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, A
         split = len(parts) > 1
         whole = _account(f'{name}.safetensors', joined_bytes(state_dict)) if split else parts[0]
         for path in written:
+            path.chmod(0o644)  # safetensors leaves a file to its owner alone
             path.replace(weights_dir() / path.name)
     return {**whole, 'parts': parts if split else []}
 
@@ -199,6 +200,9 @@ def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
     """Hold what a run started from against the checkpoint of which it was made: their ends are the same."""
     if not initial_checkpoint:
         raise ValueError(f'the run had no --initial-checkpoint that could have been made of {base.name}')
+    if not Path(initial_checkpoint).is_file():
+        raise FileNotFoundError(f'{initial_checkpoint}: the run started from this file, which is not there; make it of '
+                                f'{base.name} again')
     tensors, of_base = load_state_dict(initial_checkpoint), load_checkpoint(base)
     for name in ('stem.conv.weight', 'head.fc.weight'):
         if name not in tensors or not torch.equal(tensors[name].float(), of_base[name].float()):
