@@ -186,7 +186,7 @@ def measure_inference(name: str) -> dict[str, Any]:
     return {'seconds': seconds, 'figures': [
         figure(f'{what}, fp32: time, of R', seconds['fp32'] / seconds['R fp32'], at_most=bar),
         *of_bfloat16,
-        figure(f'{what}, fp32: faster by `reparameterize_model`',
+        figure(f'{what}, fp32: faster by `reparameterize_model` than layer by layer',
                seconds['layer by layer, fp32'] / seconds['fp32'], at_least=1.25 if name == 'delugenet122' else None),
         figure(f'{what}, fp32: faster as trained than layer by layer',
                seconds['layer by layer, fp32'] / seconds['as trained, fp32']),
@@ -378,7 +378,8 @@ def main(
         names = [name for name in names if not name.startswith(('autocast', 'baselines'))]
     chosen = fnmatch.filter(names, only)
     if not chosen:
-        raise typer.BadParameter(f'{only!r} fits none of: {", ".join(names)}', param_hint='--only')
+        without = '' if has_bfloat16() else '; autocast and baselines need a processor with bfloat16'
+        raise typer.BadParameter(f'{only!r} fits none of: {", ".join(names)}{without}', param_hint='--only')
     before = json.loads(output.read_text())['rows'] if output.exists() else {}
     load = os.getloadavg()[0]
     measured = {name: measure_calmly(name, rounds, threads) for name in track(chosen, description='Measuring')}

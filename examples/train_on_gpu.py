@@ -1,6 +1,6 @@
 """Train by a recipe of timm's train.py on one GPU, in minutes: images stay on the device, and a step is one CUDA graph.
 
-    python examples/train_on_gpu.py $(timm-deluge recipe cifar100_delugenet146_gpu) cifar100 --output output/gpu
+    python examples/train_on_gpu.py $(timm-deluge recipe cifar100_delugenet146_muon40) cifar100 --output output/muon40
 
 A step of a narrow, deep network is thousands of kernels of microseconds, more than a processor can launch in that time;
 a graph launches them all at once. Images are cropped, flipped and erased as timm does it, a batch at a time. What is

@@ -63,6 +63,13 @@ def test_it_trains_as_the_same_and_begins_to_listen(implementation):
     assert grads['stages.1.layers.3.conv2.weight'].abs().max() > 0
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_additional_layers_are_in_the_mode_and_type_of_the_others(training):
+    grown = insert_layers(network().double().train(training), deeper().train(not training), LAYERS)
+    assert {module.training for module in grown.modules()} == {training}
+    assert {tensor.dtype for tensor in grown.state_dict().values()} == {torch.float64, torch.int64}
+
+
 def test_it_undoes_the_removal_of_layers():
     model = network()
     layers = [[1], [1, 3]]
@@ -85,10 +92,12 @@ def test_what_does_not_fit_is_named():
         insert_layers(model, deeper(), [[0, 1], []])
     with pytest.raises(ValueError, match=r'block 1 has 4 layers.*expected 3 numbers from 1 to 6, got \[2\]'):
         insert_layers(model, deeper(), [[1, 2], [2]])
+    with pytest.raises(ValueError, match='block 0 has 5 layers, but 3 in the deeper network'):
+        insert_layers(deeper(), model, LAYERS)
     with pytest.raises(ValueError, match='block 1 has 16 channels, in the deeper network 24'):
         insert_layers(model, deeper(widths=(4, 12)), LAYERS)
     for pruned in (
             prune_connections(model, 0.3), prune_connections(model, 0.3, unit='channel'), network(aggregation='last')):
-        with pytest.raises(ValueError, match='block 0 has connections that are gone: insert layers before pruning'):
+        with pytest.raises(ValueError, match='block 0 has .* that do not hear all layers: insert layers before'):
             insert_layers(pruned, deeper(), LAYERS)
     assert [len(block.layers) for block in model.stages] == [DEPTHS[0] - 1, DEPTHS[1]]

@@ -14,6 +14,7 @@ from forked import Forked
 from released import ReleasedDelugeNet
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_deluge
 from timm_deluge import explain_implementation
@@ -323,6 +324,35 @@ def test_without_gradients(implementation, mode, training, monkeypatch):
         assert_near(found[implementation][name], expected, 1e-4, name)
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_what_watches_every_operator_or_module_sees_them(training):
+    model, x = DelugeNet((3, 3), (4, 8), num_classes=5, stem_type='cifar').train(training), torch.randn(2, 3, 16, 16)
+    flops = {}
+    for implementation in ('reference', 'auto'):
+        set_implementation(implementation)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x)
+        flops[implementation] = counter.get_total_flops()
+    assert flops['auto'] == flops['reference'] > 0
+
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        handle.remove()
+    assert set(model.stages[1].layers) | set(model.stages[1].cross_layers) <= seen
+
+
+def test_a_normalisation_with_parameters_takes_the_reference(monkeypatch):
+    module, calls = block().train(), fused_calls(monkeypatch)
+    module.norms[1] = nn.BatchNorm2d(6)
+    nn.init.uniform_(module.norms[1].weight)
+    assert_same(module, torch.randn(4, 6, 5, 7), 'auto', 1e-4)
+    assert not calls
+
+
 def test_statistics_that_are_a_mean_over_all_batches(monkeypatch):
     module, calls = block().train(), fused_calls(monkeypatch)
     for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -593,6 +623,21 @@ def test_triton_runs_where_asked_for():
     assert timm_deluge.ops.choose_backend(torch.empty(0).double()) is aten
 
 
+def test_triton_that_does_not_compile_is_left_alone(monkeypatch, caplog):
+    triton = pytest.importorskip('timm_deluge.ops.triton')
+    find = timm_deluge.ops.implementation._triton.__wrapped__
+    device = torch.device('cpu')  # where conftest.py has Triton interpret its kernels
+    assert find(device) is triton
+
+    def fail(*_):
+        raise RuntimeError('Failed to find C compiler')
+    monkeypatch.setattr(triton, 'combine', fail)
+    assert find(device) is None
+    assert 'do not run on cpu: Failed to find C compiler' in caplog.text
+    monkeypatch.setattr(timm_deluge.ops.implementation, '_has_triton', lambda: False)
+    assert find(device) is None
+
+
 @pytest.mark.parametrize('name', FAST[1:])
 def test_backends_agree_on_every_pair_of_layouts(name):
     backend = importlib.import_module(f'timm_deluge.ops.{name}')
@@ -785,6 +830,7 @@ def test_an_explanation_names_the_implementation_and_what_is_against_it(caplog):
         assert explain_implementation(model, x) == dict.fromkeys(names, ('aten', None))
         fused = timm.utils.reparameterize_model(model.eval())
         assert explain_implementation(fused, x)['stages.1'] == ('aten', None)
+        assert explain_implementation(fused, x)['stages.1.transition'].reason == 'norm was reparameterised'
     assert 'gradients are wanted' in explain_implementation(fused, x)['stages.1'].reason
 
     model.stages[1].layers[0].norm2.register_forward_hook(lambda *_: None)

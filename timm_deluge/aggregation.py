@@ -2,7 +2,7 @@
 
 The paper's cross-layer depthwise convolution has a weight per source layer and channel. The two others leave out the
 one or the other, which shows what each is worth. All are special cases of the first: their `kernel` is one of its
-weights, with which they train. A pruned convolution is one of fewer source layers.
+weights, with which they take the fused path. A pruned convolution is one of fewer source layers.
 """
 from collections.abc import Sequence
 from typing import Any

@@ -68,6 +68,8 @@ def _why_not_plain(module: nn.Module) -> str | None:
     plain_types = (
         nn.ModuleList, CompositeLayer, nn.Conv2d, nn.BatchNorm2d, BatchNormAct2d, nn.ReLU, nn.Identity, DropPath,
         *AGGREGATIONS.values())
+    if isinstance(module, (ChannelAffine, InferenceConv2d)):
+        return 'was reparameterised'
     if type(module) not in plain_types:
         return f'was replaced by a {type(module).__name__}'
     if has_hooks(module):
@@ -93,14 +95,18 @@ def _why_not_fused(module: nn.Module, x: torch.Tensor) -> str | None:
     if isinstance(module, DelugeBlock) and not len(module.layers):
         return 'there are no layers'
     if x.numel() <= x.shape[1]:
-        return f'an input {list(x.shape)} has too few values for statistics'
+        return f'an input {list(x.shape)} has no more than one value for each channel'
     for name, part in module.named_modules():
         if part is not module and not name.startswith('transition'):
             reason = _why_not_plain(part)
             if reason:
                 return f'{name} {reason}'
-    if isinstance(module, DelugeBlock) and len({bool(c.training and c.drop_rate) for c in module.cross_layers}) == 2:
-        return 'only some of the cross-layer convolutions drop connections'
+    if isinstance(module, DelugeBlock):
+        if len({bool(c.training and c.drop_rate) for c in module.cross_layers}) == 2:
+            return 'only some of the cross-layer convolutions drop connections'
+        norms: Any = (module.norm, *module.norms)
+        if any(norm.affine for norm in norms):
+            return 'the normalisation of a layer has parameters of its own'
     return None
 
 

@@ -27,8 +27,9 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
             takes h_0 before it is normalised, as no other layer does.
 
     Returns:
-        The deeper network. It gives what `model` gives, in training, too. The additional layers learn as soon as the
-        weights with which others listen to them, zero at first, have learned.
+        The deeper network. It gives what `model` gives, in training, too, but for what is drawn there. The additional
+        layers keep their rates of stochastic depth; they learn as soon as the weights with which others listen to them,
+        zero at first, have learned.
 
     Raises:
         ValueError: If the networks or the layers do not fit together, or a cross-layer convolution does not hear all
@@ -40,9 +41,11 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
     if not len(blocks) == len(donors) == len(layers):
         raise ValueError(
             f'layers: expected those of each block of two DelugeNets, got {len(layers)} for {len(blocks)} blocks and '
-            f'{len(donors)} of the deeper network')
+            f'{len(donors)} of the deeper network; a reparameterised network has none')
     for i, (block, donor, additional) in enumerate(zip(blocks, donors, layers)):
         depth = len(donor.layers)
+        if depth < len(block.layers):
+            raise ValueError(f'block {i} has {len(block.layers)} layers, but {depth} in the deeper network')
         if not set(additional) <= set(range(1, depth)) or len(block.layers) + len(set(additional)) != depth:
             raise ValueError(
                 f'layers: block {i} has {len(block.layers)} layers, and {depth} in the deeper network: expected '
@@ -51,10 +54,13 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
             raise ValueError(
                 f'block {i} has {block.norm.num_features} channels, in the deeper network {donor.norm.num_features}')
         if any(conv.mask is not None or len(conv.sources) != conv.num_layers for conv in block.cross_layers):
-            raise ValueError(f'block {i} has connections that are gone: insert layers before pruning')
+            raise ValueError(
+                f'block {i} has cross-layer convolutions that do not hear all layers: insert layers before pruning, '
+                f"and not with aggregation='last'")
         for number in sorted(set(additional)):
             for name in ('layers', 'norms', 'drop_paths'):
-                getattr(block, name).insert(number, copy.deepcopy(getattr(donor, name)[number]))
+                part = copy.deepcopy(getattr(donor, name)[number]).to(block.cross_layers[0].weight)
+                getattr(block, name).insert(number, part.train(block.training))
             block.cross_layers.insert(number, copy.deepcopy(block.cross_layers[number - 1]))
         sources = [0, *(number + 1 for number in range(depth) if number not in additional)]
         for number, conv in enumerate(block.cross_layers):

@@ -23,7 +23,7 @@ def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None
     """Set all running statistics to their mean over some batches.
 
     Args:
-        model: The model; in the mode it was in afterwards.
+        model: The model; afterwards in the mode it was in.
         batches: Images ``[N, in_chans, H, W]``, a hundred or more in each, of all classes mixed.
     """
     was_training = model.training
@@ -33,11 +33,13 @@ def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None
     for norm in norms:
         norm.reset_running_stats()
         norm.train().momentum = None
-    for images in batches:
-        model(images)
-    model.train(was_training)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
+    try:
+        for images in batches:
+            model(images)
+    finally:
+        model.train(was_training)
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
 
 
 def settle_on_folder(model: nn.Module, folder: Path, num_images: int, seed: int) -> None:

@@ -65,7 +65,7 @@ def add_checkpoint(
             authors; the accuracy is measured with and without them.
         class_descriptions: What the names of the class folders stand for; may know more names than there are.
         base_model: Name of the published checkpoint of which the first run's `--initial-checkpoint` was made, as by
-            `timm_deluge.remove_layers`.
+            `timm_deluge.remove_layers` or `timm_deluge.insert_layers`; of two, the one that its classifier is of.
         img_size: Size of the images that it is for, and measured on; the run's if None.
         settled_images: Number of training images, as they are in inference and of that size, from which the running
             statistics are taken anew; the run's statistics if None.
@@ -202,7 +202,7 @@ def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
         raise ValueError(f'the run had no --initial-checkpoint that could have been made of {base.name}')
     if not Path(initial_checkpoint).is_file():
         raise FileNotFoundError(f'{initial_checkpoint}: the run started from this file, which is not there; make it of '
-                                f'{base.name} again')
+                                f'{base.name} again, or go to the folder in which the run was started')
     tensors, of_base = load_state_dict(initial_checkpoint), load_checkpoint(base)
     for name in ('stem.conv.weight', 'head.fc.weight'):
         if name not in tensors or not torch.equal(tensors[name].float(), of_base[name].float()):

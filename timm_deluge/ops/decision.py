@@ -72,4 +72,5 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether calls of a module, or their gradients, are watched."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook())

@@ -1,4 +1,4 @@
-"""Cross-layer depthwise convolutions for training: nothing normalised is kept, and every gradient is summed once.
+"""Cross-layer depthwise convolutions, made for training: nothing normalised is kept, and every gradient is summed once.
 
 Two facts save memory and time. A layer's normalisation ``(h - mean) * invstd`` is affine, so that its statistics go
 into each consumer's weights, and the normalised layer is never written down. And the gradient of a layer's output,

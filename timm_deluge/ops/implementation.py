@@ -27,7 +27,7 @@ def set_implementation(name: str) -> None:
     Args:
         name: One of
 
-            * 'auto': the fused training path and, in a reparameterised model, several sums from a pass over layers;
+            * 'auto': the fused path and, in a reparameterised model, several sums from a pass over layers;
               by Triton's kernels on a CUDA device where Triton is installed, by C++ loops on a CPU where they compile,
               else by ATen's operators. The default.
             * 'reference': differentiable operators only, layer by layer: for debugging, and for forward-mode
@@ -74,6 +74,8 @@ def why_not_fast(x: torch.Tensor) -> str | None:
         return 'float16 on a CPU is more exact in the reference'
     if torch._C._are_functorch_transforms_active():
         return 'a torch.func transform is active'
+    if torch._C._len_torch_dispatch_stack():
+        return 'a dispatch mode is active, such as FlopCounterMode, which has to see every operator'
     return None
 
 
@@ -81,10 +83,12 @@ def choose_backend(x: torch.Tensor) -> Backend:
     """Get the backend that serves a tensor, by its device and dtype, and by what was set."""
     if _implementation in ('auto', 'cpp') and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
         return _cpp(x.dtype) or aten
-    wanted = _implementation == 'triton' or (_implementation == 'auto' and x.is_cuda and _has_triton())
-    if wanted and x.dtype is not torch.float64:  # the kernels sum in float32
-        from . import triton
-        return triton
+    if x.dtype is not torch.float64:  # Triton's kernels sum in float32
+        if _implementation == 'triton':
+            from . import triton
+            return triton
+        if _implementation == 'auto' and x.is_cuda:
+            return _triton(x.device) or aten
     return aten
 
 
@@ -102,6 +106,22 @@ def _cpp(dtype: torch.dtype) -> Backend | None:
             'g++ (Debian, Ubuntu: apt install g++), or the one that the environment variable CXX names: %s', error)
         return None
     return cpp
+
+
+@cache
+def _triton(device: torch.device) -> Backend | None:
+    """Get Triton's kernels, or None where it is not installed, or, with one warning, where they do not compile."""
+    if not _has_triton():
+        return None
+    from . import triton
+    one = torch.ones(1, 1, 1, 1, device=device)
+    try:
+        triton.combine([one], [one], [one[0]])
+    except Exception as error:  # of the compiler that it needs, or of the device
+        _logger.warning(
+            "ATen's operators take the place of Triton's kernels, which do not run on %s: %s", device, error)
+        return None
+    return triton
 
 
 @cache

@@ -34,8 +34,11 @@ def norm_act_conv(
         (conv.stride, conv.padding, conv.dilation), recompute)
 
 
-def norm_args(norm: Any) -> tuple[torch.Tensor, torch.Tensor, bool, float, float]:
-    """Count a batch normalisation's call, and take what ATen needs of it besides its parameters."""
+def norm_args(norm: Any) -> tuple[torch.Tensor, torch.Tensor, bool, float | None, float]:
+    """Count a batch normalisation's call in training, and take what ATen needs of it besides its parameters.
+
+    In evaluation, which does not use it, the momentum may be None.
+    """
     momentum = norm.momentum
     if norm.training:
         norm.num_batches_tracked.add_(1)
