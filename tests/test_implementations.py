@@ -1,5 +1,6 @@
 """Every implementation gives the reference's numbers, and whatever one does with a model works on every path."""
 import copy
+import gc
 import importlib
 import inspect
 import itertools
@@ -13,6 +14,7 @@ import torch
 from forked import Forked
 from released import ReleasedDelugeNet
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,7 +80,7 @@ def differentiate(module, x, implementation, context=None):
     torch.manual_seed(1)  # for stochastic depth
     with context or torch.enable_grad():
         y = module(x)
-    (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    (y.float() * torch.linspace(-1, 1, y.numel(), dtype=torch.float32).view(y.shape)).sum().backward()
     found = {'y': y.detach(), 'x': x.grad}
     found.update((f'{name}.grad', p.grad) for name, p in module.named_parameters())
     found.update((name, b) for name, b in module.named_buffers())
@@ -322,6 +324,107 @@ def test_without_gradients(implementation, mode, training, monkeypatch):
     assert len(calls) == 1
     for name, expected in found['reference'].items():
         assert_near(found[implementation][name], expected, 1e-4, name)
+
+
+def live_outputs(monkeypatch) -> list:
+    """References to the memory of all layers' outputs from now on."""
+    references = []
+    forward = CompositeLayer.forward_fused
+
+    def noting(self, *args):
+        y = forward(self, *args)
+        references.append(StorageWeakRef(y.untyped_storage()))
+        return y
+    monkeypatch.setattr(CompositeLayer, 'forward_fused', noting)
+    return references
+
+
+@pytest.mark.parametrize(
+    'case', ['whole', 'ends above', 'below frozen', 'interrupted', 'differentiated', 'no gradients'])
+def test_no_memory_outlives_its_use(case, monkeypatch):
+    module, x = block(depth=6).train(), torch.randn(4, 6, 5, 7)
+    references = live_outputs(monkeypatch)
+    if case == 'below frozen':
+        module.requires_grad_(False)
+        module.layers[3].requires_grad_(True)
+    if case == 'no gradients':
+        with torch.no_grad():
+            module(x)
+    elif case == 'ends above':
+        torch.autograd.grad(module(x).square().sum(), module.layers[5].conv3.weight)
+    elif case == 'interrupted':
+        handle = module.layers[2].conv2.weight.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            module(x).square().sum().backward()
+        handle.remove()
+        torch.ones(1, requires_grad=True).backward()  # until the next pass, PyTorch keeps what is left of this one
+    elif case == 'differentiated':
+        x.requires_grad_()
+        [grad] = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        del grad
+    else:
+        module(x).square().sum().backward()
+    gc.collect()
+    assert len(references) == 6
+    assert all(reference.expired() for reference in references)
+
+
+@pytest.mark.parametrize('of_weight', [False, True])
+def test_second_derivatives_of_a_single_layer(of_weight):
+    found = {}
+    for implementation in ('reference', 'auto'):
+        set_implementation(implementation)
+        module, x = block(1, 2).double().train(), torch.linspace(-1, 2, 140).sin().view(5, 4, 1, 7).double()
+        x.requires_grad_()
+        variable = module.layers[0].conv3.weight if of_weight else x
+        [grad] = torch.autograd.grad(module(x).mul(x.detach()).sum(), variable, create_graph=True)
+        parameters = [p for name, p in module.named_parameters() if not name.endswith('bias')]
+        found[implementation] = torch.autograd.grad(grad.square().sum(), [x, *parameters], allow_unused=True)
+    for actual, expected in zip(found['auto'], found['reference']):
+        zeros = torch.zeros(1).double()
+        assert_near(zeros if actual is None else actual, zeros if expected is None else expected, 1e-9)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_another_default_dtype(dtype):
+    module, x = block().train(), torch.randn(4, 6, 5, 7)
+    expected = differentiate(module, x, 'reference')
+    torch.set_default_dtype(dtype)
+    try:
+        actual = differentiate(module, x, 'auto')
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ('y', 'x', 'layers.0.conv1.weight.grad', 'cross_layers.2.weight.grad', 'norms.1.running_var'):
+        assert_near(actual[name], expected[name], 1e-4, name)
+
+
+def test_a_forward_that_was_replaced_is_called(monkeypatch):
+    module, x = block().eval(), torch.randn(4, 6, 5, 7)
+    conv, calls = module.layers[1].conv2, []
+    conv.forward = lambda x: calls.append(x) or type(conv).forward(conv, x)
+    with torch.no_grad():
+        module(x)
+    assert len(calls) == 1
+    assert 'layers.1.conv2 has hooks' in explain_implementation(module, x)[''].reason
+
+
+def test_padding_by_name(monkeypatch):
+    module = block().train()
+    conv = module.layers[1].conv2
+    module.layers[1].conv2 = nn.Conv2d(3, 3, 3, padding='same', bias=False)
+    module.layers[1].conv2.load_state_dict(conv.state_dict())
+    assert_same(module, torch.randn(4, 6, 5, 7), 'auto', 1e-4)
+
+
+def test_more_tiles_than_a_grid_has_are_left_to_aten(monkeypatch):
+    triton, calls = pytest.importorskip('timm_deluge.ops.triton'), []
+    monkeypatch.setattr(triton, 'MAX_TILES', 0)
+    for name in 'combine', 'combine_backward':
+        function = getattr(aten, name)
+        monkeypatch.setattr(aten, name, lambda *args, f=function, **kwargs: calls.append(f) or f(*args, **kwargs))
+    assert_same(block().train(), torch.randn(4, 6, 5, 7), 'triton', 1e-4)
+    assert len(set(calls)) == 2
 
 
 @pytest.mark.parametrize('training', [True, False])

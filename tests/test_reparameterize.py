@@ -141,6 +141,16 @@ def test_threads_do_not_share_a_workspace():
             torch.testing.assert_close(actual, x)
 
 
+def test_hooks_of_sums_are_called():
+    model = timm.create_model('delugenet146', depths=(3, 3), widths=(4, 8)).eval()
+    fused, seen = reparameterize_model(model), []
+    for conv in (fused.stages[1].cross_layers[0], fused.stages[0].last_cross_layer):
+        conv.register_forward_hook(lambda module, *_: seen.append(module))
+    with torch.no_grad():
+        fused(torch.randn(2, 3, 16, 16))
+    assert seen == [fused.stages[0].last_cross_layer, fused.stages[1].cross_layers[0]]
+
+
 def test_reordered_weights_follow_the_parameters(tmp_path):
     model = reparameterize_model(trained()).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)

@@ -33,7 +33,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 
 from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
-from .ops import FusedCrossLayers, has_hooks, norm_act_conv, takes_fast_path, why_not_fast
+from .ops import FusedCrossLayers, Recompute, has_hooks, norm_act_conv, takes_fast_path, why_not_fast
 from .pretrained import checkpoint_filter_fn, choose_checkpoint
 from .reparameterize import ChannelAffine, FusedDelugeBlock, InferenceConv2d, fold_into_conv, fuse_block
 from .weights import list_checkpoints
@@ -75,7 +75,8 @@ def _why_not_plain(module: nn.Module) -> str | None:
     if has_hooks(module):
         return 'has hooks'
     if isinstance(module, nn.Conv2d) and not (
-            module.bias is None and module.groups == 1 and module.padding_mode == 'zeros'):
+            module.bias is None and module.groups == 1 and module.padding_mode == 'zeros'
+            and not isinstance(module.padding, str)):
         return 'was replaced by another kind of convolution'
     if isinstance(module, nn.BatchNorm2d) and not module.track_running_stats:
         return 'has no running statistics'
@@ -160,7 +161,7 @@ class CompositeLayer(FusedModule):
         return self.bottleneck(self.norm1(x))
 
     @torch.jit.ignore
-    def forward_fused(self, x: torch.Tensor, recompute: Callable[[], torch.Tensor] | None = None) -> torch.Tensor:
+    def forward_fused(self, x: torch.Tensor, recompute: Recompute | None = None) -> torch.Tensor:
         """The same, keeping only x, unless it can be recomputed, and the first two outputs for the backward pass."""
         x = norm_act_conv(x, self.norm1, self.conv1, recompute)
         x = norm_act_conv(x, self.norm2, self.conv2)

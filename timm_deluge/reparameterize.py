@@ -64,7 +64,7 @@ class InferenceConv2d(nn.Conv2d):
         if bias is not None:
             self.bias = nn.Parameter(bias)
         self.relu = relu
-        self._reordered: tuple[Any, torch.Tensor] | None = None
+        self._reordered: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Convolve.
@@ -121,8 +121,8 @@ class InferenceConv2d(nn.Conv2d):
         version = None if self.weight.is_inference() else self.weight._version
         key = self.weight.data_ptr(), version, size
         kept = self._reordered  # once: another thread may replace it
-        if kept is None or kept[0] != key:
-            kept = self._reordered = key, reorder(self.weight)
+        if kept is None or kept[0] != key:  # the weight is held, lest another one take its address
+            kept = self._reordered = key, reorder(self.weight), self.weight.detach()
         return kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,8 +253,10 @@ class FusedDelugeBlock(nn.Module):
     @torch.jit.ignore
     def infers_fast(self, x: torch.Tensor) -> bool:
         """Whether `forward` takes `forward_fast`."""
-        gradients = 'gradients are wanted' if torch.is_grad_enabled() else None
-        return takes_fast_path(self, x, why_not_fast(x) or gradients)
+        reason = why_not_fast(x) or ('gradients are wanted' if torch.is_grad_enabled() else None)
+        if any(has_hooks(module) for module in (*self.cross_layers, self.last_cross_layer)):
+            reason = reason or 'a cross-layer convolution has hooks'
+        return takes_fast_path(self, x, reason)
 
     @torch.jit.ignore
     def forward_fast(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,12 @@ from .fused_training import FusedCrossLayers
 from .implementation import choose_backend, get_implementation, runs_fast, set_implementation, why_not_fast
 from .layout import rows
 from .memory import split_batch, workspace
-from .norm_act_conv import norm_act_conv
+from .norm_act_conv import Recompute, norm_act_conv
 from .reference import cross_layer_depthwise_conv
 from .running_sums import running_sums
 
 __all__ = [
-    'Backend', 'Decision', 'FusedCrossLayers', 'choose_backend', 'cross_layer_depthwise_conv', 'explain_implementation',
-    'get_implementation', 'has_hooks', 'norm_act_conv', 'rows', 'running_sums', 'runs_fast', 'set_implementation',
-    'split_batch', 'takes_fast_path', 'why_not_fast', 'workspace',
+    'Backend', 'Decision', 'FusedCrossLayers', 'Recompute', 'choose_backend', 'cross_layer_depthwise_conv',
+    'explain_implementation', 'get_implementation', 'has_hooks', 'norm_act_conv', 'rows', 'running_sums', 'runs_fast',
+    'set_implementation', 'split_batch', 'takes_fast_path', 'why_not_fast', 'workspace',
 ]

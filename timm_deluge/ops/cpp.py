@@ -64,7 +64,7 @@ def combine_backward(
     tensors, inner = same_layout([*layers, *grads])
     layers, grads = tensors[:len(layers)], tensors[len(layers):]
     outs = [torch.empty_like(layer) for layer in layers] if begun is None else list(begun)
-    dots = torch.zeros(
+    dots = layers[0].new_zeros(
         len(layers), torch.get_num_threads(), len(grads), layers[0].shape[1], dtype=torch.float64)
     _call(
         'combine_backward', layers[0], inner, grads, len(grads), _floats(weights), _floats(scales), len(layers[0]),
@@ -76,7 +76,7 @@ def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Backend.moments`."""
     check_moments(x)
     [x], inner = same_layout([x])
-    mean, var = torch.empty(x.shape[1]), torch.empty(x.shape[1])
+    mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     _call('moments', x, inner, x, mean, var)
     return mean, var
 
@@ -95,7 +95,7 @@ def norm_act_backward(
     """See `Backend.norm_act_backward`."""
     check_norm_act_backward(grad, x, y, weight=weight, bias=bias, mean=mean, invstd=invstd)
     (x, grad), inner = same_layout([x, grad])
-    weight_grad, bias_grad = torch.empty(2, x.shape[1])
+    weight_grad, bias_grad = x.new_empty(2, x.shape[1], dtype=torch.float32)
     parameters = [p.float().contiguous() for p in (weight, bias, mean, invstd)]
     _call('norm_act_backward', x, inner, grad, x, *parameters, training, relu, grad, weight_grad, bias_grad)
     return grad, weight_grad, bias_grad

@@ -70,7 +70,7 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tell whether calls of a module, or their gradients, are watched."""
+    """Tell whether calls of a module, or their gradients, are watched, or something else is called in its place."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or torch.nn.modules.module._has_any_global_hook())
+        or 'forward' in vars(module) or torch.nn.modules.module._has_any_global_hook())

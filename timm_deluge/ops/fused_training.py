@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from .implementation import choose_backend
 from .layout import same_layout
-from .norm_act_conv import FusedFunction, norm_args, normalize, statistics
+from .norm_act_conv import FusedFunction, Recompute, norm_args, normalize, statistics
 from .running_sums import running_sums
 
 __all__ = ['FusedCrossLayers']
@@ -101,14 +102,14 @@ class FusedCrossLayers:
         self._state.scales.append(scale)
         return _CrossLayer.apply(self._state, self._sums, index, weight, scale, *self._outputs)
 
-    def recompute(self) -> Callable[[], torch.Tensor] | None:
-        """Get what gives the last result again in the backward pass, for those who would keep it.
+    def recompute(self) -> Recompute | None:
+        """Get what gives the last result again in the backward pass, for the one that takes it, and would keep it.
 
         None if there is no result yet, or with stochastic depth, where all layers would have to be scaled again.
         """
         if not self._num_results or any(layer.sample_scale is not None for layer in self._layers):
             return None
-        return partial(self._state.result, self._num_results - 1)
+        return _Recompute(self._state, self._num_results - 1)
 
 
 class _Layer(NamedTuple):
@@ -137,6 +138,27 @@ def _folded_weights(
     return scale[..., None, None], shift[..., None, None]
 
 
+class _Recompute:
+    """Gives a convolution's result again.
+
+    For passes through the graph of a gradient, which pass by the layers that would say what they are, it keeps its own.
+    These come from before it, so that nothing refers in a circle.
+    """
+
+    def __init__(self, state: '_Backward', index: int) -> None:
+        self._state = state
+        self.index = index
+        self.layers: list[_Layer] = []
+        state.recomputes.add(self)
+
+    def __call__(self) -> torch.Tensor:
+        return self._state.result(self.index, self.layers)
+
+    def leave_sum(self, total: torch.Tensor) -> None:
+        """Say what the gradient of the result sums to over images and positions, ``[C]``."""
+        self._state.grad_sums[self.index] = total
+
+
 class _Backward:
     """What convolutions and layers have left behind in a backward pass through a block, the last one first.
 
@@ -152,8 +174,8 @@ class _Backward:
         self.parameters = [*weights, *biases]
         self.scales: list[torch.Tensor | None] = []  # of each convolution's connections, [l, N]
         self.folded_weights = folded_weights
+        self.recomputes: WeakSet[_Recompute] = WeakSet()
         self._pass = -1
-        self._is_differentiated = False  # passes through its graph may pass by the layers whose turn it would be
         self.clear()
 
     def begin(self) -> None:
@@ -162,22 +184,30 @@ class _Backward:
         if this_pass != self._pass:
             self.clear()
             self._pass = this_pass
-        self._is_differentiated |= torch.is_grad_enabled()
 
     def clear(self) -> None:
         self.grads: list[torch.Tensor] = []  # of each convolution's result, [N, C, H, W]
         self.weights: list[torch.Tensor] = []  # each convolution's, [l, C]
         self.grad_scales: list[torch.Tensor | None] = []  # of each convolution's connections, [l, N]
+        self.grad_sums: dict[int, torch.Tensor] = {}  # over images and positions, where they are known, [C]
         self.bias_grads: list[torch.Tensor] = []  # each convolution's, [l, C]
         self.weight_grads: list[tuple[torch.Tensor, ...]] = []  # each layer's in the convolutions above, [C]
         self.begun: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of layers below: see `_combine_backward`
         self._results: dict[int, torch.Tensor] = {}
-        if not self._is_differentiated:
-            self.layers: list[_Layer] = []  # the block's
+        self.layers: list[_Layer] = []  # the block's
 
-    def result(self, index: int) -> torch.Tensor:
-        """Convolve again, ``[N, C, H, W]``, and at once for the three before."""
-        layers = self.layers[:index + 2]
+    def take_layers(self, layers: list[_Layer]) -> None:
+        """Take the block's layers, for what is to be computed again."""
+        if torch.is_grad_enabled():
+            for recompute in self.recomputes:
+                if recompute.index + 2 <= len(layers):
+                    recompute.layers = layers[:recompute.index + 2]
+        # an output's history leads here: neither would ever be freed
+        self.layers = [layer._replace(output=layer.output.detach()) for layer in layers]
+
+    def result(self, index: int, kept: list[_Layer]) -> torch.Tensor:
+        """Convolve again, ``[N, C, H, W]``, and at once for the three before; of the layers that were kept, if any."""
+        layers = (kept or self.layers)[:index + 2]
         if torch.is_grad_enabled():
             weight, bias = map(_by_layer, self.parameters[index::len(self.parameters) // 2])
             scale = self.scales[index]
@@ -233,8 +263,11 @@ class _LayerOutput(FusedFunction):
         state = ctx.state
         tensors = iter(ctx.saved_tensors)
         layers = [_Layer(*islice(tensors, 4), *norm) for norm in ctx.norms]  # this one, and those below
+        state.begin()
+        if not state.grads:  # a pass through the graph of a gradient may come from layer 1 alone
+            return None, None, None, direct_grad, *[None] * (len(ctx.needs_input_grad) - 4)
         if len(layers) > len(state.layers):
-            state.layers = layers[::-1]
+            state.take_layers(layers[::-1])
         get_grads = _differentiable_grads if torch.is_grad_enabled() else _grads
         grad, weight_grad = get_grads(state, ctx.index, layers[:LAYERS_PER_PASS])
         state.weight_grads.append(weight_grad.unbind())
@@ -351,8 +384,11 @@ class _CrossLayer(FusedFunction):
         elif torch.is_grad_enabled():
             bias_grad = grad.sum((0, 2, 3), dtype=weight.dtype).expand_as(weight)
         else:
-            mean, _ = choose_backend(grad).moments(grad)
-            bias_grad = (mean * (grad.numel() / grad.shape[1])).expand_as(weight)
+            total = state.grad_sums.pop(ctx.index, None)
+            if total is None:
+                mean, _ = choose_backend(grad).moments(grad)
+                total = mean * (grad.numel() / grad.shape[1])
+            bias_grad = total.expand_as(weight)
         state.grads.append(grad)
         state.weights.append(weight)
         state.grad_scales.append(scale)

@@ -41,7 +41,7 @@ def workspace(num_tensors: int, like: torch.Tensor) -> Iterator[list[torch.Tenso
     memory = _thread.__dict__.pop('memory', None)
     if memory is None or len(memory) < size:
         with torch.inference_mode(False):
-            memory = torch.empty(size, dtype=torch.uint8)
+            memory = torch.empty(size, dtype=torch.uint8, device='cpu')
     try:
         tensors = memory[:size].view(like.dtype).view(num_tensors, n, h, w, c)
         yield list(tensors.permute(0, 1, 4, 2, 3).unbind())

@@ -1,6 +1,5 @@
 """Batch normalisation, ReLU or nothing, and convolution that keep only their input for the backward pass."""
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +8,26 @@ from torch import nn
 from .conv import conv2d, conv2d_backward
 from .implementation import choose_backend
 
-__all__ = ['FusedFunction', 'norm_act_conv', 'norm_args', 'normalize', 'statistics']
+__all__ = ['FusedFunction', 'Recompute', 'norm_act_conv', 'norm_args', 'normalize', 'statistics']
+
+
+class Recompute(Protocol):
+    """What gives the input of a fused convolution again in the backward pass."""
+
+    def __call__(self) -> torch.Tensor:
+        """Compute it, ``[N, C, H, W]``."""
+        ...
+
+    def leave_sum(self, total: torch.Tensor) -> None:
+        """Take the sum of its gradient over images and positions, ``[C]``."""
+        ...
 
 
 def norm_act_conv(
         x: torch.Tensor,
         norm: Any,
         conv: nn.Conv2d,
-        recompute: Callable[[], torch.Tensor] | None = None,
+        recompute: Recompute | None = None,
 ) -> torch.Tensor:
     """Apply ``conv(norm(x))``, and in the backward pass normalise again instead of keeping what was normalised.
 
@@ -24,7 +35,7 @@ def norm_act_conv(
         x: ``[N, C, H, W]``.
         norm: BN with affine parameters and running statistics, and ReLU where it has one, as timm's `BatchNormAct2d`.
         conv: Convolution without bias.
-        recompute: Gives x in the backward pass, so that it is not kept either.
+        recompute: Gives x in the backward pass, so that it is not kept either. Nothing else may take x.
 
     Returns:
         ``[N, C', H', W']``.
@@ -127,6 +138,9 @@ class _NormActConv(FusedFunction):
             grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
         grad_x, grad_norm_weight, grad_norm_bias = choose_backend(x).norm_act_backward(
             grad_y, x, y, norm_weight, norm_bias, mean, invstd, ctx.training, ctx.relu)
+        if ctx.recompute:  # in training, a gradient through a batch normalisation has no mean
+            ctx.recompute.leave_sum(
+                torch.zeros_like(mean) if ctx.training else norm_weight * invstd * grad_norm_bias)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 8

@@ -46,9 +46,10 @@ def running_sums(
         known = entering(range(num_known), group)
         weights, biases = zip(*(folded_weights(i, known, True) for i in group))
         sums = combine([layers[n] for n in known], weights, biases, outs and outs[first:group.stop], relu)
-        yield sums[0]
-        for i, begun in zip(group[1:], sums[1:]):
+        yield sums.pop(0)  # nor is one kept that was handed out
+        for i in group[1:]:
             new = entering(range(num_known, len(layers)), [i])
             weight, bias = folded_weights(i, new, False)
             weight = torch.cat([torch.ones_like(bias)[None], weight])
-            yield combine([begun, *(layers[n] for n in new)], [weight], [bias], [begun], relu)[0]
+            sums[:1] = combine([sums[0], *(layers[n] for n in new)], [weight], [bias], sums[:1], relu)
+            yield sums.pop(0)

@@ -17,6 +17,7 @@ __all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 TILE = 8192  # elements of a layer that a program works on
 ADDRESSES = 8  # that a kernel takes as its arguments
+MAX_TILES = 65535  # that CUDA counts in a grid's second dimension
 
 
 def combine(
@@ -29,11 +30,11 @@ def combine(
 ) -> list[torch.Tensor]:
     """See `Backend.combine`."""
     check_combine(layers, weights, biases, outs, scales)
-    if scales is not None:
-        return aten.combine(layers, weights, biases, outs, relu, scales)
     layers, inner = _aligned(layers)
-    outs = [torch.empty_like(layers[0]) for _ in weights] if outs is None else list(outs)
     shape, grid, block = _tiling(layers[0], inner)
+    if scales is not None or grid[0] > MAX_TILES:
+        return aten.combine(layers, weights, biases, outs, relu, scales)
+    outs = [torch.empty_like(layers[0]) for _ in weights] if outs is None else list(outs)
     with torch.cuda.device_of(layers[0]):
         # programs that read the same tile, each for another result, run beside each other
         _combine_kernel[(len(outs), *grid)](
@@ -52,13 +53,13 @@ def combine_backward(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """See `Backend.combine_backward`."""
     check_combine_backward(grads, weights, layers, means, begun, scales)
-    if scales is not None:
-        return aten.combine_backward(grads, weights, layers, means, begun, scales)
     num_layers, num_grads = len(layers), len(grads)
     tensors, inner = _aligned([*layers, *grads])
-    outs = [torch.empty_like(layer) for layer in tensors[:num_layers]] if begun is None else list(begun)
     shape, grid, block = _tiling(tensors[0], inner)
-    dots = torch.empty(grid[0], num_layers, num_grads, tensors[0].shape[1], device=tensors[0].device)
+    if scales is not None or grid[0] > MAX_TILES:
+        return aten.combine_backward(grads, weights, layers, means, begun, scales)
+    outs = [torch.empty_like(layer) for layer in tensors[:num_layers]] if begun is None else list(begun)
+    dots = tensors[0].new_empty(grid[0], num_layers, num_grads, tensors[0].shape[1], dtype=torch.float32)
     with torch.cuda.device_of(tensors[0]):
         _combine_backward_kernel[(num_layers, *grid)](
             _table([*tensors, *outs]), torch.stack(list(weights)).float(), torch.stack(list(means)).float(), tensors[0],
