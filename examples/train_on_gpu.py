@@ -70,7 +70,12 @@ def read_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns:
         Images ``[N, H, W, 3]`` of bytes, and classes ``[N]``.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{folder}: no such folder; it should hold one folder of images per class')
     dataset = create_dataset('', root=str(folder))
     paths, targets = zip(*dataset.reader.samples)
     with Pool() as pool:
@@ -251,11 +256,13 @@ def train(args: Namespace) -> dict[str, float]:
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     random_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    args.output.mkdir(parents=True)
+    if args.output.exists():
+        raise FileExistsError(f'{args.output} exists: name a folder that does not')
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    splits = [read_images(args.data_dir / split) for split in (args.val_split, args.train_split)]  # the small one first
+    test_set, (images, targets) = [[tensor.to(device) for tensor in split] for split in splits]
+    args.output.mkdir(parents=True)
     (args.output / 'args.yaml').write_text(yaml.safe_dump(plain))
-    splits = [read_images(args.data_dir / split) for split in (args.train_split, args.val_split)]
-    (images, targets), test_set = [[tensor.to(device) for tensor in split] for split in splits]
     model = timm.create_model(
         args.model, pretrained=args.pretrained, num_classes=args.num_classes, **args.model_kwargs)
     config = resolve_data_config(vars(args), model=model)

@@ -95,7 +95,7 @@ def draw_learning_curves(path: Path) -> Figure:
         loss.plot(epochs, [float(row['train_loss']) for row in rows], marker='o', label=checkpoint.name)
         error.plot(epochs, [100 - float(row['eval_top1']) for row in rows], marker='o', label=checkpoint.name)
     loss.set(title='training loss', xlabel='epoch')
-    error.set(title='error on the test images, %', xlabel='epoch')
+    error.set(title='error on the test or validation images, %', xlabel='epoch')
     for axis in (loss, error):
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -130,7 +130,7 @@ def draw_accuracies(path: Path) -> None:
                          s=90 if source == 'ours' else 30, label=source)
         axis.set(title=data, xlabel='GFLOPs', ylim=(0, 100))
         axis.set_xlim(0, 1.15 * axis.get_xlim()[1])
-    axes[0].set_ylabel('top-1 accuracy on the test images, %')
+    axes[0].set_ylabel('top-1 accuracy, %')
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
     figure.savefig(path, dpi=150)
 

@@ -32,6 +32,12 @@ def photos(tmp_path):
     return tmp_path
 
 
+def test_an_empty_name_is_not_the_current_folder(photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    result = invoke('predict', 'one.png', '')
+    assert result.exit_code == 2 and result.stdout == '' and 'an empty name' in result.stderr
+
+
 def test_predict_without_an_image_shows_the_packaged_photograph():
     result = invoke('predict')
     assert result.exit_code == 0, result.output

@@ -56,6 +56,19 @@ def test_files(state_dict, tmp_path, form):
     assert_blocks(block_connectivity(read_state_dict(str(path))))
 
 
+@pytest.mark.parametrize('name, content', [('a.safetensors', b'123'), ('a.pth', b''), ('b.pth', b'123'), ('c.pth', [])])
+def test_a_damaged_file_is_named(name, content, tmp_path):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=f'{name}: this is no checkpoint, or damaged'):
+        read_state_dict(str(path))
+    result = invoke('connectivity', path)
+    assert result.exit_code == 2 and name in result.stderr and 'Traceback' not in result.output
+
+
 def test_parts(split_weights):
     joined = block_connectivity(read_state_dict(str(split_weights[0])))
     assert [len(block.norms) for block in joined] == [7, 16, 24]

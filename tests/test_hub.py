@@ -1,6 +1,7 @@
 """A checkpoint goes to the Hugging Face Hub and comes back as it was, or not at all; the real client on our side."""
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -72,10 +73,19 @@ def test_dry_run_shows_every_file_and_publishes_nothing(server, publish, scratch
     assert not server.repos and not server.requests
 
 
-@pytest.mark.parametrize('repo_id', ['bad repo id', 'a/b/c', '', 'somebody/', 'somebody/x--y'])
+@pytest.mark.parametrize('repo_id', ['bad repo id', 'a/b/c', '', 'somebody/', 'somebody/x--y', 'delugenet146'])
 def test_a_name_that_the_hub_refuses_is_refused(scratch_weights, repo_id):
     with pytest.raises(HFValidationError, match=f'{repo_id!r}'):
         hub_files(weights.find_checkpoint('delugenet146'), repo_id)
+
+
+def test_a_repository_holds_one_checkpoint(scratch_weights):
+    checkpoint = weights.find_checkpoint('delugenet146')
+    other = replace(checkpoint, tag='test_other', hf_hub_id=REPO)
+    weights.write_manifest([checkpoint, other])
+    with pytest.raises(weights.CheckpointError, match=f'{REPO} holds delugenet146.test_other'):
+        hub_files(checkpoint, REPO)
+    assert hub_files(other, REPO)
 
 
 def test_dry_run_refuses_what_the_hub_refuses(server, publish):

@@ -345,6 +345,7 @@ def test_layers_go_from_a_pruned_network(tmp_path):
         for numbers in [[0, *(k + 1 for k in range(len(block)) if k not in removed)]]]
     assert pruned_connections(shallower) == expected
     save_pruned(shallower, tmp_path / 'shallower')
+    assert (tmp_path / 'shallower' / 'model.safetensors').stat().st_mode & 0o777 == 0o644
     again = timm.create_model(f'local-dir:{tmp_path / "shallower"}', pretrained=True).eval()
     assert [len(block.layers) for block in again.stages] == [6, 14, 21]
     assert_same_function(again, shallower, torch.randn(2, 3, 32, 32))

@@ -61,6 +61,10 @@ def test_convolutional_model_of_timm():
     assert (report.params, report.macs, report.cross_layer_macs) == (11_689_512, 1_814_073_344, 0)
 
 
+def test_other_channels_than_usual():
+    assert create_report('delugenet146', in_chans=1).input_size == (1, 32, 32)
+
+
 def test_fused_attention_counts_as_the_plain_one(monkeypatch):
     fused = create_report('vit_tiny_patch16_224')
     monkeypatch.setattr(timm.layers.config, '_USE_FUSED_ATTN', 0)

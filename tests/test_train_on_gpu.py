@@ -128,6 +128,13 @@ def test_a_run_learns_and_leaves_what_a_checkpoint_needs(images, tmp_path):
     assert (args['model'], args['epochs'], args['train_split'], args['seed']) == ('delugenet146', 6, 'train', 42)
 
 
+def test_a_folder_that_is_not_there_is_named_before_anything_is_written(images, tmp_path):
+    command = [sys.executable, EXAMPLE, recipe(tmp_path), images, '--output', tmp_path / 'run', '--val-split', 'absent']
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0 and 'absent: no such folder' in result.stderr
+    assert not (tmp_path / 'run').exists()
+
+
 def test_an_unknown_option_is_refused_by_name(example, tmp_path):
     with pytest.raises(ValueError, match='cutmix: 1.0 is not known here; train by timm'):
         example['read_recipe'](recipe(tmp_path, cutmix=1.0))

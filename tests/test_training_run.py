@@ -306,6 +306,38 @@ def test_wrong_folders_are_named(data_dir):
         create_validation_loader(model, data_dir / 'validation', 4, 0)
 
 
+def test_a_folder_of_several_splits_is_not_taken_for_one(data_dir):
+    model = timm.create_model('resnetlike146_1x1', num_classes=3)
+    model.pretrained_cfg['label_names'] = ['class_0', 'class_5', 'class_10']
+    for name in 'validation', 'test':
+        (data_dir / 'validation').rename(data_dir / name)
+        with pytest.raises(ValueError, match='is not in the folder of its class; name the folder that holds'):
+            create_validation_loader(model, data_dir, 4, 0)
+        (data_dir / name).rename(data_dir / 'validation')
+
+
+def test_classes_without_names_are_counted(data_dir):
+    model = timm.create_model('resnetlike146_1x1', num_classes=3)
+    assert len(create_validation_loader(model, data_dir / 'validation', 7, 0)) == 3
+    model = timm.create_model('resnetlike146_1x1', num_classes=4)
+    with pytest.raises(ValueError, match='it has 3 class folders, and the model 4 classes'):
+        create_validation_loader(model, data_dir / 'validation', 7, 0)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_image_that_cannot_be_read_is_not_replaced_by_another(run_dir, data_dir, weights_dir, workers):
+    model = timm.create_model('resnetlike146_1x1', num_classes=3)
+    damaged = data_dir / 'validation' / 'class_5' / '3.png'
+    damaged.write_bytes(b'no image')
+    with pytest.raises(ValueError, match=f'{damaged}: cannot be read'):
+        list(create_validation_loader(model, data_dir / 'validation', 4, workers))
+    result = CliRunner().invoke(cli.app, [
+        'weights', 'add', str(run_dir), '--tag', 't', '--data-dir', str(data_dir), '--recipe', 'cifar100_delugenet146',
+        '--dataset', 'd', '--provenance', 'p', '--hardware', 'h'])
+    assert result.exit_code == 2 and '3.png' in result.stderr and 'Traceback' not in result.stderr
+    assert not weights.list_checkpoints()
+
+
 def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_dir, data_dir, weights_dir, monkeypatch):
     published = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())

@@ -15,6 +15,7 @@ import torch
 from conftest import write_entry
 from hatchling.builders.wheel import WheelBuilder
 from huggingface_hub import save_torch_state_dict
+from test_cli import invoke
 from timm.models import adapt_input_conv
 
 from timm_deluge import weights
@@ -291,6 +292,16 @@ def test_manifest_survives_reading_and_writing(scratch_weights):
     assert json.loads(manifest.read_text()) == before
     assert sorted(p.name for p in scratch_weights.parent.iterdir()) == ['delugenet146.test_random.safetensors',
                                                                         'manifest.json']
+
+
+def test_verify_passes_over_what_the_package_leaves_out(split_weights):
+    assert 'ok' in invoke('weights', 'verify').stdout
+    split_weights[0].unlink()
+    assert invoke('weights', 'verify').exit_code == 1
+    for path in split_weights[0].parent.glob('*.safetensors*'):
+        path.unlink()
+    result = invoke('weights', 'verify')
+    assert result.exit_code == 0 and 'not here: delugenet146.test_random' in result.stdout
 
 
 def test_the_places_are_looked_through_in_order(scratch_weights, split_weights, tmp_path, monkeypatch):

@@ -29,6 +29,10 @@ def _published_error(checkpoint: Checkpoint) -> str:
     return f'{error:.2f}' if error else ''
 
 
+def _split(checkpoint: Checkpoint) -> str:
+    return checkpoint.dataset['split']
+
+
 def _start(checkpoint: Checkpoint) -> str:
     return f'`{checkpoint.base_model}`' if checkpoint.base_model else 'scratch'
 
@@ -77,7 +81,7 @@ def best_table(checkpoints: Sequence[Checkpoint]) -> str:
     return tabulate([{
         'knows': f'the {len(c.class_names)} classes of {c.dataset["name"]}, {c.input_size[1]}²',
         'load': f'`{c.name}`',
-        'right on': f'{c.metrics["top1"]:.2f} % of {c.metrics["num_images"]:,} test images',
+        'right on': f'{c.metrics["top1"]:.2f} % of {c.metrics["num_images"]:,} {_split(c)} images',
         'among its first five on': f'{c.metrics["top5"]:.2f} %',
         'the paper': f'{100 - float(_published_error(c)):.2f} %' if _published_error(c) else '',
     } for c in sorted(best.values(), key=lambda c: -c.metrics['top1'])],
@@ -126,7 +130,7 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         eval_results=[
             EvalResult(
                 task_type='image-classification', dataset_type=c.data_set, dataset_name=c.dataset['name'],
-                dataset_split='test', metric_type=metric_type, metric_name=f'{metric_name}, {c.name}',
+                dataset_split=_split(c), metric_type=metric_type, metric_name=f'{metric_name}, {c.name}',
                 metric_value=c.metrics[key],
             )
             for c in checkpoints
@@ -143,7 +147,8 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         tabulate([{
             'checkpoint': f'`{c.name}`', 'data': c.dataset['name'], 'classes': len(c.class_names),
             'top-1 %': f'{c.metrics["top1"]:.2f}', 'top-5 %': f'{c.metrics["top5"]:.2f}',
-            'test images': c.metrics['num_images'], 'epochs': c.epochs, 'hours': c.hours, 'MB': f'{c.bytes / 1e6:.1f}',
+            'of': f'{c.metrics["num_images"]:,} {_split(c)} images', 'epochs': c.epochs, 'hours': c.hours,
+            'MB': f'{c.bytes / 1e6:.1f}',
         } for c in checkpoints], headers='keys', tablefmt='github', disable_numparse=True),
         *(_checkpoint_section(c) for c in checkpoints),
         '## Use',
@@ -192,7 +197,7 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
     ]
     return '\n\n'.join([
         f'### {checkpoint.name}',
-        f'Error on {checkpoint.metrics["num_images"]:,} test images: {_error(checkpoint)} % (top-5: '
+        f'Error on {checkpoint.metrics["num_images"]:,} {_split(checkpoint)} images: {_error(checkpoint)} % (top-5: '
         f'{100 - checkpoint.metrics["top5"]:.2f} %), measured from the published fp16 file.{without}{paper}',
         *other_data,
         tabulate(rows, headers=('', checkpoint.tag), tablefmt='github', disable_numparse=True),

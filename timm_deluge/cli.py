@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from safetensors import SafetensorError
 from timm.utils import reparameterize_model
 
 from .aggregation import CrossLayerDepthwiseConv2d
@@ -56,6 +57,8 @@ class Format(str, Enum):
 
 
 def _fail(message: object) -> NoReturn:
+    if str(message).startswith('Caught '):  # by a process that loads images, with its traceback
+        message = str(message).splitlines()[-1].partition(': ')[2]
     err_console.print(f'[bold red]error:[/] {escape(str(message))}')
     raise typer.Exit(2)
 
@@ -89,6 +92,8 @@ def predict_command(
         device: Device = 'cpu',
 ) -> None:
     """Classify images. Exits with 1 if any could not be read."""
+    if '' in (images or ()):
+        _fail('an empty name names no image')
     paths = list(find_images(images or [str(EXAMPLE_IMAGE)]))
     if not paths:
         _fail('standard input named no images')
@@ -191,7 +196,7 @@ def connectivity(
         blocks = block_connectivity(read_state_dict(source))
         if output is not None:
             draw_connectivity(blocks, Path(source).name).savefig(output, dpi=150)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         _fail(f'{source}: {error}' if isinstance(error, ValueError) else error)
     if as_json:
         print(json.dumps([block.as_dict() for block in blocks], indent=2))
@@ -255,7 +260,7 @@ def prune(
         pruned = prune_connections(model, fraction, by, batches, seed, unit)
         fused = reparameterize_model(pruned)
         save_pruned(pruned, output)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         _fail(error)
     before, after = ([m for m in network.modules() if isinstance(m, CrossLayerDepthwiseConv2d)]
                      for network in (model, pruned))
@@ -301,9 +306,9 @@ def validate_command(
     try:
         model = timm.create_model(checkpoint.name, pretrained=True).eval().to(device)
         loader = create_validation_loader(model, data_dir, batch_size, workers)
+        ranks = rank_targets(model, _show_progress(loader, len(loader), 'batches'), device)
     except (RuntimeError, ValueError) as error:
         _fail(error)
-    ranks = rank_targets(model, _show_progress(loader, len(loader), 'batches'), device)
     measured = accuracy(ranks, image_names(loader), checkpoint.dataset.get('inexact', ()))
     print(json.dumps({'checkpoint': checkpoint.name, 'measured': measured, 'manifest': checkpoint.metrics}, indent=2))
     differing = any(abs(measured[key] - checkpoint.metrics[key]) > 0.05 for key in ('top1', 'top5'))
@@ -334,6 +339,8 @@ def weights_add(
             help="Size of the images that it is for; the run's if not given.", min=1)] = None,
         settled_images: Annotated[int | None, typer.Option(
             help='Take the statistics of batch normalisation anew, from that many training images.', min=1)] = None,
+        split: Annotated[str, typer.Option(
+            help="What the data set's authors call the images that it is measured on: test or validation.")] = 'test',
 ) -> None:
     """Publish a training run: write the fp16 file and the log, measure the accuracy, add all to the manifest.
 
@@ -344,7 +351,7 @@ def weights_add(
             run_dirs, tag, data_dir, recipe_name, dataset_name, provenance, hardware,
             inexact.read_text(encoding='utf-8').splitlines() if inexact else (),
             dict(csv.reader(descriptions.open(encoding='utf-8'), delimiter='\t', quoting=csv.QUOTE_NONE))
-            if descriptions else None, base_model, img_size, settled_images)
+            if descriptions else None, base_model, img_size, settled_images, split)
     except (FileNotFoundError, LookupError, RuntimeError, ValueError) as error:
         _fail(error)
     kind = 'last weights' if checkpoint.ema_decay is None else f'moving average, decay {checkpoint.ema_decay}'
@@ -366,9 +373,12 @@ def weights_list() -> None:
 
 @weights_app.command('verify')
 def weights_verify() -> None:
-    """Hold every checkpoint's file against its SHA-256. Exits with 1 if any differs."""
+    """Hold the file of every checkpoint that is here against its SHA-256. Exits with 1 if any differs."""
     failed = False
     for checkpoint in list_checkpoints():
+        if checkpoint.is_elsewhere:
+            console.print(f'not here: {checkpoint.name}', highlight=False)
+            continue
         try:
             verify_checkpoint(checkpoint)
             console.print(f'[green]ok[/]  {checkpoint.name}  {checkpoint.sha256}')

@@ -8,10 +8,12 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import load_state_dict
 
 from .aggregation import CrossLayerDepthwiseConv2d
@@ -95,10 +97,15 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
         The tensors by name; connections that were pruned from a model are zeros.
 
     Raises:
-        CheckpointError: If there is neither such a file nor such a model with weights.
+        CheckpointError: If there is neither such a file nor such a model with weights, or the file is damaged.
     """
     if Path(source).is_file():
-        return join_parts(dict(load_state_dict(source)), source)
+        try:
+            return join_parts(dict(load_state_dict(source)), source)
+        except CheckpointError:
+            raise
+        except (AttributeError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            raise CheckpointError(f'{source}: this is no checkpoint, or damaged: {error}') from error
     if Path(source).suffix in FILE_SUFFIXES:
         raise CheckpointError(f'{source}: no such file')
     if not source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(source.partition('.')[0]):

@@ -2,8 +2,8 @@
 import hashlib
 from pathlib import Path
 
-import httpx
 from huggingface_hub import hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
@@ -42,8 +42,8 @@ def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
                             hf_hub_url(repository, HUB_FILE, revision=revision or None), file, resume_size=begin,
                             headers=build_hf_headers(), displayed_filename=checkpoint.file)
                         break
-                    except httpx.TransportError:  # lost, which not every huggingface_hub takes up again
-                        if file.tell() == begin:
+                    except HTTPError as error:  # lost, which not every huggingface_hub takes up again
+                        if isinstance(error, HfHubHTTPError) or file.tell() == begin:
                             raise
             sha256 = hashlib.sha256(incomplete.read_bytes()).hexdigest()
             if sha256 != checkpoint.sha256:

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import save_config_for_hf
 
@@ -37,9 +38,16 @@ def hub_files(checkpoint: Checkpoint, repo_id: str) -> dict[str, bytes | Path]:
 
     Raises:
         huggingface_hub.errors.HFValidationError: If the Hub would not take such a name.
-        CheckpointError: If the checkpoint's file is not what the manifest says.
+        CheckpointError: If the checkpoint's file is not what the manifest says, or the repository is another one's.
     """
     validate_repo_id(repo_id)
+    if '/' not in repo_id:
+        raise HFValidationError(f"Repo id must be in the form 'USER/REPO': {repo_id!r}.")
+    for other in list_checkpoints():
+        if other.hf_hub_id == repo_id and other.name != checkpoint.name:
+            raise CheckpointError(
+                f'{repo_id} holds {other.name}, as the manifest says, and a repository holds one checkpoint: name '
+                f'another one')
     weights = _one_file(checkpoint)
     model = timm.create_model(
         checkpoint.model, num_classes=len(checkpoint.class_names),

@@ -61,9 +61,9 @@ def _say_what_it_is(name: str) -> None:
     checkpoint = find_checkpoint(*name.split('.', 1))
     level = logging.INFO if checkpoint.data_set in published(checkpoint.model).top1_error else logging.WARNING
     _logger.log(
-        level, '%s knows the %d classes of %s and takes %dx%d pixels; %.2f %% of %d test images are classified right.',
+        level, '%s knows the %d classes of %s and takes %dx%d pixels; %.2f %% of %d %s images are classified right.',
         name, len(checkpoint.class_names), checkpoint.dataset['name'], *checkpoint.input_size[:0:-1],
-        checkpoint.metrics['top1'], checkpoint.metrics['num_images'])
+        checkpoint.metrics['top1'], checkpoint.metrics['num_images'], checkpoint.dataset['split'])
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

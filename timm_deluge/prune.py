@@ -302,4 +302,6 @@ def save_pruned(model: nn.Module, folder: Path) -> None:
     with TemporaryDirectory(dir=folder.parent) as scratch:
         whole: Any = Path(scratch, folder.name)
         save_for_hf(model, whole, model_args=model_args, safe_serialization=True)
+        for path in whole.iterdir():
+            path.chmod(0o644)  # safetensors leaves a file to its owner alone
         whole.rename(folder)

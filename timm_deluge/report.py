@@ -115,7 +115,8 @@ def create_report(model_name: str, **model_kwargs: Any) -> ModelReport:
         RuntimeError: If timm has no such model.
     """
     model = timm.create_model(model_name, **model_kwargs).eval()
-    input_size = tuple(timm.data.resolve_model_data_config(model)['input_size'])
+    channels, *size = timm.data.resolve_model_data_config(model)['input_size']
+    input_size = (model_kwargs.get('in_chans', channels), *size)
     uncounted: Counter[str] = Counter()
 
     def tally(op: str) -> Callable[[list[Any], list[Any]], Counter[str]]:

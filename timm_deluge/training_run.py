@@ -45,6 +45,7 @@ def add_checkpoint(
         base_model: str | None = None,
         img_size: int | None = None,
         settled_images: int | None = None,
+        split: str = 'test',
 ) -> Checkpoint:
     """Publish the last checkpoint of a training run: fp16 file, measured accuracy, log, manifest entry.
 
@@ -69,6 +70,7 @@ def add_checkpoint(
         img_size: Size of the images that it is for, and measured on; the run's if None.
         settled_images: Number of training images, as they are in inference and of that size, from which the running
             statistics are taken anew; the run's statistics if None.
+        split: What the data set's authors call the images that it is measured on, 'test' or 'validation'.
 
     Returns:
         The new entry, already written; one of the same name is replaced.
@@ -142,6 +144,7 @@ def add_checkpoint(
         **input_config,
         dataset=dict(
             name=dataset_name,
+            split=split,
             train_images=len(train_set),
             test_images=len(test_images),
             provenance=provenance,

@@ -4,11 +4,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageDataset, create_dataset, create_loader, resolve_data_config
+from PIL import Image
+from timm.data import ImageDataset, create_loader, resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
 __all__ = ['accuracy', 'create_validation_loader', 'image_names', 'list_classes', 'rank_targets']
+
+
+class _EveryImage(ImageDataset):
+    """A folder's images, of which none is skipped: in the place of what cannot be read, timm's takes the next one."""
+
+    def __getitem__(self, index: int) -> Any:
+        path, target = self.reader.samples[index]
+        try:
+            with Image.open(path) as file:
+                image: Any = file.convert('RGB')
+        except OSError as error:
+            raise ValueError(f'{path}: cannot be read ({error})') from error
+        return (image if self.transform is None else self.transform(image)), target
 
 
 def list_classes(dataset: ImageDataset) -> list[str]:
@@ -34,21 +48,29 @@ def create_validation_loader(
         num_images: Take that many, evenly from all classes' images in their order; all if None.
 
     Returns:
-        timm's loader of ``(images, targets)`` on the CPU, every image once.
+        timm's loader of ``(images, targets)`` on the CPU, every image once. It raises a ValueError where one cannot be
+        read.
 
     Raises:
-        ValueError: If the folder is missing or its classes are not the model's.
+        ValueError: If the folder is missing, its classes are not the model's, or an image does not lie in the folder of
+            its class.
     """
     if not folder.is_dir():
         raise ValueError(f'{folder}: no such folder; it should hold one folder of images per class')
     config = resolve_data_config(model=model)
-    dataset = create_dataset('', root=str(folder))
+    dataset = _EveryImage(str(folder))
     pretrained_cfg: Any = model.pretrained_cfg
-    found, expected = list_classes(dataset), list(pretrained_cfg['label_names'])
-    if found != expected:
+    found, expected = list_classes(dataset), pretrained_cfg.get('label_names')
+    if expected is None and len(found) != model.num_classes:
+        raise ValueError(f'{folder}: it has {len(found)} class folders, and the model {model.num_classes} classes')
+    if expected is not None and found != list(expected):
         differing = sorted(set(found) ^ set(expected))
         raise ValueError(f'{folder}: its {len(found)} class folders are not the {len(expected)} classes that the model '
                          f'knows; {len(differing)} are only on one side, such as {differing[0]}')
+    stray = next((path for path, _ in dataset.reader.samples if Path(path).parent.parent != folder), None)
+    if stray:
+        raise ValueError(f'{folder}: {stray} is not in the folder of its class; name the folder that holds one folder '
+                         f'of images per class, such as {folder / "validation"}')
     if num_images is not None and num_images < len(dataset):
         samples = dataset.reader.samples
         dataset.reader.samples = [samples[i * len(samples) // num_images] for i in range(num_images)]

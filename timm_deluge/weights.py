@@ -17,6 +17,7 @@ from urllib.request import url2pathname
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.constants import HF_ASSETS_CACHE
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 
 __all__ = [
@@ -54,8 +55,9 @@ class Checkpoint:
         std: Channel standard deviations, likewise.
         interpolation: Interpolation the images are resized with.
         crop_pct: Side of the centre crop over that of the resized image.
-        dataset: `name`, `train_images`, `test_images` and `provenance` of the data; `inexact` names the test images
-            that are not pixel by pixel what the data set's authors published.
+        dataset: `name`, `train_images`, `test_images` and `provenance` of the data; `split` is what its authors call
+            the images that the metrics were measured on, 'test' or 'validation'; `inexact` names those that are not
+            pixel by pixel what they published.
         base_model: Name of the checkpoint that training started from, or None.
         recipe: Name of the recipe, see `timm-deluge recipe`.
         epochs: Passes over the training images.
@@ -116,6 +118,12 @@ class Checkpoint:
                 if found and all(file['path'].is_file() for file in found):
                     return found
         return []
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is one of the large ones, which the package leaves out, and nothing of it is on this machine."""
+        names = [self.file, *(part['file'] for part in self.parts)]
+        return len(names) > 1 and not any((folder / n).exists() for folder in weights_dirs().values() for n in names)
 
     @property
     def path(self) -> Path:
@@ -344,7 +352,10 @@ def load_download(
     if sha256 != expected:
         raise CheckpointError(f'{path}: SHA-256 {sha256} instead of {expected}. This is not what was published as '
                               f'{repo_id}: do not use it, delete {path.resolve()} and load the model again.')
-    return load(content)
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise CheckpointError(f'{filename} of {hf_hub_id}: this is no file of safetensors: {error}') from error
 
 
 def write_manifest(checkpoints: Sequence[Checkpoint]) -> None:

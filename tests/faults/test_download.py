@@ -69,6 +69,28 @@ def test_a_download_that_lost_its_connection_goes_on(call, published, downloads,
     assert (downloads / f'{NAME}.safetensors').read_bytes() == published
 
 
+def test_a_connection_that_was_reset_goes_on(call, published, downloads):
+    """Of this the client raises an error of its HTTP library, other than of an answer that ends early."""
+    code = f"""
+from huggingface_hub import errors
+import timm_deluge.download
+get, begun = timm_deluge.download.http_get, []
+
+def reset_once(url, file, **options):
+    if not begun:
+        begun.append(file.write(bytes.fromhex('{published[:1000].hex()}')))
+        raise type('ReadError', (errors.HTTPError,), {{}})('reset')
+    assert options['resume_size'] == 1000
+    get(url, file, **options)
+
+timm_deluge.download.http_get = reset_once
+from timm_deluge.cli import app; app()
+"""
+    result = call(code, 'weights', 'download', NAME)
+    assert result.returncode == 0, result.stderr
+    assert (downloads / f'{NAME}.safetensors').read_bytes() == published
+
+
 def test_a_killed_download_goes_on(call, published, downloads, server):
     server.stall_at = len(published) * 9 // 10
     process = download(call.start)
