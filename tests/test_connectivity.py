@@ -56,7 +56,9 @@ def test_files(state_dict, tmp_path, form):
     assert_blocks(block_connectivity(read_state_dict(str(path))))
 
 
-@pytest.mark.parametrize('name, content', [('a.safetensors', b'123'), ('a.pth', b''), ('b.pth', b'123'), ('c.pth', [])])
+@pytest.mark.parametrize('name, content', [
+    ('a.safetensors', b'123'), ('a.pth', b''), ('b.pth', b'123'), ('c.pth', []), ('args.yaml', b'aa: null'),
+    ('summary.csv', b'epoch,loss')])
 def test_a_damaged_file_is_named(name, content, tmp_path):
     path = tmp_path / name
     if isinstance(content, bytes):

@@ -8,12 +8,10 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models import load_state_dict
 
 from .aggregation import CrossLayerDepthwiseConv2d
@@ -102,9 +100,9 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
     if Path(source).is_file():
         try:
             return join_parts(dict(load_state_dict(source)), source)
-        except CheckpointError:
+        except (CheckpointError, OSError):
             raise
-        except (AttributeError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        except Exception as error:  # whatever damaged data leads an unpickler to
             raise CheckpointError(f'{source}: this is no checkpoint, or damaged: {error}') from error
     if Path(source).suffix in FILE_SUFFIXES:
         raise CheckpointError(f'{source}: no such file')

@@ -83,6 +83,15 @@ def _why_not_plain(module: nn.Module) -> str | None:
     return None
 
 
+def _kind(name: str) -> type[nn.Module]:
+    """Get what a part of a block or of a layer is, by its name: what may stand in one place may not in another."""
+    *parents, last = name.split('.')
+    place = last.rstrip('0123456789') or f'of {parents[-1]}'
+    kinds: dict[str, type[nn.Module]] = {
+        'norm': nn.BatchNorm2d, 'of norms': nn.BatchNorm2d, 'conv': nn.Conv2d, 'of layers': CompositeLayer}
+    return kinds.get(place, nn.Module)
+
+
 def _why_not_fused(module: nn.Module, x: torch.Tensor) -> str | None:
     """Get the reason why a module's `forward_fused` cannot take the place of `forward`, None if it can.
 
@@ -102,6 +111,8 @@ def _why_not_fused(module: nn.Module, x: torch.Tensor) -> str | None:
             reason = _why_not_plain(part)
             if reason:
                 return f'{name} {reason}'
+            if not isinstance(part, _kind(name)):
+                return f'{name} was replaced by a {type(part).__name__}'
     if isinstance(module, DelugeBlock):
         if len({bool(c.training and c.drop_rate) for c in module.cross_layers}) == 2:
             return 'only some of the cross-layer convolutions drop connections'

@@ -20,7 +20,7 @@ class _EveryImage(ImageDataset):
         try:
             with Image.open(path) as file:
                 image: Any = file.convert('RGB')
-        except OSError as error:
+        except Exception as error:  # whatever damaged data leads Pillow to
             raise ValueError(f'{path}: cannot be read ({error})') from error
         return (image if self.transform is None else self.transform(image)), target
 
@@ -58,7 +58,7 @@ def create_validation_loader(
     if not folder.is_dir():
         raise ValueError(f'{folder}: no such folder; it should hold one folder of images per class')
     config = resolve_data_config(model=model)
-    dataset = _EveryImage(str(folder))
+    dataset = _EveryImage(str(folder))  # type: ignore[no-untyped-call]
     pretrained_cfg: Any = model.pretrained_cfg
     found, expected = list_classes(dataset), pretrained_cfg.get('label_names')
     if expected is None and len(found) != model.num_classes:

@@ -184,6 +184,8 @@ class _Backward:
         if this_pass != self._pass:
             self.clear()
             self._pass = this_pass
+            if torch.is_grad_enabled():  # gradients have a history that leads here: none may outlive the pass
+                torch.autograd.Variable._execution_engine.queue_callback(self.clear)
 
     def clear(self) -> None:
         self.grads: list[torch.Tensor] = []  # of each convolution's result, [N, C, H, W]

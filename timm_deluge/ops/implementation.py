@@ -22,14 +22,15 @@ def set_implementation(name: str) -> None:
     The environment variable `TIMM_DELUGE_IMPLEMENTATION` chooses the same before the package is imported.
 
     All implementations give the same numbers. While a model is traced, scripted, compiled or exported, under
-    `torch.func`, in float16 on a CPU, and on other devices than CPU and CUDA it is always the reference.
+    `torch.func` or a dispatch mode such as `FlopCounterMode`, in float16 on a CPU, and on other devices than CPU and
+    CUDA it is always the reference.
 
     Args:
         name: One of
 
             * 'auto': the fused path and, in a reparameterised model, several sums from a pass over layers;
-              by Triton's kernels on a CUDA device where Triton is installed, by C++ loops on a CPU where they compile,
-              else by ATen's operators. The default.
+              by Triton's kernels on a CUDA device and by C++ loops on a CPU, where these compile, else by ATen's
+              operators. The default.
             * 'reference': differentiable operators only, layer by layer: for debugging, and for forward-mode
               differentiation.
             * 'aten', 'cpp', 'triton': as 'auto', with this backend wherever it can run.
