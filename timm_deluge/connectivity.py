@@ -8,10 +8,12 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import load_state_dict
 
 from .aggregation import CrossLayerDepthwiseConv2d
@@ -102,7 +104,8 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
             return join_parts(dict(load_state_dict(source)), source)
         except (CheckpointError, OSError):
             raise
-        except Exception as error:  # whatever damaged data leads an unpickler to
+        except (AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, TypeError, UnpicklingError,
+                ValueError) as error:
             raise CheckpointError(f'{source}: this is no checkpoint, or damaged: {error}') from error
     if Path(source).suffix in FILE_SUFFIXES:
         raise CheckpointError(f'{source}: no such file')

@@ -83,6 +83,8 @@ def add_checkpoint(
         CheckpointError: If there is no such base model.
     """
     recipe_path(recipe)
+    if split not in ('test', 'validation'):
+        raise ValueError(f'split={split!r}: must be test or validation')
     if not LOGS.parent.is_dir():
         raise FileNotFoundError(f'{LOGS.parent}: no such folder; publish from a checkout (`pip install -e .`)')
     run_dir = run_dirs[-1]

@@ -20,7 +20,7 @@ class _EveryImage(ImageDataset):
         try:
             with Image.open(path) as file:
                 image: Any = file.convert('RGB')
-        except Exception as error:  # whatever damaged data leads Pillow to
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f'{path}: cannot be read ({error})') from error
         return (image if self.transform is None else self.transform(image)), target
 

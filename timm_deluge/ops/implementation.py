@@ -3,6 +3,7 @@ import logging
 import os
 from functools import cache
 from importlib.util import find_spec
+from subprocess import SubprocessError
 
 import torch
 
@@ -118,7 +119,7 @@ def _triton(device: torch.device) -> Backend | None:
     one = torch.ones(1, 1, 1, 1, device=device)
     try:
         triton.combine([one], [one], [one[0]])
-    except Exception as error:  # of the compiler that it needs, or of the device
+    except (OSError, RuntimeError, SubprocessError) as error:  # of the compiler that it needs, or of the device
         _logger.warning(
             "ATen's operators take the place of Triton's kernels, which do not run on %s: %s", device, error)
         return None
