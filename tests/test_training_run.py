@@ -364,6 +364,8 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
         add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     with pytest.raises(LookupError, match="no recipe 'nonsense'"):
         add_checkpoint([run_dir], 'test_noise', data_dir, **{**PROVENANCE, 'recipe': 'nonsense'})
+    with pytest.raises(ValueError, match="split='nonsense': must be test or validation"):
+        add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE, split='nonsense')
 
 
 def test_incomplete_run(tmp_path, data_dir):
