@@ -1,4 +1,4 @@
-"""The network computes what the authors' released code computes."""
+"""The network computes what the authors' released code does, as released.py has it from its description."""
 import copy
 
 import pytest

@@ -54,7 +54,7 @@ def test_model_table_shows_the_best_checkpoint_for_a_data_set(order):
     checkpoint = list_checkpoints()[0]
     better, worse = (replace(checkpoint, metrics={**checkpoint.metrics, 'top1': top1}) for top1 in (92.5, 90.25))
     table = model_table([create_report(checkpoint.model)], [better, worse][::order])
-    assert f'7.50 ({checkpoint.data_set})' in table and '9.75' not in table
+    assert f'7.50 ({checkpoint.dataset["name"]}, {checkpoint.input_size[1]}²)' in table and '9.75' not in table
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_first_table_shows_the_best_checkpoint_for_each_data_set(texts):
             c.data_set == checkpoint.data_set and c.metrics['top1'] > checkpoint.metrics['top1'] for c in checkpoints)
         shown = [row for row in rows if f'`{checkpoint.name}`' in row]
         assert bool(shown) != better
-        assert all(f'{checkpoint.metrics["top1"]:.2f} %' in row for row in shown)
+        assert all(f'| {checkpoint.metrics["top1"]:.2f}' in row for row in shown)
     assert '\n'.join(rows) in texts[REPOSITORY / 'README.md']
 
 

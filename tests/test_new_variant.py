@@ -81,6 +81,6 @@ print(json.dumps([texts["README.md"], texts["zoo.md"]]))
 '''))
     (row,) = (line for line in rows[0].splitlines() if line.startswith('| `delugenet74`'))
     cells = [cell.strip() for cell in row.split('|')[1:-1]]
-    assert (cells[0], cells[1], cells[7]) == ('`delugenet74`', '224²', 'not trained yet')
+    assert (cells[0], cells[1], cells[7]) == ('`delugenet74`', '224²', 'none')
     assert (cells[3], cells[6], cells[8]) == ('', '', '')  # the paper has none
     assert 'delugenet74' in rows[1]

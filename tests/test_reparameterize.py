@@ -13,7 +13,7 @@ from torch import nn
 from timm_deluge.aggregation import AGGREGATIONS
 from timm_deluge.delugenet import DelugeBlock, DelugeNet
 from timm_deluge.ops import set_implementation, workspace
-from timm_deluge.reparameterize import FusedDelugeBlock, InferenceConv2d
+from timm_deluge.reparameterize import FoldedDelugeBlock, InferenceConv2d
 
 KINDS = [
     dict(stem_type='cifar'),
@@ -93,9 +93,9 @@ def test_every_group_of_images_counts(monkeypatch):
     model = trained().to(memory_format=torch.channels_last)
     fused, x = reparameterize_model(model), torch.randn(5, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     sizes = []
-    combine = FusedDelugeBlock.combine_layers
+    combine = FoldedDelugeBlock.combine_layers
     monkeypatch.setattr(
-        FusedDelugeBlock, 'combine_layers', lambda self, h, *outs: sizes.append(len(h)) or combine(self, h, *outs))
+        FoldedDelugeBlock, 'combine_layers', lambda self, h, *outs: sizes.append(len(h)) or combine(self, h, *outs))
     assert_same_function(fused, model, x)
     assert sizes == [5, 5]
     monkeypatch.setattr('timm_deluge.ops.memory.WORKSPACE_BYTES', 1)
@@ -211,7 +211,7 @@ def test_frozen_and_synchronised_batch_norms_are_folded():
         timm.utils.model.freeze_batch_norm_2d(copy.deepcopy(model)),
     ):
         fused = reparameterize_model(converted)
-        assert all(isinstance(stage, FusedDelugeBlock) for stage in fused.stages)
+        assert all(isinstance(stage, FoldedDelugeBlock) for stage in fused.stages)
         assert not has_batch_norm(fused.stages)
         assert_same_function(fused, model, torch.randn(2, 3, 16, 16))
 

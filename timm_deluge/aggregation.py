@@ -1,8 +1,9 @@
-"""What a Deluge block may learn of the way from all earlier outputs to a layer's input: one class each.
+"""The ways in which a Deluge block can combine its earlier outputs into a layer's input: one class each.
 
 The paper's cross-layer depthwise convolution has a weight per source layer and channel. The two others leave out the
-one or the other, which shows what each is worth. All are special cases of the first: their `kernel` is one of its
-weights, with which they take the fused path. A pruned convolution is one of fewer source layers.
+one or the other, which shows what each is worth. Both are special cases of the first: `kernel` gives the weight that
+makes it do the same, repeated or zero where they have none, and with that they take the fused path. A pruned
+convolution is one of fewer sources.
 """
 from collections.abc import Sequence
 from typing import Any
@@ -31,9 +32,9 @@ class CrossLayerDepthwiseConv2d(nn.Module):
     ):
         """
         Args:
-            num_layers: Number of layers l that there are.
+            num_layers: Number l of sources: the block's input h_0, and the outputs of its layers so far.
             channels: Number of channels C of each.
-            sources: Those of them that take part, in their order; all if None.
+            sources: Indices of those that take part, ascending; all if None.
             drop_rate: Share of the connections to source layers that are dropped in training, drawn for each image.
             masked: Whether single weights may be gone, those that are False in the buffer `mask`.
         """

@@ -10,6 +10,7 @@ from .weights import Checkpoint
 
 __all__ = ['best_table', 'checkpoint_table', 'model_card', 'model_table']
 
+DATA_SETS = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'imagenet': 'ImageNet'}
 CITATION = '''```bibtex
 @inproceedings{kuen2017delugenets,
   title     = {DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows},
@@ -37,6 +38,10 @@ def _start(checkpoint: Checkpoint) -> str:
     return f'`{checkpoint.base_model}`' if checkpoint.base_model else 'scratch'
 
 
+def _data(checkpoint: Checkpoint) -> str:
+    return f'{checkpoint.dataset["name"]}, {checkpoint.input_size[1]}²'
+
+
 def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint]) -> str:
     """The models beside what the paper printed of them, in Markdown.
 
@@ -51,17 +56,17 @@ def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint
     from_worst_to_best = sorted(checkpoints, key=lambda c: c.metrics['top1'])
     for report in reports:
         printed = published(report.name)
-        ours = {c.data_set: _error(c) for c in from_worst_to_best if c.model == report.name}
+        ours = {c.data_set: f'{_error(c)} ({_data(c)})' for c in from_worst_to_best if c.model == report.name}
         rows.append({
             'model': f'`{report.name}`',
-            'input': f'{report.input_size[1]}²',
+            'default input': f'{report.input_size[1]}²',
             'parameters': f'{report.params:,}',
             'paper: M': f'{printed.params:g}' if printed.params else '',
             'GFLOPs, fvcore': f'{report.flops / 1e9:.2f}',
             'GFLOPs, paper’s way': f'{report.paper_flops / 1e9:.2f}',
             'paper: GFLOPs': f'{printed.gflops:g}' if printed.gflops else '',
-            'error %: ours': ', '.join(f'{e} ({d})' for d, e in sorted(ours.items())) or 'not trained yet',
-            'paper: error %': ', '.join(f'{e:.2f} ({d})' for d, e in printed.top1_error.items()),
+            'our best checkpoint: error %': ', '.join(error for _, error in sorted(ours.items())) or 'none',
+            'paper: error %': ', '.join(f'{e:.2f} ({DATA_SETS[d]})' for d, e in printed.top1_error.items()),
         })
     return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
 
@@ -79,11 +84,13 @@ def best_table(checkpoints: Sequence[Checkpoint]) -> str:
     for checkpoint in sorted(checkpoints, key=lambda c: c.metrics['top1']):
         best[checkpoint.data_set] = checkpoint
     return tabulate([{
-        'knows': f'the {len(c.class_names)} classes of {c.dataset["name"]}, {c.input_size[1]}²',
-        'load': f'`{c.name}`',
-        'right on': f'{c.metrics["top1"]:.2f} % of {c.metrics["num_images"]:,} {_split(c)} images',
-        'among its first five on': f'{c.metrics["top5"]:.2f} %',
-        'the paper': f'{100 - float(_published_error(c)):.2f} %' if _published_error(c) else '',
+        'data': _data(c),
+        'classes': len(c.class_names),
+        'checkpoint': f'`{c.name}`',
+        'top-1 %': f'{c.metrics["top1"]:.2f}',
+        'top-5 %': f'{c.metrics["top5"]:.2f}',
+        'measured on': f'{c.metrics["num_images"]:,} {_split(c)} images',
+        'paper: top-1 %': f'{100 - float(_published_error(c)):.2f}' if _published_error(c) else '',
     } for c in sorted(best.values(), key=lambda c: -c.metrics['top1'])],
         headers='keys', tablefmt='github', disable_numparse=True)
 
@@ -97,13 +104,14 @@ def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> str:
     Returns:
         The table.
     """
+    published_now = {c.name for c in checkpoints}
     return tabulate([{
         'checkpoint': f'`{c.name}`',
-        'data': c.dataset['name'],
+        'data': _data(c),
         'error %': _error(c),
         'paper: error %': _published_error(c),
-        'started from': _start(c),
-        'epochs': c.epochs,
+        'started from': _start(c) + ('' if c.base_model in {None, *published_now} else ' (in git’s history)'),
+        'epochs since': c.epochs,
         'hours': c.hours,
         'hardware': c.hardware,
     } for c in checkpoints], headers='keys', tablefmt='github', disable_numparse=True)
@@ -157,9 +165,9 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         if checkpoints else 'No checkpoint is published yet.',
         '## Intended use and limits',
         'For research on how layers connect, for feature extraction and fine-tuning on small images, and as a '
-        'baseline. The checkpoints know only the classes they were trained on and answer with one of them for any '
-        'picture; their probabilities are not calibrated. They carry the biases of their training images and are not '
-        'meant for decisions about people.',
+        'baseline of short training. The checkpoints know only the classes they were trained on and answer with one of '
+        'them for any picture; their probabilities are not calibrated. They carry the biases of their training images '
+        'and are not meant for decisions about people.',
         '## Citation',
         CITATION,
     ]
@@ -182,9 +190,10 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
         ('data', f'{checkpoint.dataset["name"]}, {checkpoint.dataset["train_images"]:,} images; '
                  f'{checkpoint.dataset["provenance"]}'),
         ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epochs from {_start(checkpoint)}, '
-                     f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; '
+                     f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; the recipe says '
+                     'what else was done; '
                      + (f'weights averaged with decay {checkpoint.ema_decay}; ' if checkpoint.ema_decay else '')
-                     + (f'batch normalisation settled on {checkpoint.settled_images:,} training images; '
+                     + (f'BatchNorm statistics taken anew on {checkpoint.settled_images:,} training images; '
                         if checkpoint.settled_images else '')
                      + f'log in `reports/training/{checkpoint.name}.csv`'),
         ('input', f'{"×".join(map(str, checkpoint.input_size))}, {checkpoint.interpolation} interpolation, '

@@ -32,7 +32,7 @@ from .images import find_images
 from .predict import EXAMPLE_IMAGE, Prediction, predict
 from .prune import CRITERIA, prune_connections, save_pruned
 from .recipes import list_recipes, recipe_path, recipe_summary
-from .reparameterize import FusedDelugeBlock
+from .reparameterize import FoldedDelugeBlock
 from .report import create_report, format_reports
 from .training_connectivity import EpochConnectivity, training_connectivity
 from .training_run import add_checkpoint
@@ -267,7 +267,7 @@ def prune(
     connections = [sum(len(conv.sources) for conv in convs) for convs in (before, after)]
     weights = [sum(int(conv.masked_weight().count_nonzero()) for conv in convs) for convs in (before, after)]
     layers = [sum(len(m.layers) for m in network.modules() if isinstance(m, kind))
-              for network, kind in ((pruned, DelugeBlock), (fused, FusedDelugeBlock))]
+              for network, kind in ((pruned, DelugeBlock), (fused, FoldedDelugeBlock))]
     print(json.dumps({
         'connections': connections[1], 'removed': connections[0] - connections[1], 'weights': weights[1],
         'removed weights': weights[0] - weights[1], 'layers': layers[0], 'layers in inference': layers[1],

@@ -7,14 +7,20 @@ weight per source layer and channel. Layers far apart stay connected, each chann
 
 With h_0 a block's input and h_1 … h_L the outputs of its composite layers::
 
-    x_1     = h_0
-    h_l     = Conv1x1(ReLU(BN(Conv3x3(ReLU(BN(Conv1x1(ReLU(BN(x_l)))))))))            the composite layer
-    x_{l+1} = sum_i  weight_l[i] * norm(h_i) + bias_l[i],    i = 0 … l                 the cross-layer convolution
+    x_1 = h_0
+    x_l = sum_i  weight_l[i] * norm(h_i) + bias_l[i],    i = 0 … l - 1        the cross-layer convolution, of l sources
+    h_l = Conv1x1(ReLU(BN(Conv3x3(ReLU(BN(Conv1x1(ReLU(BN(x_l)))))))))        the composite layer
 
 ``norm`` is batch normalisation without affine parameters: the released code applies it to every input of every
 cross-layer convolution, and only that reproduces the paper's parameter counts. It depends on the source layer alone,
-so it is computed once, where the layer is produced. x_{L+1} is what the block hands on: to the next block's
-transition (BN, strided 3x3 convolution), or after the last block to BN, ReLU, pooling and the classifier.
+so it is computed once, where the layer is produced. The bias is the paper's one for each channel, kept as l summands
+as in the released code. x_{L+1} is what the block hands on: to the next block's transition (BN, strided 3x3
+convolution), or after the last block to BN, ReLU, pooling and the classifier. The paper's block transition is both:
+the cross-layer convolution x_{L+1} and that strided one.
+
+A network is named after its depth, three convolutions for each composite layer, and the stem and the classifier:
+122 = 3 * (7 + 9 + 11 + 13) + 2, transitions not counted. In the CIFAR networks the first composite layer gives the
+first block's h_0, so that delugenet146, 3 * (8 + 16 + 24) + 2, has 47 layers that take a cross-layer convolution.
 
 Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows`
     - https://arxiv.org/abs/1611.05552 (Kuen, Kong, Wang and Tan, ICCV workshops 2017)
@@ -35,7 +41,7 @@ from timm.models._manipulate import checkpoint
 from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
 from .ops import FusedCrossLayers, Recompute, has_hooks, norm_act_conv, takes_fast_path, why_not_fast
 from .pretrained import checkpoint_filter_fn, choose_checkpoint
-from .reparameterize import ChannelAffine, FusedDelugeBlock, InferenceConv2d, fold_into_conv, fuse_block
+from .reparameterize import ChannelAffine, FoldedDelugeBlock, InferenceConv2d, fold_into_conv, fuse_block
 from .weights import list_checkpoints
 
 __all__ = ['DelugeNet']
@@ -123,7 +129,7 @@ def _why_not_fused(module: nn.Module, x: torch.Tensor) -> str | None:
 
 
 class FusedModule(nn.Module):
-    """A module that takes, where it can, a path of less memory traffic, which keeps less for the backward pass."""
+    """A module with a second forward, `forward_fused`: the same result by less memory traffic, less of it kept."""
 
     @torch.jit.ignore
     def runs_fused(self, x: torch.Tensor) -> bool:
@@ -285,7 +291,11 @@ class ResidualBlock(nn.Module):
 
 
 class DelugeBlock(FusedModule, ResidualBlock):
-    """Block whose layers see a cross-layer depthwise convolution of all earlier outputs (paper, Eq. 1)."""
+    """Block whose layers see a cross-layer depthwise convolution of all earlier outputs (paper, Eq. 1).
+
+    In the module's terms, with i counted from 0: `norm` normalises h_0 and `norms[i]` h_{i+1}, which `layers[i]`
+    computes from x_{i+1}; `cross_layers[i]` gives x_{i+2}, the last one what the block hands on.
+    """
 
     def __init__(
             self,
@@ -305,9 +315,9 @@ class DelugeBlock(FusedModule, ResidualBlock):
         Args:
             transition, depth, width, drop_path_rates, dilation: See `ResidualBlock`.
             cross_layer: What combines the layers, one of `AGGREGATIONS`.
-            pruned_connections: Of each combination, the source layers that take no part; none if None.
-            channel_masks: Whether single weights of the combinations may be gone.
-            connection_drop_rate: Rate at which each combination drops its source layers in training.
+            pruned_connections: Of each cross-layer convolution, the sources that take no part; none if None.
+            channel_masks: Whether each weight of the cross-layer convolutions has a mask, as if pruned by channel.
+            connection_drop_rate: Rate at which each cross-layer convolution drops its sources in training.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(transition, depth, width, drop_path_rates, dilation, **dd)
@@ -355,7 +365,7 @@ class DelugeBlock(FusedModule, ResidualBlock):
         return x
 
     @torch.jit.ignore
-    def fuse(self) -> FusedDelugeBlock:
+    def fuse(self) -> FoldedDelugeBlock:
         """Get the block for inference, for `timm.utils.reparameterize_model`."""
         return fuse_block(self)
 
@@ -399,8 +409,8 @@ class DelugeNet(nn.Module):
                 the first composite layer of every block gives h_0 (paper, Table 2).
             pruned_connections: Of each block's cross-layer convolutions, the source layers that take no part; all do if
                 None. See `timm_deluge.prune_connections`.
-            channel_masks: Whether cross-layer convolutions have masks of single weights, as a network has of which
-                channels were pruned.
+            channel_masks: Whether each weight of the cross-layer convolutions has a mask, a buffer: for loading a
+                network of which single channels were pruned.
             drop_rate: Dropout rate before the classifier.
             drop_path_rate: Stochastic depth rate of the last composite layer; grows linearly from 0.
             connection_drop_rate: In training, share of all connections between layers that are dropped, drawn for each
@@ -441,13 +451,14 @@ class DelugeNet(nn.Module):
         self.stem_feat_idx = min(1, len(self.stem) - 1)  # the last stem layer before pooling
 
         # a composite layer that gives h_0 counts among its block's
-        depths = [d - int(transition_type == '1x1' or (i == 0 and stem_type == 'cifar')) for i, d in enumerate(depths)]
-        block_dprs: Any = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        block_depths = [
+            d - int(transition_type == '1x1' or (i == 0 and stem_type == 'cifar')) for i, d in enumerate(depths)]
+        block_dprs: Any = calculate_drop_path_rates(drop_path_rate, block_depths, stagewise=True)
         block_fn: type[ResidualBlock] = ResidualBlock
         block_args: dict[str, Any] = {}
         if aggregation in AGGREGATIONS:
             block_fn, block_args['cross_layer'] = DelugeBlock, AGGREGATIONS[aggregation]
-        _check_pruned_connections(pruned_connections, depths, aggregation)
+        _check_pruned_connections(pruned_connections, block_depths, aggregation)
         if not 0 <= connection_drop_rate < 1:
             raise ValueError(f'connection_drop_rate={connection_drop_rate}: must be from 0 to less than 1')
         if connection_drop_rate:
@@ -459,7 +470,7 @@ class DelugeNet(nn.Module):
             block_args['channel_masks'] = True
         dilation = 1
         self.stages = nn.Sequential()
-        for i, (depth, width, dpr) in enumerate(zip(depths, widths, block_dprs)):
+        for i, (depth, width, dpr) in enumerate(zip(block_depths, widths, block_dprs)):
             stride, first_dilation = 1 if i == 0 else 2, dilation
             if stride > 1 and curr_stride >= output_stride:
                 stride, dilation = 1, dilation * stride

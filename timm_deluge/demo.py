@@ -21,7 +21,7 @@ from .connectivity import block_connectivity, draw_connectivity, read_state_dict
 from .images import ImageError, read_image
 from .predict import EXAMPLE_IMAGE, class_labels
 from .prune import prune_connections
-from .reparameterize import FusedDelugeBlock
+from .reparameterize import FoldedDelugeBlock
 from .weights import find_checkpoint, list_checkpoints
 
 __all__ = ['answer', 'create_page', 'grad_cam', 'launch_page']
@@ -123,7 +123,7 @@ def answer(
     before, after = (dict(zip(labels, values.tolist())) for values in probabilities)
     overlay = _lay_over(grad_cam(model, x), picture, config['crop_pct'])
     layers = [
-        sum(len(module.layers) for module in network.modules() if isinstance(module, FusedDelugeBlock))
+        sum(len(module.layers) for module in network.modules() if isinstance(module, FoldedDelugeBlock))
         for network in (whole, rest)]
     facts = (f'{num_left} of {num_connections} connections and {layers[1]} of {layers[0]} layers are left. An image '
              f'takes {times[1]:.1f} ms here, instead of {times[0]:.1f} ms.')

@@ -21,7 +21,7 @@ from .ops import (
     workspace,
 )
 
-__all__ = ['ChannelAffine', 'FusedDelugeBlock', 'InferenceConv2d', 'affine_of', 'fold_into_conv', 'fuse_block']
+__all__ = ['ChannelAffine', 'FoldedDelugeBlock', 'InferenceConv2d', 'affine_of', 'fold_into_conv', 'fuse_block']
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +156,7 @@ class ChannelAffine(nn.Module):
         return self.act(torch.addcmul(self.bias, x, self.weight))
 
 
-class FusedCompositeLayer(nn.Module):
+class FoldedCompositeLayer(nn.Module):
     """Composite layer for inference, after its first BN and ReLU: three convolutions with the other two in them."""
 
     def __init__(self, layer: Any):
@@ -182,7 +182,7 @@ class FusedCompositeLayer(nn.Module):
         return self.conv3(self.conv2(self.conv1(x)), out)
 
 
-class FusedCrossLayer(nn.Module):
+class FoldedCrossLayer(nn.Module):
     """Cross-layer depthwise convolution for inference, with BNs in its weights (paper, Eq. 1), and ReLU."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, sources: list[int], relu: bool):
@@ -216,7 +216,7 @@ class FusedCrossLayer(nn.Module):
         return weight[[rows.get(number, -1) for number in numbers]], bias
 
 
-class FusedDelugeBlock(nn.Module):
+class FoldedDelugeBlock(nn.Module):
     """Deluge block for inference: cross-layer convolution, ReLU and three convolutions a layer, and no BN.
 
     The BNs of the layer outputs, and each composite layer's first one, are in the cross-layer convolutions' weights.
@@ -225,14 +225,17 @@ class FusedDelugeBlock(nn.Module):
     def __init__(
             self,
             transition: nn.Module,
-            layers: Sequence[FusedCompositeLayer],
-            cross_layers: Sequence[FusedCrossLayer],
+            layers: Sequence[FoldedCompositeLayer],
+            cross_layers: Sequence[FoldedCrossLayer],
     ):
         """
         Args:
             transition: Maps the stem's or the previous block's output to this block's h_0.
             layers: Composite layers.
             cross_layers: Each layer's cross-layer convolution, and the block's last one.
+
+        Unlike in a `DelugeBlock`, `cross_layers[i]` gives what `layers[i]` takes, and so comes before it; the first is
+        the BN and the ReLU of h_0 alone, and the last one, with no layer behind it, is `last_cross_layer`.
         """
         super().__init__()
         self.transition = transition
@@ -288,14 +291,14 @@ class FusedDelugeBlock(nn.Module):
 
 
 @torch.no_grad()
-def fuse_block(block: Any) -> FusedDelugeBlock:
+def fuse_block(block: Any) -> FoldedDelugeBlock:
     """Make a `DelugeBlock` ready for inference.
 
     Args:
         block: The block; left as it is.
 
     Returns:
-        One that gives the same in inference, without what nothing is connected to.
+        One that gives the same in inference, without layers whose output no later convolution uses.
     """
     layers, cross_layers = block.layers, block.cross_layers
     scales, shifts = map(torch.stack, zip(*(affine_of(norm) for norm in (block.norm, *block.norms))))  # [L + 1, C]
@@ -316,7 +319,7 @@ def fuse_block(block: Any) -> FusedDelugeBlock:
     kept = [i for i in range(len(layers)) if i + 1 in needed]
     number = {0: 0, **{i + 1: n for n, i in enumerate(kept, start=1)}}
     sums = [
-        FusedCrossLayer(weights[i], biases[i], [number[source] for source in sources[i]], relu=i < len(layers))
+        FoldedCrossLayer(weights[i], biases[i], [number[source] for source in sources[i]], relu=i < len(layers))
         for i in (*kept, len(layers))]
-    fused_layers = [FusedCompositeLayer(layers[i]) for i in kept]
-    return FusedDelugeBlock(block.transition, fused_layers, sums).train(block.training)
+    fused_layers = [FoldedCompositeLayer(layers[i]) for i in kept]
+    return FoldedDelugeBlock(block.transition, fused_layers, sums).train(block.training)
