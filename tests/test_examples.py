@@ -64,3 +64,13 @@ def test_frozen_features_tell_colours_apart(tmp_path):
     printed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     assert printed == {'model': 'delugenet146', 'data': tmp_path.name, 'train images': 30, 'test images': 10,
                        'nearest neighbours': 100.0, 'linear probe': 100.0}
+
+
+def test_muon_runs_in_float32_where_the_processor_has_no_bfloat16(tmp_path):
+    script = tmp_path / 'train.py'
+    script.write_text('import torch\nfrom timm.optim import muon\n'
+                      'update = muon.zeropower_via_newtonschulz(torch.randn(8, 4), 5, [(3.4445, -4.775, 2.0315)])\n'
+                      'print(update.dtype, muon.zeropower_via_newtonschulz.func.__name__)\n')
+    command = [sys.executable, str(EXAMPLES / 'train_without_bf16.py'), str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ['torch.float32', 'zeropower_via_newtonschulz']
