@@ -32,14 +32,14 @@ import timm_deluge  # noqa: F401 registers the models
 
 EAGER_STEPS = 3  # before a step is captured: they compile kernels and create the optimizer's state
 DEFAULTS = dict(
-    model_kwargs={}, pretrained=False, initial_checkpoint='', train_split='train', val_split='validation',
+    model_kwargs={}, pretrained=False, train_split='train', val_split='validation',
     batch_size=512, validation_batch_size=500, opt='muon', momentum=0.95, weight_decay=0.05, opt_kwargs={},
     sched='cosine', warmup_epochs=0., warmup_lr=0., min_lr=0., train_crop_mode='rrc', scale=(0.08, 1.0),
     ratio=(3 / 4, 4 / 3), hflip=0.5, reprob=0., smoothing=0.1, seed=42)
 FIXED = dict(  # what other options are here
-    device_modules=['timm_deluge'], amp=True, amp_dtype='bfloat16', channels_last=True, color_jitter=0.0,
-    remode='const', train_interpolation='bilinear', sched_on_updates=True, train_size_schedule='progressive',
-    train_size_schedule_spread=0.0, train_size_random_mix=0.0)
+    device_modules=['timm_deluge'], initial_checkpoint='', crop_pct=1.0, amp=True, amp_dtype='bfloat16',
+    channels_last=True, color_jitter=0.0, remode='const', train_interpolation='bilinear', sched_on_updates=True,
+    train_size_schedule='progressive', train_size_schedule_spread=0.0, train_size_random_mix=0.0)
 
 
 def read_recipe(path: Path) -> dict[str, object]:
@@ -53,7 +53,7 @@ def read_recipe(path: Path) -> dict[str, object]:
     """
     recipe = yaml.safe_load(path.read_text())
     known = {*DEFAULTS, 'model', 'num_classes', 'input_size', 'mean', 'std', 'epochs', 'train_img_sizes', 'lr',
-             'interpolation', 'crop_pct', 'device', 'workers', 'val_interval'}
+             'interpolation', 'device', 'workers', 'val_interval'}
     for name, value in recipe.items():
         if name not in known and FIXED.get(name) != value:
             raise ValueError(f'{path}: {name}: {value} is not known here; train by timm\'s train.py')
@@ -154,8 +154,10 @@ class BatchedMuon:
         self.fallback_scales = []
         others = []
         for group, lr in zip(optimizer.param_groups, self.lrs):
-            if group['nesterov'] or group['algo'] != 'muon' or group['conv_mode'] != 'flatten':
-                raise ValueError('opt_kwargs: nesterov, algo and conv_mode are not known here')
+            if (group['nesterov'] or group['algo'] != 'muon' or group['conv_mode'] != 'flatten'
+                    or group['safety_factor'] != 1 or group['scale_eps']):
+                raise ValueError(
+                    'opt_kwargs: nesterov, algo, conv_mode, safety_factor and scale_eps are not known here')
             shapes = defaultdict(list)
             for parameter in group['params']:
                 suits = not group.get('use_fallback') and _is_suitable_for_muon(parameter)
@@ -225,7 +227,7 @@ def evaluate(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, args
         model: The model; in training mode afterwards.
         images: ``[N, H, W, 3]``, bytes.
         targets: ``[N]``.
-        args: `input_size`, `interpolation`, `crop_pct`, `validation_batch_size` and the tensors `mean` and `std`.
+        args: `input_size`, `interpolation`, `validation_batch_size` and the tensors `mean` and `std`.
     """
     model.eval()
     loss = hits1 = hits5 = 0.

@@ -1,5 +1,6 @@
 """The command line, as a person and as a script use it."""
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from timm_deluge import cli
 from timm_deluge.recipes import list_recipes, recipe_path
-from timm_deluge.weights import find_checkpoint
+from timm_deluge.weights import find_checkpoint, list_checkpoints
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -135,6 +136,13 @@ def test_report_of_an_unknown_model_suggests_similar_names():
 def test_report_of_an_unknown_tag():
     result = invoke('report', 'resnet18.nonsense')
     assert result.exit_code == 2 and 'nonsense' in result.stderr
+
+
+def test_names_of_weights_are_whole_in_a_narrow_terminal():
+    command = [sys.executable, '-c', 'from timm_deluge.cli import app; app()', 'weights', 'list']
+    result = subprocess.run(command, capture_output=True, env={**os.environ, 'COLUMNS': '80'}, check=True)
+    lines = result.stdout.decode().splitlines()
+    assert all(any(f' {c.name} ' in line for line in lines) for c in list_checkpoints())
 
 
 def test_weights_commands(scratch_weights):

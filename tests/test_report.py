@@ -65,6 +65,10 @@ def test_other_channels_than_usual():
     assert create_report('delugenet146', in_chans=1).input_size == (1, 32, 32)
 
 
+def test_another_image_size_than_usual():
+    assert create_report('vit_tiny_patch16_224', img_size=64).input_size == (3, 64, 64)
+
+
 def test_fused_attention_counts_as_the_plain_one(monkeypatch):
     fused = create_report('vit_tiny_patch16_224')
     monkeypatch.setattr(timm.layers.config, '_USE_FUSED_ATTN', 0)

@@ -138,6 +138,10 @@ def test_a_folder_that_is_not_there_is_named_before_anything_is_written(images, 
 def test_an_unknown_option_is_refused_by_name(example, tmp_path):
     with pytest.raises(ValueError, match='cutmix: 1.0 is not known here; train by timm'):
         example['read_recipe'](recipe(tmp_path, cutmix=1.0))
+    with pytest.raises(ValueError, match='initial_checkpoint: start.safetensors is not known here'):
+        example['read_recipe'](recipe(tmp_path, initial_checkpoint='start.safetensors'))
+    with pytest.raises(ValueError, match='crop_pct: 0.875 is not known here'):
+        example['read_recipe'](recipe(tmp_path, crop_pct=0.875))
     with pytest.raises(ValueError, match='only opt: muon'):
         example['read_recipe'](recipe(tmp_path, opt='sgd'))
     with pytest.raises(ValueError, match='train_img_sizes: expected one for each of 3 epochs'):

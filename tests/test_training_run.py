@@ -234,7 +234,7 @@ def test_statistics_are_taken_anew_at_the_size_it_is_for(run_dir, data_dir, weig
     before, after = weights.load_checkpoint(plain), weights.load_checkpoint(settled)
     statistics = {name for name in before if name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))}
     assert all(torch.equal(before[name], after[name]) != (name in statistics) for name in before)
-    assert 'settled on 5 training images' in model_card([settled]) and 'settled' not in model_card([plain])
+    assert 'taken anew on 5 training images' in model_card([settled]) and 'taken anew' not in model_card([plain])
 
 
 def test_settled_statistics_are_the_mean_over_the_batches():
@@ -358,6 +358,7 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     refuse(ValueError, '8 of 9 epochs are done; resume', epochs=9)
     refuse(RuntimeError, 'Error.s. in loading state_dict', model='delugenet146')
     refuse(ValueError, 'absent: no such folder', val_split='absent')
+    refuse(FileNotFoundError, 'absent: no such folder, which the run was trained on', train_split='absent')
     (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
     monkeypatch.setattr('timm_deluge.training_run.LOGS', data_dir / 'absent' / 'training')
     with pytest.raises(FileNotFoundError, match='publish from a checkout'):
@@ -373,3 +374,10 @@ def test_incomplete_run(tmp_path, data_dir):
         'weights', 'add', str(tmp_path), '--tag', 't', '--data-dir', str(data_dir),
         '--recipe', 'cifar100_delugenet146', '--dataset', 'd', '--provenance', 'p', '--hardware', 'h'])
     assert result.exit_code == 2 and 'args.yaml' in result.stderr
+
+
+def test_a_file_is_no_run(run_dir, data_dir):
+    result = CliRunner().invoke(cli.app, [
+        'weights', 'add', str(run_dir / 'last.pth.tar'), '--tag', 't', '--data-dir', str(data_dir),
+        '--recipe', 'cifar100_delugenet146', '--dataset', 'd', '--provenance', 'p', '--hardware', 'h'])
+    assert result.exit_code == 2 and 'last.pth.tar' in result.stderr

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import timm
 import torch
 import typer
+import yaml
 from huggingface_hub.errors import HFValidationError
 from rich.console import Console
 from rich.markup import escape
@@ -99,7 +100,7 @@ def predict_command(
         _fail('standard input named no images')
     try:
         predictions = list(_show_progress(predict(paths, model, top, batch_size, device), len(paths), 'images'))
-    except CheckpointError as error:
+    except RuntimeError as error:
         _fail(error)
     if as_json:
         print(json.dumps([_as_dict(p) for p in predictions], indent=2))
@@ -107,7 +108,8 @@ def predict_command(
         _print_predictions([p for p in predictions if p.error is None])
         for prediction in predictions:
             if prediction.error is not None:
-                err_console.print(f'[bold red]skipped[/] {escape(prediction.path)}: {escape(prediction.error)}')
+                path = escape(_printable(prediction.path))
+                err_console.print(f'[bold red]skipped[/] {path}: {escape(prediction.error)}')
     raise typer.Exit(int(any(p.error is not None for p in predictions)))
 
 
@@ -121,13 +123,18 @@ def _shorten(path: str) -> str:
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 
+def _printable(path: str) -> str:
+    """Get a file's name with a mark for each byte that is no text."""
+    return os.fsencode(path).decode(errors='replace')
+
+
 def _print_predictions(predictions: list[Prediction]) -> None:
     table = Table(header_style='bold')
     table.add_column('image', overflow='fold')
     table.add_column('class')
     table.add_column('probability', justify='right')
     for prediction in predictions:
-        image = escape(_shorten(prediction.path))
+        image = escape(_printable(_shorten(prediction.path)))
         for name, probability in prediction.classes:
             table.add_row(image, name.replace('_', ' '), f'{probability:.1%}')
             image = ''
@@ -162,7 +169,7 @@ def report(
     kwargs = dict(map(_parse_model_kwarg, model_kwargs or []))
     try:
         print(format_reports([create_report(name, **kwargs) for name in models], fmt.value))
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         _fail(error)
 
 
@@ -196,8 +203,8 @@ def connectivity(
         blocks = block_connectivity(read_state_dict(source))
         if output is not None:
             draw_connectivity(blocks, Path(source).name).savefig(output, dpi=150)
-    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        _fail(f'{source}: {error}' if isinstance(error, ValueError) else error)
+    except (ImportError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        _fail(f'{source}: {error}' if isinstance(error, (LookupError, TypeError, ValueError)) else error)
     if as_json:
         print(json.dumps([block.as_dict() for block in blocks], indent=2))
         return
@@ -260,7 +267,7 @@ def prune(
         pruned = prune_connections(model, fraction, by, batches, seed, unit)
         fused = reparameterize_model(pruned)
         save_pruned(pruned, output)
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+    except (LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         _fail(error)
     before, after = ([m for m in network.modules() if isinstance(m, CrossLayerDepthwiseConv2d)]
                      for network in (model, pruned))
@@ -352,7 +359,7 @@ def weights_add(
             inexact.read_text(encoding='utf-8').splitlines() if inexact else (),
             dict(csv.reader(descriptions.open(encoding='utf-8'), delimiter='\t', quoting=csv.QUOTE_NONE))
             if descriptions else None, base_model, img_size, settled_images, split)
-    except (FileNotFoundError, LookupError, RuntimeError, ValueError) as error:
+    except (LookupError, OSError, RuntimeError, SafetensorError, ValueError, yaml.YAMLError) as error:
         _fail(error)
     kind = 'last weights' if checkpoint.ema_decay is None else f'moving average, decay {checkpoint.ema_decay}'
     console.print(f'{checkpoint.path}, {kind}: {checkpoint.metrics}', markup=False)
@@ -361,9 +368,11 @@ def weights_add(
 @weights_app.command('list')
 def weights_list() -> None:
     """List the checkpoints."""
-    table = Table('checkpoint', 'data', header_style='bold')
+    table = Table(header_style='bold')
+    table.add_column('checkpoint', no_wrap=True)
+    table.add_column('data')
     for column in ('classes', 'top-1 %', 'top-5 %', 'epochs', 'MB'):
-        table.add_column(column, justify='right')
+        table.add_column(column, justify='right', overflow='fold')
     for c in list_checkpoints():
         top1, top5 = (f'{c.metrics[key]:.2f}' for key in ('top1', 'top5'))
         size = f'{c.bytes / 1e6:.1f}'

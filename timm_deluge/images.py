@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
     """
     for path in paths:
         if path == '-':
+            if isinstance(sys.stdin, TextIOWrapper):
+                sys.stdin.reconfigure(errors='surrogateescape')  # names need not be text
             yield from find_images(line for line in sys.stdin.read().splitlines() if line and line != '-')
         elif os.path.exists(path):
             yield from _expand_folder(Path(path))

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HTTPError
 from timm.models import resolve_pretrained_cfg
 from torch import nn
 
@@ -42,7 +43,12 @@ def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
     if isinstance(cfg, str) and not own_source:
         checkpoint = find_checkpoint(variant, cfg)
         if checkpoint.hf_hub_id and not checkpoint.files:
-            download_checkpoint(checkpoint, checkpoint.hf_hub_id)
+            try:
+                download_checkpoint(checkpoint, checkpoint.hf_hub_id)
+            except (HTTPError, OSError) as error:
+                raise CheckpointError(
+                    f'{checkpoint.name} is not here and could not be downloaded from {checkpoint.hf_hub_id}: {error} '
+                    f'Once it can: timm-deluge weights download {checkpoint.name}') from error
     else:
         source = resolve_pretrained_cfg(variant, cfg, overlay)
         if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):

@@ -17,6 +17,7 @@ from typing import Any
 import timm
 import torch
 from tabulate import tabulate
+from timm.layers import to_2tuple
 from torch import nn
 
 from .aggregation import CrossLayerDepthwiseConv2d
@@ -116,7 +117,7 @@ def create_report(model_name: str, **model_kwargs: Any) -> ModelReport:
     """
     model = timm.create_model(model_name, **model_kwargs).eval()
     channels, *size = timm.data.resolve_model_data_config(model)['input_size']
-    input_size = (model_kwargs.get('in_chans', channels), *size)
+    input_size = (model_kwargs.get('in_chans', channels), *to_2tuple(model_kwargs.get('img_size', size)))
     uncounted: Counter[str] = Counter()
 
     def tally(op: str) -> Callable[[list[Any], list[Any]], Counter[str]]:

@@ -103,6 +103,8 @@ def add_checkpoint(
 
     ema_decay = args['model_ema_decay'] if args.get('model_ema') else None
     state_dict = load_state_dict(str(run_dir / 'last.pth.tar'), use_ema=ema_decay is not None)
+    if not (data_dir / args['train_split']).is_dir():
+        raise FileNotFoundError(f'{data_dir / args["train_split"]}: no such folder, which the run was trained on')
     train_set = create_dataset('', root=str(data_dir / args['train_split']))
     class_names = list_classes(train_set)
     model: Any = timm.create_model(

@@ -91,7 +91,7 @@ def create_validation_loader(
 def image_names(loader: DataLoader[Any]) -> list[str]:
     """Names of a validation loader's images, in its order, from its folder on."""
     dataset: Any = loader.dataset
-    return dataset.filenames()
+    return [Path(name).as_posix() for name in dataset.filenames()]
 
 
 @torch.inference_mode()

@@ -54,6 +54,13 @@ def test_a_model_downloads_what_it_needs(call, published, downloads):
     assert result.stdout.strip() == str(downloads / f'{NAME}.safetensors')
 
 
+def test_a_model_says_what_it_could_not_download(call, published, server):
+    server.repos.clear()
+    result = call('from timm_deluge.cli import app; app()', 'predict', '--model', NAME)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert f'{NAME} is not here and could not be downloaded from {REPO}' in ' '.join(result.stderr.split())
+
+
 def test_a_repository_may_be_named(call, published, server, scratch_weights):
     server.repos['another/place'] = server.repos.pop(REPO)
     assert download(call).returncode == 2

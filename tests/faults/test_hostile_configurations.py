@@ -4,6 +4,9 @@ import resource
 
 import pytest
 import timm
+from typer.testing import CliRunner
+
+from timm_deluge import cli
 
 CONFIG = {'architecture': 'delugenet146', 'num_classes': 10, 'pretrained_cfg': {}}
 
@@ -37,3 +40,12 @@ def test_what_is_no_option_is_refused(model_args, error, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps({**CONFIG, 'model_args': model_args}))
     with pytest.raises(error):
         timm.create_model(f'local-dir:{tmp_path}')
+
+
+@pytest.mark.parametrize('config', [{**CONFIG, 'model_args': {'code': 1}}, {'num_classes': 10}], ids=json.dumps)
+@pytest.mark.parametrize('command', ['connectivity', 'prune', 'report'])
+def test_a_configuration_that_is_none_is_an_error_of_each_command(command, config, tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    output = ['--output', str(tmp_path / 'pruned')] if command == 'prune' else []
+    result = CliRunner().invoke(cli.app, [command, f'local-dir:{tmp_path}', *output])
+    assert result.exit_code == 2 and 'error:' in result.stderr, result.exception

@@ -82,6 +82,17 @@ ODD = [with_another_extension, of_any_mode, of_16_bits, animated, rotated]
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='makes a fifo, and measures memory as POSIX does')
+@pytest.mark.parametrize('from_stdin', [False, True])
+def test_a_name_that_is_no_text(tmp_path, from_stdin):
+    unnamed = os.fsencode(tmp_path) + b'/\xff.png'
+    with open(unnamed, 'wb') as file:
+        file.write(encoded(random.Random(0)))
+    command = [sys.executable, '-c', PREDICT, 'predict', '-' if from_stdin else str(tmp_path), '--top', '1']
+    env = {**os.environ, 'PYTHONUTF8': '1'}
+    result = subprocess.run(command, input=unnamed, capture_output=True, env=env)
+    assert result.returncode == 0 and '\N{REPLACEMENT CHARACTER}.png' in result.stdout.decode(), result.stderr
+
+
 @pytest.mark.slow
 def test_a_thousand_hostile_images(tmp_path, record_property):
     rng = random.Random(0)
