@@ -13,6 +13,7 @@ import timm
 import torch
 from forked import Forked
 from released import ReleasedDelugeNet
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
@@ -373,6 +374,26 @@ def test_no_memory_outlives_its_use(case, monkeypatch):
     assert all(reference.expired() for reference in references)
 
 
+def test_a_loss_that_is_kept_keeps_no_layers(monkeypatch):
+    module, x = block(depth=6).train(), torch.randn(4, 6, 5, 7)
+    module.requires_grad_(False)
+    module.layers[4:].requires_grad_(True)
+    module.cross_layers[4:].requires_grad_(True)
+    references = live_outputs(monkeypatch)
+    loss = module(x).square().sum()
+    loss.backward()
+    gc.collect()
+    assert len(references) == 6 and all(reference.expired() for reference in references)
+
+
+def test_gradients_of_biases_may_be_written_to():
+    module, x = block().train(), torch.randn(4, 6, 5, 7)
+    [grad] = torch.autograd.grad(module(x).square().sum(), module.cross_layers[1].bias)
+    others = grad[:, :, 1:].clone()
+    grad[:, :, 0] = 7
+    assert torch.equal(grad[:, :, 1:], others)
+
+
 @pytest.mark.parametrize('of_weight', [False, True])
 def test_second_derivatives_of_a_single_layer(of_weight):
     found = {}
@@ -589,6 +610,21 @@ def test_relu_is_for_the_first_result_alone(implementation):
     assert [result.unique().tolist() for result in results] == [[0.]] + [[-1.]] * 5
 
 
+def test_batched_gradients_are_refused_and_it_says_what_to_do():
+    module, x = block().train(), torch.randn(4, 6, 5, 7)
+    for parameter in (module.cross_layers[-1].weight, module.layers[0].conv1.weight):
+        y = module(x).flatten(1)[0, :3]
+        with pytest.raises(NotImplementedError, match='set_implementation."reference"'):
+            torch.autograd.grad(y, parameter, torch.eye(3), is_grads_batched=True)
+
+
+def test_a_layers_norm_without_parameters_takes_the_reference():
+    module, x = block().train(), torch.randn(4, 6, 5, 7)
+    module.layers[0].norm2 = BatchNormAct2d(module.layers[0].conv1.out_channels, affine=False)
+    assert explain_implementation(module, x)[''].reason == 'layers.0.norm2 has no parameters'
+    assert module(x).isfinite().all()
+
+
 def test_forward_mode_is_refused_and_says_what_to_do():
     module, x = block().eval(), torch.randn(2, 6, 4, 4)
     with torch.autograd.forward_ad.dual_level():
@@ -729,6 +765,15 @@ def test_compiled_loops_are_what_a_cpu_takes():
     cpp = importlib.import_module('timm_deluge.ops.cpp')
     for dtype, expected in {torch.float32: cpp, torch.bfloat16: cpp, torch.float16: aten, torch.float64: aten}.items():
         assert timm_deluge.ops.choose_backend(torch.empty(0, dtype=dtype)) is expected
+
+
+def test_where_triton_cannot_run_something_else_does(monkeypatch):
+    pytest.importorskip('triton')
+    set_implementation('triton')
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    module, x = block().train(), torch.randn(4, 6, 5, 7)
+    assert explain_implementation(module, x)[''].implementation != 'triton'
+    module(x).sum().backward()
 
 
 def test_triton_runs_where_asked_for():

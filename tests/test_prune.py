@@ -416,6 +416,37 @@ def test_saved_and_made_again(tmp_path, aggregation):
         torch.testing.assert_close(other(x), pruned(x))
 
 
+def test_a_shallower_network_of_the_last_layers_is_saved_too(tmp_path):
+    model = timm.create_model('delugenet146', num_classes=5, aggregation='last')
+    shallower = remove_layers(model, [[1], [], []]).eval()
+    save_pruned(shallower, tmp_path / 'shallower')
+    loaded = timm.create_model(f'local-dir:{tmp_path / "shallower"}', pretrained=True).eval()
+    x = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(loaded(x), shallower(x))
+
+
+def test_saved_from_channels_last(tmp_path):
+    model = timm.create_model('delugenet146', num_classes=5).to(memory_format=torch.channels_last)
+    save_pruned(model, tmp_path / 'saved')
+    weight = model.stem.conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    assert torch.equal(timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).stem.conv.weight, weight)
+
+
+@pytest.mark.parametrize('implementation', ['auto', 'reference'])
+def test_scores_of_frozen_and_pruned_networks(implementation):
+    batches = [(torch.randn(4, 3, 16, 16), torch.arange(4))]
+    set_implementation(implementation)
+    pruned = prune_connections(network(), 0.65, 'random', seed=3).train()
+    norm = next(module for module in pruned.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
+    expected = connection_scores(pruned, 'taylor', batches)
+    assert pruned.training and not norm.training
+    pruned.requires_grad_(False)
+    with torch.no_grad():
+        assert connection_scores(pruned, 'taylor', batches) == pytest.approx(expected)
+    assert not any(parameter.requires_grad for parameter in pruned.parameters())
+
+
 def test_command(scratch_weights, tmp_path):
     result = invoke('prune', 'delugenet146', '--fraction', '0.7', '--output', tmp_path / 'pruned')
     assert result.exit_code == 0, result.output

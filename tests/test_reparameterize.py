@@ -188,6 +188,28 @@ def test_training_mode_and_twice(kind):
     assert_same_function(reparameterize_model(fused, inplace=True), model, x)
 
 
+@pytest.mark.parametrize('change', [
+    lambda layer: setattr(layer.norm2, 'act', nn.SiLU()), lambda layer: setattr(layer.norm1, 'act', nn.SiLU()),
+    lambda layer: setattr(layer.conv2, 'padding_mode', 'circular'),
+    lambda layer: setattr(layer.conv2, 'padding', 'same'),
+    lambda layer: setattr(layer, 'conv2', nn.Conv2d(4, 4, 3, padding=1, groups=2)),
+])
+@pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
+def test_what_cannot_be_folded_is_refused(change, aggregation):
+    model = DelugeNet((2, 2), (4, 8), 5, stem_type='cifar', aggregation=aggregation).eval()
+    change(model.stages[0].layers[0])
+    with pytest.raises(ValueError, match='cannot be reparameterised'):
+        reparameterize_model(model)
+
+
+@pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
+def test_biases_of_convolutions_are_folded(aggregation):
+    model = away_from_start(DelugeNet((2, 2), (4, 8), 5, stem_type='cifar', aggregation=aggregation)).eval()
+    layer = model.stages[0].layers[0]
+    layer.conv2, layer.conv3 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 8, 1)
+    assert_same_function(reparameterize_model(model), model, torch.randn(2, 3, 16, 16))
+
+
 def test_the_original_stays_as_it_is():
     model = trained()
     before = copy.deepcopy(model.state_dict())

@@ -72,9 +72,11 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         weight, bias = self.masked_weight().expand(shape), self.bias.expand(shape)
         if len(self.sources) == self.num_layers:
             return weight, bias
-        index = torch.tensor(self.sources, device=weight.device)
-        zeros = weight.new_zeros(self.channels, 1, self.num_layers, 1)
-        return zeros.index_copy(2, index, weight), zeros.index_copy(2, index, bias)
+        zeros = weight.new_zeros(self.channels, 1, 1)
+        weights, biases = (dict(zip(self.sources, parameter.unbind(2))) for parameter in (weight, bias))
+        every = range(self.num_layers)
+        weight, bias = (torch.stack([of_source.get(i, zeros) for i in every], 2) for of_source in (weights, biases))
+        return weight, bias
 
     def draw_scale(self, batch_size: int) -> torch.Tensor | None:
         """Draw what multiplies each image's connections: 0 where one is dropped, more than 1 where it is not.

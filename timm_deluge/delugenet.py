@@ -41,7 +41,14 @@ from timm.models._manipulate import checkpoint
 from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
 from .ops import FusedCrossLayers, Recompute, has_hooks, norm_act_conv, takes_fast_path, why_not_fast
 from .pretrained import checkpoint_filter_fn, choose_checkpoint
-from .reparameterize import ChannelAffine, FoldedDelugeBlock, InferenceConv2d, fold_into_conv, fuse_block
+from .reparameterize import (
+    ChannelAffine,
+    FoldedDelugeBlock,
+    InferenceConv2d,
+    check_relu,
+    fold_into_conv,
+    fuse_block,
+)
 from .weights import list_checkpoints
 
 __all__ = ['DelugeNet']
@@ -119,6 +126,9 @@ def _why_not_fused(module: nn.Module, x: torch.Tensor) -> str | None:
                 return f'{name} {reason}'
             if not isinstance(part, _kind(name)):
                 return f'{name} was replaced by a {type(part).__name__}'
+            of_a_layer = isinstance(module, DelugeBlock) and name.startswith('norm')
+            if isinstance(part, nn.BatchNorm2d) and not part.affine and not of_a_layer:
+                return f'{name} has no parameters'
     if isinstance(module, DelugeBlock):
         if len({bool(c.training and c.drop_rate) for c in module.cross_layers}) == 2:
             return 'only some of the cross-layer convolutions drop connections'
@@ -188,6 +198,7 @@ class CompositeLayer(FusedModule):
     def reparameterize(self) -> None:
         """Fold the inner BNs into the convolutions before them, for `timm.utils.reparameterize_model`."""
         if not isinstance(self.conv1, InferenceConv2d):
+            check_relu(self.norm1)
             self.norm1 = ChannelAffine(self.norm1, nn.ReLU(inplace=True))
             self.conv1, self.norm2 = fold_into_conv(self.conv1, self.norm2), nn.Identity()
             self.conv2, self.norm3 = fold_into_conv(self.conv2, self.norm3), nn.Identity()

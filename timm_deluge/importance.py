@@ -92,6 +92,7 @@ def layer_removal_losses(
 
     Returns:
         The mean cross entropy of the network as it is, and without each layer: block, layer, both numbered from 0 on.
+        In a pruned network, layers that are a later one's only source cannot go and are left out.
 
     Raises:
         ValueError: If the model has no connections.
@@ -106,7 +107,11 @@ def layer_removal_losses(
     for block, depth in enumerate(depths):
         for layer in range(depth):
             removed = [{layer} if i == block else set() for i in range(len(depths))]
-            losses[block, layer] = _loss(remove_layers(model, removed)(images), targets)
+            try:
+                shallower = remove_layers(model, removed)
+            except ValueError:  # it is an only source
+                continue
+            losses[block, layer] = _loss(shallower(images), targets)
     return _loss(model(images), targets), losses
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
+from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d, LastLayerScale
 from .delugenet import CompositeLayer, DelugeBlock
 
 __all__ = [
@@ -126,7 +126,8 @@ def _scores(
     if by == 'random':
         generator = torch.Generator().manual_seed(seed)
         return {
-            name: torch.rand(len(conv.weight) if unit == 'channel' else 1, len(conv.sources), generator=generator)
+            name: torch.rand(
+                len(conv.weight) if unit == 'channel' else 1, len(conv.sources), generator=generator, device='cpu')
             for name, conv in consumers.items()}
     raise ValueError(f'by={by!r}: must be one of {", ".join(map(repr, CRITERIA))}')
 
@@ -140,15 +141,23 @@ def _taylor(
         raise ValueError("by='taylor' needs batches of images and targets: their loss is what it looks at")
     weights = [conv.weight for conv in consumers.values()]
     totals = [torch.zeros_like(weight) for weight in weights]
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
+    frozen = [weight for weight in weights if not weight.requires_grad]
     model.eval()
+    for weight in frozen:
+        weight.requires_grad_()
     try:
         for images, targets in batches:
-            loss = F.cross_entropy(model(images).float(), targets, reduction='sum')
-            for total, gradient in zip(totals, torch.autograd.grad(loss, weights)):
+            with torch.enable_grad():
+                loss = F.cross_entropy(model(images).float(), targets, reduction='sum')
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+            for total, gradient in zip(totals, gradients):
                 total += gradient
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
+        for weight in frozen:
+            weight.requires_grad_(False)
     return {
         name: (weight.detach() * total).float()[:, 0, :, 0]
         for name, weight, total in zip(consumers, weights, totals)}
@@ -207,7 +216,7 @@ def prune_connections(
             f'fraction={fraction}: {next(iter(consumers))} would lose its last source; of {total} {unit}s at most '
             f'{num_gone + num_weak} can go')
     order = torch.cat([scores[name][weak[name]] for name in consumers]).argsort(stable=True)
-    goes = torch.zeros(num_weak, dtype=torch.bool)
+    goes = torch.zeros(num_weak, dtype=torch.bool, device='cpu')
     goes[order[:number]] = True
     pruned = copy.deepcopy(model)
     for (name, conv), gone in zip(consumers.items(), goes.split([int(weak[name].sum()) for name in consumers])):
@@ -297,11 +306,12 @@ def save_pruned(model: nn.Module, folder: Path) -> None:
         'depths': [
             len(block.layers) + isinstance(block.transition, CompositeLayer)  # which counts, and gives h_0
             for block in model.modules() if isinstance(block, DelugeBlock)],
-        'pruned_connections': pruned_connections(model),
+        **({} if type(conv) is LastLayerScale else {'pruned_connections': pruned_connections(model)}),
         **({} if conv.mask is None else {'channel_masks': True})}
     with TemporaryDirectory(dir=folder.parent) as scratch:
         whole: Any = Path(scratch, folder.name)
-        save_for_hf(model, whole, model_args=model_args, safe_serialization=True)
+        contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        save_for_hf(contiguous, whole, model_args=model_args, safe_serialization=True)
         for path in whole.iterdir():
             path.chmod(0o644)  # safetensors leaves a file to its owner alone
         whole.rename(folder)

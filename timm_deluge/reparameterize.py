@@ -21,7 +21,8 @@ from .ops import (
     workspace,
 )
 
-__all__ = ['ChannelAffine', 'FoldedDelugeBlock', 'InferenceConv2d', 'affine_of', 'fold_into_conv', 'fuse_block']
+__all__ = [
+    'ChannelAffine', 'FoldedDelugeBlock', 'InferenceConv2d', 'affine_of', 'check_relu', 'fold_into_conv', 'fuse_block']
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,12 +34,20 @@ def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return scale.detach(), (shift if norm.bias is None else shift + norm.bias).detach()
 
 
+def check_relu(norm: Any) -> None:
+    """Raise a ValueError if what follows a batch normalisation is no ReLU, as which it would be folded."""
+    act = getattr(norm, 'act', None)
+    if not isinstance(act, nn.ReLU):
+        raise ValueError(f'cannot be reparameterised: a ReLU was expected behind a batch normalisation, not {act}')
+
+
 class InferenceConv2d(nn.Conv2d):
     """Convolution, and ReLU or nothing, that keeps its weight in the order it computes with.
 
     This is for float32 and bfloat16 on a CPU in channels_last, without gradients, where it saves reordering the weight
     at each call and a pass for the ReLU; elsewhere it is the ordinary convolution. The parameters stay what they are;
-    the reordered copy is not saved, and made anew when they or the input size change.
+    the reordered copy is not saved, and made anew when they or the input size change, but not for changes that PyTorch
+    does not count, as through `.data` or a NumPy array.
     """
     __jit_ignored_attributes__ = ['_reordered']
 
@@ -51,16 +60,25 @@ class InferenceConv2d(nn.Conv2d):
     ):
         """
         Args:
-            conv: The `nn.Conv2d` to copy, without bias.
+            conv: The `nn.Conv2d` to copy.
             scale: Scale of each output channel, ``[C]``.
             bias: Shift of each output channel, ``[C]``.
             relu: Whether a ReLU follows.
+
+        Raises:
+            ValueError: If the convolution has groups, or does not pad with a number of zeros.
         """
+        if conv.groups != 1 or conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
+            raise ValueError(
+                f'cannot be reparameterised: no groups and a number of zeros to pad with expected, not {conv}')
         super().__init__(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             bias=False, device='meta')
         weight = conv.weight.detach()
         self.weight = nn.Parameter(weight.clone() if scale is None else weight * scale[:, None, None, None])
+        if conv.bias is not None:
+            own_bias = conv.bias.detach().clone() if scale is None else conv.bias.detach() * scale
+            bias = own_bias if bias is None else own_bias + bias
         if bias is not None:
             self.bias = nn.Parameter(bias)
         self.relu = relu
@@ -133,12 +151,16 @@ def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv2d:
     """Fold a batch normalisation with ReLU into the convolution before it.
 
     Args:
-        conv: Convolution without bias; left as it is.
+        conv: Convolution; left as it is.
         norm: The batch normalisation and the ReLU of its output.
 
     Returns:
         One convolution, with bias, that gives what both gave in inference.
+
+    Raises:
+        ValueError: If it is no ReLU, or see `InferenceConv2d`.
     """
+    check_relu(norm)
     return InferenceConv2d(conv, *affine_of(norm), relu=True)
 
 
@@ -211,9 +233,8 @@ class FoldedCrossLayer(nn.Module):
         bias = self.bias if begins else torch.zeros_like(self.bias)
         if isinstance(numbers, range):
             return self.weight[numbers.start:numbers.stop], bias
-        weight = torch.cat([self.weight, torch.zeros_like(self.weight[:1])])
-        rows = {source: row for row, source in enumerate(self.sources)}
-        return weight[[rows.get(number, -1) for number in numbers]], bias
+        rows, zeros = dict(zip(self.sources, self.weight.split(1))), torch.zeros_like(self.weight[:1])
+        return torch.cat([self.weight[:0], *(rows.get(number, zeros) for number in numbers)]), bias
 
 
 class FoldedDelugeBlock(nn.Module):
@@ -299,6 +320,9 @@ def fuse_block(block: Any) -> FoldedDelugeBlock:
 
     Returns:
         One that gives the same in inference, without layers whose output no later convolution uses.
+
+    Raises:
+        ValueError: If a part was replaced by one that cannot be folded.
     """
     layers, cross_layers = block.layers, block.cross_layers
     scales, shifts = map(torch.stack, zip(*(affine_of(norm) for norm in (block.norm, *block.norms))))  # [L + 1, C]
@@ -309,6 +333,7 @@ def fuse_block(block: Any) -> FoldedDelugeBlock:
         weights.append((weight * scales[:len(weight)])[cross_layer.sources])
         biases.append((bias + weight * shifts[:len(weight)]).sum(0))
     for i, layer in enumerate(layers):
+        check_relu(layer.norm1)
         scale, shift = affine_of(layer.norm1)
         weights[i], biases[i] = weights[i] * scale, biases[i] * scale + shift
 

@@ -23,10 +23,10 @@ def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None
     """Set all running statistics to their mean over some batches.
 
     Args:
-        model: The model; afterwards in the mode it was in.
+        model: The model; afterwards each module is in the mode it was in.
         batches: Images ``[N, in_chans, H, W]``, a hundred or more in each, of all classes mixed.
     """
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     model.eval()
@@ -37,7 +37,8 @@ def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None
         for images in batches:
             model(images)
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
 

@@ -28,7 +28,7 @@ from torch import nn
 
 from .implementation import choose_backend
 from .layout import same_layout
-from .norm_act_conv import FusedFunction, Recompute, norm_args, normalize, statistics
+from .norm_act_conv import FusedFunction, Recompute, norm_args, normalize, refuse_batched, statistics
 from .running_sums import running_sums
 
 __all__ = ['FusedCrossLayers']
@@ -184,8 +184,7 @@ class _Backward:
         if this_pass != self._pass:
             self.clear()
             self._pass = this_pass
-            if torch.is_grad_enabled():  # gradients have a history that leads here: none may outlive the pass
-                torch.autograd.Variable._execution_engine.queue_callback(self.clear)
+            torch.autograd.Variable._execution_engine.queue_callback(self.clear)  # it may end above layer 0
 
     def clear(self) -> None:
         self.grads: list[torch.Tensor] = []  # of each convolution's result, [N, C, H, W]
@@ -241,7 +240,7 @@ class _Backward:
         for i, bias_grad in reversed(list(enumerate(self.bias_grads))):
             weight_grad = torch.stack([grads[i] for grads in reversed(self.weight_grads) if i < len(grads)], 1)
             weight_grads.append(weight_grad[:, None, :, None])
-            bias_grads.append(bias_grad.t()[:, None, :, None])
+            bias_grads.append(bias_grad.t().contiguous()[:, None, :, None])
         others: list[torch.Tensor | None] = [None] * (len(self.parameters) // 2 - len(weight_grads))
         return [*weight_grads, *others, *bias_grads, *others]
 
@@ -374,6 +373,7 @@ class _CrossLayer(FusedFunction):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_batched(grad)
         weight, output, scale = ctx.saved_tensors
         state = ctx.state
         state.begin()

@@ -83,14 +83,14 @@ def why_not_fast(x: torch.Tensor) -> str | None:
 
 def choose_backend(x: torch.Tensor) -> Backend:
     """Get the backend that serves a tensor, by its device and dtype, and by what was set."""
-    if _implementation in ('auto', 'cpp') and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
-        return _cpp(x.dtype) or aten
     if x.dtype is not torch.float64:  # Triton's kernels sum in float32
-        if _implementation == 'triton':
+        if _implementation == 'triton' and (x.is_cuda or os.environ.get('TRITON_INTERPRET') == '1'):
             from . import triton
             return triton
         if _implementation == 'auto' and x.is_cuda:
             return _triton(x.device) or aten
+    if _implementation in ('auto', 'cpp', 'triton') and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
+        return _cpp(x.dtype) or aten
     return aten
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from .conv import conv2d, conv2d_backward
 from .implementation import choose_backend
 
-__all__ = ['FusedFunction', 'Recompute', 'norm_act_conv', 'norm_args', 'normalize', 'statistics']
+__all__ = ['FusedFunction', 'Recompute', 'norm_act_conv', 'norm_args', 'normalize', 'refuse_batched', 'statistics']
 
 
 class Recompute(Protocol):
@@ -114,6 +114,15 @@ class FusedFunction(torch.autograd.Function):
             'call timm_deluge.set_implementation("reference") before the forward pass')
 
 
+
+def refuse_batched(grad: torch.Tensor) -> None:
+    """Raise a NotImplementedError if this is a batch of gradients, which `is_grads_batched=True` asks for."""
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise NotImplementedError(
+            'Batched gradients are not supported by the fast implementations of DelugeNet: '
+            'call timm_deluge.set_implementation("reference") before the forward pass')
+
+
 class _NormActConv(FusedFunction):
 
     @staticmethod
@@ -127,6 +136,7 @@ class _NormActConv(FusedFunction):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_batched(grad)
         x, norm_weight, norm_bias, weight, mean, invstd = ctx.saved_tensors
         if ctx.recompute:
             x = ctx.recompute()
