@@ -3,8 +3,8 @@
     python examples/train_without_bf16.py path/to/pytorch-image-models/train.py \
         --config $(timm-deluge recipe cifar100_resnetlike146) --data-dir cifar100
 
-timm's Muon orthogonalises every update in bfloat16. Where the processor has to emulate that, it takes longer than all
-the rest of a training step. `lscpu | grep avx512_bf16` finds out.
+timm's Muon orthogonalises every update in bfloat16. A processor that emulates it takes many times as long for that as
+in float32, a large part of each training step. `lscpu | grep avx512_bf16` finds out what a processor has.
 """
 from functools import partial
 
