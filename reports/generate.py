@@ -61,13 +61,10 @@ def generate() -> dict[Path, str]:
     for name, reports in (('zoo', zoo), ('peers', peers)):
         for fmt, suffix in (('markdown', 'md'), ('csv', 'csv'), ('json', 'json')):
             texts[REPORTS / f'{name}.{suffix}'] = format_reports(reports, fmt) + '\n'
-    for checkpoint in filter(_has_connections, checkpoints):
-        texts[REPORTS / 'connectivity' / f'{checkpoint.name}.json'] = _connectivity(checkpoint)
+    for checkpoint in checkpoints:
+        if checkpoint.has_connections:
+            texts[REPORTS / 'connectivity' / f'{checkpoint.name}.json'] = _connectivity(checkpoint)
     return texts
-
-
-def _has_connections(checkpoint: Checkpoint) -> bool:
-    return 'delugenet' in checkpoint.model
 
 
 def _connectivity(checkpoint: Checkpoint) -> str:
@@ -330,6 +327,7 @@ if __name__ == '__main__':
         print(path.relative_to(REPOSITORY))
     draw_learning_curves(REPORTS / 'training' / 'learning_curves.png')
     draw_accuracies(REPORTS / 'training' / 'accuracy.png')
-    for checkpoint in filter(_has_connections, list_checkpoints()):
-        figure = draw_connectivity(block_connectivity(load_checkpoint(checkpoint)), checkpoint.name)
-        figure.savefig(REPORTS / 'connectivity' / f'{checkpoint.name}.png', dpi=150)
+    for checkpoint in list_checkpoints():
+        if checkpoint.has_connections:
+            figure = draw_connectivity(block_connectivity(load_checkpoint(checkpoint)), checkpoint.name)
+            figure.savefig(REPORTS / 'connectivity' / f'{checkpoint.name}.png', dpi=150)

@@ -138,11 +138,12 @@ def test_report_of_an_unknown_tag():
     assert result.exit_code == 2 and 'nonsense' in result.stderr
 
 
-def test_names_of_weights_are_whole_in_a_narrow_terminal():
+def test_weights_are_a_line_each_in_a_narrow_terminal():
     command = [sys.executable, '-c', 'from timm_deluge.cli import app; app()', 'weights', 'list']
     result = subprocess.run(command, capture_output=True, env={**os.environ, 'COLUMNS': '80'}, check=True)
     lines = result.stdout.decode().splitlines()
-    assert all(any(f' {c.name} ' in line for line in lines) for c in list_checkpoints())
+    for line, checkpoint in zip(lines[1:], list_checkpoints(), strict=True):
+        assert line.split()[0] == checkpoint.name and f'{checkpoint.metrics["top1"]:.2f}' in line
 
 
 def test_weights_commands(scratch_weights):

@@ -368,15 +368,14 @@ def weights_add(
 @weights_app.command('list')
 def weights_list() -> None:
     """List the checkpoints."""
-    table = Table(header_style='bold')
+    table = Table(header_style='bold', box=None, padding=(0, 1, 0, 0))
     table.add_column('checkpoint', no_wrap=True)
     table.add_column('data')
-    for column in ('classes', 'top-1 %', 'top-5 %', 'epochs', 'MB'):
-        table.add_column(column, justify='right', overflow='fold')
+    for column in ('top-1 %', 'top-5 %', 'epochs', 'MB'):
+        table.add_column(column, justify='right')
     for c in list_checkpoints():
         top1, top5 = (f'{c.metrics[key]:.2f}' for key in ('top1', 'top5'))
-        size = f'{c.bytes / 1e6:.1f}'
-        table.add_row(c.name, c.dataset['name'], str(len(c.class_names)), top1, top5, str(c.epochs), size)
+        table.add_row(c.name, c.dataset['name'], top1, top5, str(c.epochs), f'{c.bytes / 1e6:.0f}')
     console.print(table, soft_wrap=False)
 
 

@@ -144,7 +144,7 @@ def create_page(default: str) -> gr.Blocks:
     Raises:
         CheckpointError: If there is no such checkpoint, or the file of any is not what the manifest says.
     """
-    names = [c.name for c in list_checkpoints() if c.files and 'delugenet' in c.model]  # which have connections
+    names = [c.name for c in list_checkpoints() if c.files and c.has_connections]
     for name in names:
         _network(name)
     answer(str(EXAMPLE_IMAGE), default, 10)

@@ -139,25 +139,15 @@ def _taylor(
 ) -> dict[str, torch.Tensor]:
     if batches is None:
         raise ValueError("by='taylor' needs batches of images and targets: their loss is what it looks at")
-    weights = [conv.weight for conv in consumers.values()]
+    model = copy.deepcopy(model).eval().requires_grad_()
+    weights = [conv.weight for conv in _consumers(model).values()]
     totals = [torch.zeros_like(weight) for weight in weights]
-    modes = {module: module.training for module in model.modules()}
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    model.eval()
-    for weight in frozen:
-        weight.requires_grad_()
-    try:
-        for images, targets in batches:
-            with torch.enable_grad():
-                loss = F.cross_entropy(model(images).float(), targets, reduction='sum')
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-            for total, gradient in zip(totals, gradients):
-                total += gradient
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for weight in frozen:
-            weight.requires_grad_(False)
+    for images, targets in batches:
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(images).float(), targets, reduction='sum')
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        for total, gradient in zip(totals, gradients):
+            total += gradient
     return {
         name: (weight.detach() * total).float()[:, 0, :, 0]
         for name, weight, total in zip(consumers, weights, totals)}

@@ -120,6 +120,11 @@ class Checkpoint:
         return []
 
     @property
+    def has_connections(self) -> bool:
+        """Whether it is a DelugeNet's, and not one of a network with residual sums."""
+        return 'delugenet' in self.model
+
+    @property
     def is_elsewhere(self) -> bool:
         """Whether it is one of the large ones, which the package leaves out, and nothing of it is on this machine."""
         names = [self.file, *(part['file'] for part in self.parts)]
