@@ -1,4 +1,4 @@
-"""A deeper network made of a trained one computes the same, and learns to use its additional layers."""
+"""A deeper or wider network made of a trained one computes the same, and learns to use what it has got."""
 import copy
 
 import pytest
@@ -8,15 +8,20 @@ from test_implementations import assert_near, restore_implementation  # noqa: F4
 from test_prune import DEPTHS, network
 from test_reparameterize import assert_same_function, away_from_start
 
-from timm_deluge import insert_layers, prune_connections, remove_layers, set_implementation
+from timm_deluge import insert_layers, prune_connections, remove_layers, set_implementation, widen_layers
 from timm_deluge.delugenet import DelugeNet
 
+WIDER = (6, 20)  # of (4, 8): some copies of the first block's channels, one to two of each of the second's
 DEEPER, LAYERS = (6, 7), [[1, 4], [2, 3, 5]]  # one less of the first block's layers: that one gives h_0
 
 
 def deeper(depths=DEEPER, widths=(4, 8), **kwargs) -> DelugeNet:
     torch.manual_seed(1)
     return away_from_start(DelugeNet(depths, widths, num_classes=5, stem_type='cifar', **kwargs))
+
+
+def wider(widths=WIDER, depths=DEPTHS, **kwargs) -> DelugeNet:
+    return deeper(depths, widths, **kwargs)
 
 
 def differentiate(model, x):
@@ -101,3 +106,79 @@ def test_what_does_not_fit_is_named():
         with pytest.raises(ValueError, match='block 0 has .* that do not hear all layers: insert layers before'):
             insert_layers(pruned, deeper(), LAYERS)
     assert [len(block.layers) for block in model.stages] == [DEPTHS[0] - 1, DEPTHS[1]]
+
+
+@pytest.mark.parametrize('aggregation', ['cross_layer', 'scalar', 'last', 'residual'])
+@pytest.mark.parametrize('widths', [WIDER, (4, 9), (4, 8)])
+def test_a_wider_one_computes_the_same(widths, aggregation):
+    model, target = network(aggregation=aggregation), wider(widths, aggregation=aggregation)
+    before = [copy.deepcopy(m.state_dict()) for m in (model, target)]
+    grown = widen_layers(model, target)
+    assert_same_function(grown.eval(), model.eval(), torch.randn(4, 3, 16, 16))
+    assert {name: t.shape for name, t in grown.state_dict().items()} == {name: t.shape for name, t in before[1].items()}
+    for m, expected in zip((model, target), before):
+        for name, tensor in m.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_wider_one_with_projections_computes_the_same():
+    options = dict(aggregation='residual', transition_type='1x1')
+    model, x = network(**options).eval(), torch.randn(4, 3, 16, 16)
+    assert_same_function(widen_layers(model, wider(**options)), model, x)
+
+
+@pytest.mark.parametrize('implementation', ['reference', 'auto'])
+def test_a_wider_one_trains_as_the_same_and_its_copies_part(implementation):
+    set_implementation(implementation)
+    model, x = network().double(), torch.randn(8, 3, 16, 16).double()
+    grown = widen_layers(model, wider())
+    loss, grads = differentiate(grown, x)
+    expected_loss, expected = differentiate(model, x)
+    assert_near(loss, expected_loss, 1e-9)
+    assert_near(grads['head.fc.bias'], expected['head.fc.bias'], 1e-8)
+    name = 'stages.1.cross_layers.0.weight'
+    of_copies = torch.zeros_like(expected[name]).index_add_(0, torch.arange(40) % 16, grads[name])
+    assert_near(of_copies, expected[name], 1e-8)
+
+    with torch.no_grad():
+        for name, parameter in grown.named_parameters():
+            parameter -= 0.1 * grads[name]
+    for layer in grown.stages[1].layers:
+        directions = F.normalize(layer.conv2.weight.flatten(1), dim=1)
+        assert (directions[:4] * directions[8:12]).sum(1).max() < 1 - 1e-6  # channels 8 to 11 were those of 0 to 3
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_a_wider_one_is_in_the_mode_and_type_of_the_first(training):
+    grown = widen_layers(network().double().train(training), wider().train(not training))
+    assert {module.training for module in grown.modules()} == {training}
+    assert {tensor.dtype for tensor in grown.state_dict().values()} == {torch.float64, torch.int64}
+
+
+def test_shares_of_copies_are_finite_and_of_one_sign():
+    torch.manual_seed(0)
+    model, target = network(), wider((64, 128))
+    for parameter in model.parameters():
+        parameter.data.fill_(1.)
+    weight = widen_layers(model, target).stages[1].layers[0].conv2.weight
+    assert weight.min() > 0 and weight.max() <= 1
+    assert_near(weight.sum(1), torch.full_like(weight.sum(1), 8.), 1e-5)
+
+
+def test_networks_that_differ_in_more_than_widths_are_refused():
+    model = network()
+    with pytest.raises(ValueError, match=r'stages.1.transition.conv.weight is \[14, 8, .*channels as in \[16'):
+        widen_layers(model, wider((4, 7)))
+    with pytest.raises(ValueError, match=r'only one has stages.1.cross_layers.4.bias'):
+        widen_layers(model, wider(depths=(4, 5)))
+    with pytest.raises(ValueError, match=r'only one has stages.0.cross_layers.0.bias'):
+        widen_layers(model, wider(aggregation='residual'))
+    with pytest.raises(ValueError, match=r'wider: stages.0.cross_layers.0.weight is \[1, 1, 2, 1\]'):
+        widen_layers(model, wider(aggregation='scalar'))
+    with pytest.raises(ValueError, match='wider: expected num_classes=5, as in the model, got 7'):
+        widen_layers(model, DelugeNet(DEPTHS, WIDER, num_classes=7, stem_type='cifar'))
+    with pytest.raises(ValueError, match='wider: expected in_chans=3, as in the model, got 6'):
+        widen_layers(model, wider(in_chans=6))
+    for pair in (model, wider(global_pool='catavgmax')), (model, torch.nn.Identity()), (torch.nn.Identity(), wider()):
+        with pytest.raises(ValueError, match='expected two DelugeNets whose pooling gives each channel once, got a'):
+            widen_layers(*pair)

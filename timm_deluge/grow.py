@@ -1,7 +1,8 @@
-"""A trained network with additional layers, which computes the same until training connects them.
+"""A trained network made deeper or wider, which computes the same until its training goes on.
 
-This undoes `timm_deluge.remove_layers`: nothing listens to an additional layer at first, and the cross-layer
-convolution behind it hands on what the layer took itself.
+`insert_layers` undoes `timm_deluge.remove_layers`: nothing listens to an additional layer at first, and the
+cross-layer convolution behind it hands on what the layer took itself. `widen_layers` has several copies of a channel
+in the place of one; each layer after them divides among the copies the weight that it had for the one.
 """
 import copy
 from collections.abc import Collection, Sequence
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 
 from .aggregation import CrossLayerDepthwiseConv2d
-from .delugenet import DelugeBlock
+from .delugenet import DelugeBlock, DelugeNet
 
-__all__ = ['insert_layers']
+__all__ = ['insert_layers', 'widen_layers']
 
 
 def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collection[int]]) -> nn.Module:
@@ -76,3 +77,61 @@ def _listen_to(conv: CrossLayerDepthwiseConv2d, sources: list[int], num_layers: 
         rows[:, :, sources] = parameter
         setattr(conv, name, nn.Parameter(rows, parameter.requires_grad))
     conv.sources, conv.num_layers = list(range(num_layers)), num_layers
+
+
+@torch.no_grad()
+def widen_layers(model: DelugeNet, wider: DelugeNet) -> DelugeNet:
+    """Give the layers of a trained network more channels, copies of those they have.
+
+    Net2WiderNet (Chen, Goodfellow and Shlens, 2016: https://arxiv.org/abs/1511.05641, section 2.2).
+
+    Args:
+        model: A DelugeNet, of any aggregation, not reparameterised; left as it is.
+        wider: One that differs in its widths alone, none of them smaller; left as it is.
+
+    Returns:
+        A copy of the wider network that gives what `model` gives, in training, too, but for what is drawn there. The
+        copies of a channel get different shares of each filter's weight, drawn at random, so that they learn different
+        things.
+
+    Raises:
+        ValueError: If the networks differ in more than their widths, or if one of the wider network's is smaller.
+    """
+    for network in model, wider:
+        if not isinstance(network, DelugeNet) or network.head.global_pool.feat_mult() != 1:
+            raise ValueError(
+                f'expected two DelugeNets whose pooling gives each channel once, got a {type(network).__name__}')
+    for option in 'num_classes', 'in_chans':
+        if getattr(model, option) != getattr(wider, option):
+            raise ValueError(
+                f'wider: expected {option}={getattr(model, option)}, as in the model, got {getattr(wider, option)}')
+    tensors, sizes = model.state_dict(), {name: tensor.shape for name, tensor in wider.state_dict().items()}
+    differing = sorted(tensors.keys() ^ sizes.keys())
+    if differing:
+        raise ValueError(f'wider: expected a network that differs in its widths alone; only one has {differing[0]}')
+    for name, tensor in tensors.items():
+        size = sizes[name]
+        if tensor.dim() != len(size) or tensor.shape[2:] != size[2:] or any(a > b for a, b in zip(tensor.shape, size)):
+            raise ValueError(
+                f'wider: {name} is {list(size)}; expected as many channels as in {list(tensor.shape)} or more, and '
+                f'the rest alike')
+        tensors[name] = _with_copies(tensor, size)
+    grown = copy.deepcopy(wider).to(next(model.parameters())).train(model.training)
+    grown.load_state_dict(tensors)
+    return grown
+
+
+def _with_copies(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Repeat a tensor's channels up to a size; what sums over dimension 1 has its weights shared by the copies."""
+    for dim in range(min(2, tensor.dim())):
+        channels = tensor.shape[dim]
+        if size[dim] == channels:
+            continue
+        source = torch.arange(size[dim], device=tensor.device) % channels
+        total_size = tensor.shape
+        tensor = tensor.index_select(dim, source)
+        if dim == 1:
+            share = 1 - torch.rand_like(tensor)  # never 0
+            total = share.new_zeros(total_size).index_add_(1, source, share)
+            tensor = tensor * share / total.index_select(1, source)
+    return tensor
