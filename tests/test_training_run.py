@@ -216,11 +216,16 @@ def test_a_run_may_start_from_what_was_made_of_a_published_checkpoint(run_dir, d
     moved.rename(start)
     made = add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model=base.name)
     assert (made.base_model, made.epochs) == (base.name, 8)
-    changed = weights.load_checkpoint(base)
-    changed['head.fc.weight'][0, 0] += 1
-    safetensors.torch.save_file(changed, start)
-    with pytest.raises(ValueError, match='start.safetensors: was not made of .*, whose head.fc.weight is another one'):
-        add_checkpoint([run_dir], 'test_other', data_dir, **PROVENANCE, base_model=base.name)
+    wider = weights.load_checkpoint(base)  # as of widen_layers: the additional filters are copies
+    wider['stem.conv.weight'] = wider['stem.conv.weight'].repeat(2, 1, 1, 1)
+    safetensors.torch.save_file(wider, start)
+    assert add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model=base.name) == made
+    for name in ('stem.conv.weight', 'head.fc.bias'):
+        changed = weights.load_checkpoint(base)
+        changed[name][-1] += 1
+        safetensors.torch.save_file(changed, start)
+        with pytest.raises(ValueError, match=f'start.safetensors: was not made of .*, whose {name} is another one'):
+            add_checkpoint([run_dir], 'test_other', data_dir, **PROVENANCE, base_model=base.name)
     assert weights.list_checkpoints() == [base, made]
 
 

@@ -339,8 +339,8 @@ def weights_add(
             help="Text file: a class folder's name, a tab and what it stands for on each line, as in WordNet's "
                  'words.txt.')] = None,
         base_model: Annotated[str | None, typer.Option(
-            help='Published checkpoint that the --initial-checkpoint of the run was made of, as by remove_layers or '
-                 'insert_layers: the one that its classifier is of.',
+            help='Published checkpoint that the --initial-checkpoint of the run was made of, as by remove_layers, '
+                 'insert_layers or widen_layers: the one that its classifier is of.',
         )] = None,
         img_size: Annotated[int | None, typer.Option(
             help="Size of the images that it is for; the run's if not given.", min=1)] = None,

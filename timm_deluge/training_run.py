@@ -66,7 +66,7 @@ def add_checkpoint(
             authors; the accuracy is measured with and without them.
         class_descriptions: What the names of the class folders stand for; may know more names than there are.
         base_model: Name of the published checkpoint of which the first run's `--initial-checkpoint` was made, as by
-            `timm_deluge.remove_layers` or `timm_deluge.insert_layers`; of two, the one that its classifier is of.
+            `timm_deluge.remove_layers`, `insert_layers` or `widen_layers`; of two, the one that its classifier is of.
         img_size: Size of the images that it is for, and measured on; the run's if None.
         settled_images: Number of training images, as they are in inference and of that size, from which the running
             statistics are taken anew; the run's statistics if None.
@@ -204,15 +204,16 @@ def _read_args(run_dir: Path) -> dict[str, Any]:
 
 
 def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
-    """Hold what a run started from against the checkpoint of which it was made: their ends are the same."""
+    """Hold what a run started from against the checkpoint of which it was made: they begin and end alike."""
     if not initial_checkpoint:
         raise ValueError(f'the run had no --initial-checkpoint that could have been made of {base.name}')
     if not Path(initial_checkpoint).is_file():
         raise FileNotFoundError(f'{initial_checkpoint}: the run started from this file, which is not there; make it of '
                                 f'{base.name} again, or go to the folder in which the run was started')
     tensors, of_base = load_state_dict(initial_checkpoint), load_checkpoint(base)
-    for name in ('stem.conv.weight', 'head.fc.weight'):
-        if name not in tensors or not torch.equal(tensors[name].float(), of_base[name].float()):
+    for name in ('stem.conv.weight', 'head.fc.bias'):
+        expected = of_base[name].float()
+        if name not in tensors or not torch.equal(tensors[name][:len(expected)].float(), expected):
             raise ValueError(f'{initial_checkpoint}: was not made of {base.name}, whose {name} is another one')
 
 
