@@ -89,6 +89,9 @@ def draw_learning_curves(path: Path) -> Figure:
         What was drawn.
     """
     figure, (loss, error) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+    dark, light = (plt.get_cmap('tab20').colors[i::2] for i in (0, 1))
+    for axis in (loss, error):
+        axis.set_prop_cycle(color=dark + light)
     for checkpoint in list_checkpoints():
         with (REPORTS / 'training' / f'{checkpoint.name}.csv').open(newline='') as f:
             rows = list(csv.DictReader(f))

@@ -119,6 +119,7 @@ def test_learning_curves_are_those_of_the_logs(generator, tmp_path):
     figure = generator['draw_learning_curves'](tmp_path / 'curves.png')
     for axis, column, of_percent in zip(figure.axes, ('train_loss', 'eval_top1'), (lambda x: x, lambda x: 100 - x)):
         lines = {line.get_label(): line for line in axis.get_lines()}
+        assert len({line.get_color() for line in lines.values()}) == len(list_checkpoints())
         for checkpoint in list_checkpoints():
             log = (REPOSITORY / 'reports' / 'training' / f'{checkpoint.name}.csv').read_text().splitlines()
             at = log[0].split(',').index(column)
