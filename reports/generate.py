@@ -140,18 +140,21 @@ def draw_accuracies(path: Path) -> None:
 
 
 def _performance() -> str:
-    """Show what was measured, with a column for each machine."""
+    """Show what was measured: a table for time of inference, of training, and for memory, a column for each machine."""
     machines = _machines()
-    table: dict[str, dict[str, str]] = {}
+    names = [machine['machine'] for machine in machines]
+    tables: dict[str, dict[str, dict[str, str]]] = {}
     for machine in machines:
         for name, row in machine['rows'].items():
             for figure in row['figures'] if not name.startswith('growth') or name == 'growth 64' else ():
-                line = table.setdefault(figure['what'], {'': figure['what'], 'goal': _goal(figure)})
+                mode, _, what = figure['what'].partition(', ')
+                subject = f'{mode}: bytes kept' if 'bytes kept' in what else mode
+                line = tables.setdefault(subject, {}).setdefault(what, {'goal': _goal(figure)})
                 line[machine['machine']] = _cell(figure)
-    headers = {'': '', **{machine['machine']: machine['machine'] for machine in machines}, 'goal': 'goal'}
     return '\n\n'.join((
-        tabulate([{key: line.get(key, '–') for key in headers} for line in table.values()],
-                 headers='keys', tablefmt='github', disable_numparse=True),
+        *(tabulate([(what, *(line.get(column, '–') for column in (*names, 'goal'))) for what, line in lines.items()],
+                   (subject, *names, 'goal'), tablefmt='github', disable_numparse=True)
+          for subject, lines in tables.items()),
         *map(_conditions, machines),
         *(f'![Cost of a layer against the length of its block, {machine["machine"]}]'
           f'(benchmarks/results/{machine["figure"].name})'

@@ -466,26 +466,35 @@ def test_command(scratch_weights, tmp_path):
     norms = block_connectivity(read_state_dict(printed['model']))[0].norms
     assert [[norm == 0 for norm in of_sum] for of_sum in norms] == [
         [i in sources for i in range(k + 2)] for k, sources in enumerate(pruned_connections(model)[0])]
-    channels = invoke('prune', 'delugenet146', '--unit', 'channel', '--output', tmp_path / 'channels')
+    channels = invoke(
+        'prune', 'delugenet146', '--fraction', '0.5', '--unit', 'channel', '--output', tmp_path / 'channels')
     assert channels.exit_code == 0, channels.output
     printed = json.loads(channels.stdout)
     assert printed['weights'] == printed['removed weights']
-    again = invoke('prune', 'delugenet146', '--output', tmp_path / 'pruned')
+    again = invoke('prune', 'delugenet146', '--fraction', '0.5', '--output', tmp_path / 'pruned')
     assert again.exit_code == 2 and 'exists' in again.stderr
+
+
+def test_command_has_no_fraction_of_its_own(tmp_path):
+    result = invoke('prune', 'delugenet146', '--output', tmp_path / 'pruned')
+    assert result.exit_code == 2 and '--fraction' in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_with_taylor_needs_images(scratch_weights, tmp_path):
     for arguments in (['--by', 'taylor'], ['--data-dir', tmp_path]):
-        result = invoke('prune', 'delugenet146', '--output', tmp_path / 'pruned', *arguments)
+        result = invoke('prune', 'delugenet146', '--fraction', '0.1', '--output', tmp_path / 'pruned', *arguments)
         assert result.exit_code == 2 and 'need each other' in result.stderr
-    by_taylor = ['prune', 'delugenet146', '--output', tmp_path / 'new', '--by', 'taylor', '--data-dir']
+    by_taylor = [
+        'prune', 'delugenet146', '--fraction', '0.1', '--num-images', '3', '--output', tmp_path / 'new',
+        '--by', 'taylor', '--data-dir']
     result = invoke(*by_taylor, tmp_path / 'no')
     assert result.exit_code == 2 and 'no such folder' in result.stderr
     names = timm.create_model('delugenet146', pretrained=True).pretrained_cfg['label_names']
     for name in names:
         (tmp_path / 'train' / name).mkdir(parents=True)
         Image.new('RGB', (32, 32), (len(name), 80, 200)).save(tmp_path / 'train' / name / 'image.png')
-    result = invoke(*by_taylor, tmp_path / 'train', '--fraction', '0.1', '--num-images', '3')
+    result = invoke(*by_taylor, tmp_path / 'train')
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)['removed'] == 51
 

@@ -240,7 +240,7 @@ def prune(
         source: Annotated[str, typer.Argument(
             metavar='MODEL', help='Model, model.tag, hf-hub:USER/REPO or local-dir:FOLDER; its pretrained weights.')],
         output: Annotated[Path, typer.Option(help='Folder to make, for local-dir:FOLDER.')],
-        fraction: Annotated[float, typer.Option(min=0, max=1, help='Share of all connections that are to go.')] = 0.5,
+        fraction: Annotated[float, typer.Option(min=0, max=1, help='Share of all connections that are to go.')],
         by: Annotated[str, typer.Option(help=f'Which are the weakest, by {", ".join(CRITERIA)}.')] = 'norm',
         unit: Annotated[str, typer.Option(
             help='What goes: a connection, or a channel of one, a single weight, which saves no time.')] = 'connection',
