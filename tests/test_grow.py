@@ -179,6 +179,11 @@ def test_networks_that_differ_in_more_than_widths_are_refused():
         widen_layers(model, DelugeNet(DEPTHS, WIDER, num_classes=7, stem_type='cifar'))
     with pytest.raises(ValueError, match='wider: expected in_chans=3, as in the model, got 6'):
         widen_layers(model, wider(in_chans=6))
+    pruned = [[[[], [source], []], [[], [], [], []]] for source in (0, 1)]
+    for pair in (model, wider(global_pool='max')), (
+            network(pruned_connections=pruned[0]), wider(pruned_connections=pruned[1])):
+        with pytest.raises(ValueError, match='wider: expected .* widths alone; a stride, a dilation, the pooling or'):
+            widen_layers(*pair)
     for pair in (model, wider(global_pool='catavgmax')), (model, torch.nn.Identity()), (torch.nn.Identity(), wider()):
         with pytest.raises(ValueError, match='expected two DelugeNets whose pooling gives each channel once, got a'):
             widen_layers(*pair)

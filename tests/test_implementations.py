@@ -480,10 +480,17 @@ def test_what_watches_every_operator_or_module_sees_them(training):
     assert set(model.stages[1].layers) | set(model.stages[1].cross_layers) <= seen
 
 
-def test_a_normalisation_with_parameters_takes_the_reference(monkeypatch):
+@pytest.mark.parametrize('place, part', [
+    ('norm', nn.BatchNorm2d(6)), ('norms.1', nn.BatchNorm2d(6)), ('norms.0', BatchNormAct2d(6, affine=False)),
+    ('norm', BatchNormAct2d(6, affine=False)), ('drop_paths.0', nn.ReLU()), ('layers.1.conv2', nn.BatchNorm2d(3)),
+    ('layers.0.norm1.drop', nn.AvgPool2d(3, 1, 1)),
+], ids=str)
+def test_a_part_that_does_something_else_takes_the_reference(place, part, monkeypatch):
     module, calls = block().train(), fused_calls(monkeypatch)
-    module.norms[1] = nn.BatchNorm2d(6)
-    nn.init.uniform_(module.norms[1].weight)
+    for parameter in part.parameters():
+        nn.init.uniform_(parameter)
+    parent, _, name = place.rpartition('.')
+    setattr(module.get_submodule(parent), name, part)
     assert_same(module, torch.randn(4, 6, 5, 7), 'auto', 1e-4)
     assert not calls
 

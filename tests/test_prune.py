@@ -381,7 +381,7 @@ def test_what_is_wrong_is_said():
         prune_connections(model, 0.9, unit='channel')
     with pytest.raises(ValueError, match='all channels of a connection have the same weight'):
         prune_connections(network(aggregation='scalar'), 0.5, unit='channel')
-    with pytest.raises(ValueError, match="aggregation='last' has no weight for each channel"):
+    with pytest.raises(ValueError, match="only aggregation='cross_layer' takes them"):
         network(aggregation='last', channel_masks=True)
     with pytest.raises(ValueError, match='needs batches'):
         prune_connections(model, 0.5, 'taylor')

@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.layers import BatchNormAct2d
 from timm.models._features import FeatureGetterNet
 from timm.utils import reparameterize_model
 from torch import nn
@@ -207,7 +208,31 @@ def test_biases_of_convolutions_are_folded(aggregation):
     model = away_from_start(DelugeNet((2, 2), (4, 8), 5, stem_type='cifar', aggregation=aggregation)).eval()
     layer = model.stages[0].layers[0]
     layer.conv2, layer.conv3 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 8, 1)
+    x = torch.randn(2, 3, 16, 16)
+    for memory_format in torch.contiguous_format, torch.channels_last:
+        assert_same_function(reparameterize_model(model), model, x.to(memory_format=memory_format))
+
+
+def test_a_last_convolution_of_3x3_is_folded():
+    model = away_from_start(DelugeNet((2, 2), (4, 8), 5, stem_type='cifar')).eval()
+    model.stages[0].layers[0].conv3 = nn.Conv2d(4, 8, 3, padding=1, bias=False)
+    x = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
+    assert_same_function(reparameterize_model(model), model, x)
+
+
+def test_an_activation_behind_a_transitions_norm_stays():
+    model = away_from_start(DelugeNet((2, 2), (4, 8), 5, stem_type='cifar')).eval()
+    model.stages[1].transition.norm = BatchNormAct2d(8).eval()
     assert_same_function(reparameterize_model(model), model, torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize('place', ['norm', 'norms.1'])
+def test_an_activation_behind_the_norm_of_a_layers_output_is_refused(place):
+    model = DelugeNet((3, 2), (4, 8), 5, stem_type='cifar').eval()
+    parent, _, name = f'stages.0.{place}'.rpartition('.')
+    setattr(model.get_submodule(parent), name, BatchNormAct2d(8, affine=False))
+    with pytest.raises(ValueError, match="cannot be reparameterised: the normalisation of a layer's output"):
+        reparameterize_model(model)
 
 
 def test_the_original_stays_as_it_is():

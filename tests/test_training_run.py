@@ -246,10 +246,11 @@ def test_settled_statistics_are_the_mean_over_the_batches():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)).train()
     model[0](10 * torch.randn(4, 3, 2, 2))
-    batches = torch.randn(3, 4, 3, 5, 5).unbind()
+    batches = torch.randn(9, 3, 5, 5).split(4)  # the last is one image
     settle_batch_norm(model, batches)
-    torch.testing.assert_close(model[0].running_mean, torch.stack(batches).mean((0, 1, 3, 4)))
-    torch.testing.assert_close(model[0].running_var, torch.stack([b.var((0, 2, 3)) for b in batches]).mean(0))
+    torch.testing.assert_close(model[0].running_mean, torch.cat(batches).mean((0, 2, 3)))
+    expected = sum(len(batch) * batch.var((0, 2, 3)) for batch in batches) / 9
+    torch.testing.assert_close(model[0].running_var, expected)
     assert model.training and model[0].training and model[0].momentum == 0.1
 
 

@@ -39,7 +39,8 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 
 from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
-from .ops import FusedCrossLayers, Recompute, has_hooks, norm_act_conv, takes_fast_path, why_not_fast
+from .fused import FusedModule
+from .ops import FusedCrossLayers, Recompute, norm_act_conv
 from .pretrained import checkpoint_filter_fn, choose_checkpoint
 from .reparameterize import (
     ChannelAffine,
@@ -76,79 +77,14 @@ class Stem(nn.Sequential):
             layers.conv, layers.norm = fold_into_conv(layers.conv, layers.norm), nn.Identity()
 
 
-def _why_not_plain(module: nn.Module) -> str | None:
-    """Get the reason why more than a module's parameters matters, None if nothing does."""
-    plain_types = (
-        nn.ModuleList, CompositeLayer, nn.Conv2d, nn.BatchNorm2d, BatchNormAct2d, nn.ReLU, nn.Identity, DropPath,
-        *AGGREGATIONS.values())
-    if isinstance(module, (ChannelAffine, InferenceConv2d)):
-        return 'was reparameterised'
-    if type(module) not in plain_types:
-        return f'was replaced by a {type(module).__name__}'
-    if has_hooks(module):
-        return 'has hooks'
-    if isinstance(module, nn.Conv2d) and not (
-            module.bias is None and module.groups == 1 and module.padding_mode == 'zeros'
-            and not isinstance(module.padding, str)):
-        return 'was replaced by another kind of convolution'
-    if isinstance(module, nn.BatchNorm2d) and not module.track_running_stats:
-        return 'has no running statistics'
-    return None
-
-
-def _kind(name: str) -> type[nn.Module]:
-    """Get what a part of a block or of a layer is, by its name: what may stand in one place may not in another."""
-    *parents, last = name.split('.')
-    place = last.rstrip('0123456789') or f'of {parents[-1]}'
-    kinds: dict[str, type[nn.Module]] = {
-        'norm': nn.BatchNorm2d, 'of norms': nn.BatchNorm2d, 'conv': nn.Conv2d, 'of layers': CompositeLayer}
-    return kinds.get(place, nn.Module)
-
-
-def _why_not_fused(module: nn.Module, x: torch.Tensor) -> str | None:
-    """Get the reason why a module's `forward_fused` cannot take the place of `forward`, None if it can.
-
-    Args:
-        module: The module, whose children are all what `forward_fused` takes them for, but for a transition.
-        x: What `forward_fused` would take.
-    """
-    reason = why_not_fast(x)
-    if reason:
-        return reason
-    if isinstance(module, DelugeBlock) and not len(module.layers):
-        return 'there are no layers'
-    if x.numel() <= x.shape[1]:
-        return f'an input {list(x.shape)} has no more than one value for each channel'
-    for name, part in module.named_modules():
-        if part is not module and not name.startswith('transition'):
-            reason = _why_not_plain(part)
-            if reason:
-                return f'{name} {reason}'
-            if not isinstance(part, _kind(name)):
-                return f'{name} was replaced by a {type(part).__name__}'
-            of_a_layer = isinstance(module, DelugeBlock) and name.startswith('norm')
-            if isinstance(part, nn.BatchNorm2d) and not part.affine and not of_a_layer:
-                return f'{name} has no parameters'
-    if isinstance(module, DelugeBlock):
-        if len({bool(c.training and c.drop_rate) for c in module.cross_layers}) == 2:
-            return 'only some of the cross-layer convolutions drop connections'
-        norms: Any = (module.norm, *module.norms)
-        if any(norm.affine for norm in norms):
-            return 'the normalisation of a layer has parameters of its own'
-    return None
-
-
-class FusedModule(nn.Module):
-    """A module with a second forward, `forward_fused`: the same result by less memory traffic, less of it kept."""
-
-    @torch.jit.ignore
-    def runs_fused(self, x: torch.Tensor) -> bool:
-        """Whether `forward` takes that path."""
-        return takes_fast_path(self, x, _why_not_fused(self, x))
-
-
 class CompositeLayer(FusedModule):
     """Composite layer: a pre-activation bottleneck without a shortcut of its own."""
+    places = {
+        **dict.fromkeys(('norm1', 'norm2', 'norm3'), (nn.BatchNorm2d, BatchNormAct2d)),
+        **dict.fromkeys(('conv1', 'conv2', 'conv3'), (nn.Conv2d,)),
+        'act': (nn.ReLU, nn.Identity),
+        'drop': (nn.Identity,),
+    }
 
     def __init__(
             self,
@@ -230,6 +166,12 @@ class BlockTransition(FusedModule):
 
     Its cross-layer convolution is the last one of the block before.
     """
+    places = {
+        'norm': (nn.BatchNorm2d, BatchNormAct2d),
+        'conv': (nn.Conv2d,),
+        'act': (nn.ReLU, nn.Identity),
+        'drop': (nn.Identity,),
+    }
 
     def __init__(
             self,
@@ -258,7 +200,7 @@ class BlockTransition(FusedModule):
         The convolution pads with zeros after the BN, and so cannot take the shift in.
         """
         if not isinstance(self.norm, ChannelAffine):
-            self.norm = ChannelAffine(self.norm, nn.Identity())
+            self.norm = ChannelAffine(self.norm, getattr(self.norm, 'act', nn.Identity()))
             self.conv = InferenceConv2d(self.conv)
 
 
@@ -307,6 +249,15 @@ class DelugeBlock(FusedModule, ResidualBlock):
     In the module's terms, with i counted from 0: `norm` normalises h_0 and `norms[i]` h_{i+1}, which `layers[i]`
     computes from x_{i+1}; `cross_layers[i]` gives x_{i+2}, the last one what the block hands on.
     """
+    places = {
+        **CompositeLayer.places,
+        **dict.fromkeys(('layers', 'norms', 'drop_paths', 'cross_layers'), (nn.ModuleList,)),
+        **dict.fromkeys(('norm', 'norms[]'), (nn.BatchNorm2d,)),
+        'layers[]': (CompositeLayer,),
+        'drop_paths[]': (DropPath, nn.Identity),
+        'cross_layers[]': tuple(AGGREGATIONS.values()),
+    }
+    unscaled = ('norm', 'norms[]')
 
     def __init__(
             self,
@@ -357,6 +308,14 @@ class DelugeBlock(FusedModule, ResidualBlock):
             outputs.append(drop_path(norm(h)))
             x = cross_layer(outputs)
         return x
+
+    @torch.jit.ignore
+    def why_not_fused(self, x: torch.Tensor) -> str | None:
+        if not len(self.layers):
+            return 'there are no layers'
+        if len({bool(c.training and c.drop_rate) for c in self.cross_layers}) == 2:
+            return 'only some of the cross-layer convolutions drop connections'
+        return super().why_not_fused(x)
 
     @torch.jit.ignore
     def forward_fused(self, x: torch.Tensor) -> torch.Tensor:
@@ -477,7 +436,7 @@ class DelugeNet(nn.Module):
             block_args['connection_drop_rate'] = connection_drop_rate
         if channel_masks:
             if aggregation != 'cross_layer':
-                raise ValueError(f'channel_masks: aggregation={aggregation!r} has no weight for each channel')
+                raise ValueError(f"channel_masks: only aggregation='cross_layer' takes them, got {aggregation!r}")
             block_args['channel_masks'] = True
         dilation = 1
         self.stages = nn.Sequential()
@@ -506,7 +465,7 @@ class DelugeNet(nn.Module):
         norm: nn.Module = FinalNorm(prev_chs, **dd)
         self.norm = norm
         self.head = ClassifierHead(prev_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = prev_chs * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self.head.num_features
 
         self.init_weights()
 
@@ -551,16 +510,10 @@ class DelugeNet(nn.Module):
             global_pool: Global pooling type, unchanged if None.
         """
         self.num_classes = num_classes
-        parameter = next(self.parameters())
-        self.head = ClassifierHead(
-            self.num_features,
-            num_classes,
-            pool_type=self.head.global_pool.pool_type if global_pool is None else global_pool,
-            drop_rate=self.drop_rate,
-            device=parameter.device,
-            dtype=parameter.dtype,
-        ).train(self.training)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        parameter = next(self.parameters())  # the head may have none
+        self.head.reset(
+            num_classes, global_pool, in_features=self.num_features, device=parameter.device, dtype=parameter.dtype)
+        self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
             self,

@@ -116,9 +116,20 @@ def widen_layers(model: DelugeNet, wider: DelugeNet) -> DelugeNet:
                 f'wider: {name} is {list(size)}; expected as many channels as in {list(tensor.shape)} or more, and '
                 f'the rest alike')
         tensors[name] = _with_copies(tensor, size)
+    if _wiring(model) != _wiring(wider):
+        raise ValueError(
+            'wider: expected a network that differs in its widths alone; a stride, a dilation, the pooling or the '
+            'sources of a cross-layer convolution differ')
     grown = copy.deepcopy(wider).to(next(model.parameters())).train(model.training)
     grown.load_state_dict(tensors)
     return grown
+
+
+def _wiring(network: DelugeNet) -> list[Any]:
+    """Get what a network's function depends on besides its tensors."""
+    return [network.head.global_pool.pool_type, *(
+        module.sources if isinstance(module, CrossLayerDepthwiseConv2d) else (module.stride, module.dilation)
+        for module in network.modules() if isinstance(module, (CrossLayerDepthwiseConv2d, nn.Conv2d)))]
 
 
 def _with_copies(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

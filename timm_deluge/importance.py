@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import nn
 
-from .prune import Connection, connection_scores, remove_layers
+from .prune import Connection, find_cross_layers, remove_layers
 
 __all__ = ['layer_removal_losses', 'removal_losses']
 
@@ -39,7 +39,7 @@ def removal_losses(
     """
     if model.training:
         raise ValueError('the model is in training mode, in which a loss depends on the batch: call model.eval() first')
-    connection_scores(model)  # raises if there are none
+    find_cross_layers(model)  # raises if there are none
     fused: Any = reparameterize_model(model)
 
     def loss_of(x: torch.Tensor, number: int) -> float:
@@ -97,7 +97,7 @@ def layer_removal_losses(
     Raises:
         ValueError: If the model has no connections.
     """
-    connection_scores(model)  # raises if there are none
+    find_cross_layers(model)  # raises if there are none
     model = copy.deepcopy(model).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -86,14 +86,19 @@ def connection_scores(
     Raises:
         ValueError: If the model has no connections, there is no such criterion, or 'taylor' has no batches.
     """
-    consumers = _consumers(model)
+    consumers = find_cross_layers(model)
     scores = _scores(model, consumers, 'connection', by, batches, seed)
     return {
         Connection(name, source): score
         for name, conv in consumers.items() for source, score in zip(conv.sources, scores[name][0].tolist())}
 
 
-def _consumers(model: nn.Module) -> dict[str, CrossLayerDepthwiseConv2d]:
+def find_cross_layers(model: nn.Module) -> dict[str, CrossLayerDepthwiseConv2d]:
+    """Get a network's cross-layer convolutions by name.
+
+    Raises:
+        ValueError: If there are none.
+    """
     consumers = {n: m for n, m in model.named_modules() if isinstance(m, CrossLayerDepthwiseConv2d)}
     if not consumers:
         raise ValueError(
@@ -140,7 +145,7 @@ def _taylor(
     if batches is None:
         raise ValueError("by='taylor' needs batches of images and targets: their loss is what it looks at")
     model = copy.deepcopy(model).eval().requires_grad_()
-    weights = [conv.weight for conv in _consumers(model).values()]
+    weights = [conv.weight for conv in find_cross_layers(model).values()]
     totals = [torch.zeros_like(weight) for weight in weights]
     for images, targets in batches:
         with torch.enable_grad():
@@ -186,7 +191,7 @@ def prune_connections(
         raise ValueError(f'fraction={fraction}: must be from 0 to 1')
     if unit not in UNITS:
         raise ValueError(f'unit={unit!r}: must be one of {", ".join(map(repr, UNITS))}')
-    consumers = _consumers(model)
+    consumers = find_cross_layers(model)
     if unit == 'channel' and any(len(conv.weight) == 1 < conv.channels for conv in consumers.values()):
         raise ValueError("unit='channel': with aggregation='scalar' all channels of a connection have the same weight")
     scores = {n: score.cpu() for n, score in _scores(model, consumers, unit, by, batches, seed).items()}

@@ -89,14 +89,16 @@ class InferenceConv2d(nn.Conv2d):
 
         Args:
             x: ``[N, C, H, W]``.
-            out: Memory in channels_last that the result of a 1x1 convolution may take.
+            out: Memory in channels_last that the result of a 1x1 convolution without bias may take.
 
         Returns:
             ``[N, C', H', W']``.
         """
         if not torch.jit.is_scripting():
             if self.keeps_order(x):
-                return self.forward_onednn(x) if out is None else self.forward_matmul(x, out)
+                if out is not None and self.kernel_size == (1, 1) and self.bias is None:
+                    return self.forward_matmul(x, out)
+                return self.forward_onednn(x)
         x = self._conv_forward(x, self.weight, self.bias)
         return torch.relu(x) if self.relu else x
 
@@ -128,7 +130,7 @@ class InferenceConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def forward_matmul(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """A 1x1 convolution as a matrix product, which can write where it is told to, as oneDNN's operators cannot."""
+        """A 1x1 convolution, no bias, as a matrix product: it can write where it is told to, as oneDNN's cannot."""
         weight = self.reordered((), lambda weight: weight.flatten(1).t().contiguous())
         torch.mm(rows(x), weight, out=rows(out))
         return out
@@ -325,7 +327,11 @@ def fuse_block(block: Any) -> FoldedDelugeBlock:
         ValueError: If a part was replaced by one that cannot be folded.
     """
     layers, cross_layers = block.layers, block.cross_layers
-    scales, shifts = map(torch.stack, zip(*(affine_of(norm) for norm in (block.norm, *block.norms))))  # [L + 1, C]
+    norms = (block.norm, *block.norms)
+    if any(hasattr(norm, 'act') for norm in norms):
+        raise ValueError(
+            "cannot be reparameterised: the normalisation of a layer's output was replaced by one with an activation")
+    scales, shifts = map(torch.stack, zip(*map(affine_of, norms)))  # [L + 1, C]
     sources, weights, biases = [[0]], [torch.ones_like(scales[:1])], [torch.zeros_like(scales[0])]  # x_1 = h_0
     for cross_layer in cross_layers:
         weight, bias = (parameter[:, 0, :, 0].t() for parameter in cross_layer.kernel())

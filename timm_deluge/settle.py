@@ -20,11 +20,11 @@ BATCH_SIZE = 250
 
 @torch.no_grad()
 def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
-    """Set all running statistics to their mean over some batches.
+    """Set all running statistics to their mean over some batches, in which every image counts the same.
 
     Args:
         model: The model; afterwards each module is in the mode it was in.
-        batches: Images ``[N, in_chans, H, W]``, a hundred or more in each, of all classes mixed.
+        batches: Images ``[N, in_chans, H, W]``, a hundred or more in nearly all, of all classes mixed.
     """
     modes = {module: module.training for module in model.modules()}
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -32,9 +32,13 @@ def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.train().momentum = None
+        norm.train()
+    num_images = 0
     try:
         for images in batches:
+            num_images += len(images)
+            for norm in norms:
+                norm.momentum = len(images) / num_images
             model(images)
     finally:
         for module, mode in modes.items():

@@ -28,7 +28,7 @@ from torch import nn
 
 from .implementation import choose_backend
 from .layout import same_layout
-from .norm_act_conv import FusedFunction, Recompute, norm_args, normalize, refuse_batched, statistics
+from .norm_act_conv import FusedFunction, Recompute, begin_norm, normalize, refuse_batched, statistics
 from .running_sums import running_sums
 
 __all__ = ['FusedCrossLayers']
@@ -77,12 +77,12 @@ class FusedCrossLayers:
         index = len(self._outputs)
         parameters = [] if index else self._state.parameters
         begins = (len(self._weights) - index) % LAYERS_PER_PASS == 0
-        args = norm_args(norm)
+        _, _, training, _, eps = args = begin_norm(norm)
         scaled, mean, invstd = _LayerOutput.apply(
             self._state, index, self._layers[::-1] if begins else [], output, sample_scale, *args, *parameters)
         self._outputs.append(scaled)
         self._statistics.append((mean, invstd))
-        self._layers.append(_Layer(output, sample_scale, mean, invstd, *args[2::2]))
+        self._layers.append(_Layer(output, sample_scale, mean, invstd, training, eps))
         return scaled
 
     def cross_layer_depthwise_conv(self, scale: torch.Tensor | None = None) -> torch.Tensor:

@@ -130,7 +130,7 @@ void for_each_tile(const Shape& shape, int threads, const Work& work) {
 }
 
 // Splits a tile into parts of at most VECTORS vectors, or of UNROLL rows.
-template <bool BY_COLUMN, class Work>
+template <class Work>
 void for_each_part(const Tile& tile, const Work& work) {
     const int64_t across = (tile.end_column - tile.column + WIDTH - 1) / WIDTH;
     const int64_t height = std::max<int64_t>(VECTORS / across, UNROLL);
@@ -326,7 +326,7 @@ void combine_backward_layers(const T* const* grads, int64_t num_grads, const flo
     float* const first_sums = all_sums.data();
     for_each_tile<BY_COLUMN, COLUMNS / R>(shape, threads, [=](const Tile& whole, int thread) {
         float* const sums = first_sums + thread * thread_sums;
-        for_each_part<BY_COLUMN>(whole, [=](const Tile& tile) {
+        for_each_part(whole, [=](const Tile& tile) {
             Floats values[R * VECTORS], results[R * VECTORS];
             const auto add = [&](auto number, auto is_first, auto is_last, int64_t i) {
                 add_grads<BY_COLUMN, number, R, is_first, is_last>(

@@ -8,7 +8,7 @@ from torch import nn
 from .conv import conv2d, conv2d_backward
 from .implementation import choose_backend
 
-__all__ = ['FusedFunction', 'Recompute', 'norm_act_conv', 'norm_args', 'normalize', 'refuse_batched', 'statistics']
+__all__ = ['FusedFunction', 'Recompute', 'begin_norm', 'norm_act_conv', 'normalize', 'refuse_batched', 'statistics']
 
 
 class Recompute(Protocol):
@@ -41,14 +41,16 @@ def norm_act_conv(
         ``[N, C', H', W']``.
     """
     return _NormActConv.apply(
-        x, norm.weight, norm.bias, conv.weight, *norm_args(norm), isinstance(getattr(norm, 'act', None), nn.ReLU),
+        x, norm.weight, norm.bias, conv.weight, *begin_norm(norm), isinstance(getattr(norm, 'act', None), nn.ReLU),
         (conv.stride, conv.padding, conv.dilation), recompute)
 
 
-def norm_args(norm: Any) -> tuple[torch.Tensor, torch.Tensor, bool, float | None, float]:
-    """Count a batch normalisation's call in training, and take what ATen needs of it besides its parameters.
+def begin_norm(norm: Any) -> tuple[torch.Tensor, torch.Tensor, bool, float | None, float]:
+    """Begin a call of a batch normalisation: count it in training, and get what is needed besides the parameters.
 
-    In evaluation, which does not use it, the momentum may be None.
+    Returns:
+        Running mean and variance, ``[C]``, whether it is in training, momentum and eps. The momentum may be None in
+        evaluation, which does not use it.
     """
     momentum = norm.momentum
     if norm.training:
@@ -72,7 +74,7 @@ def statistics(
 
     Args:
         x: ``[N, C, H, W]``.
-        running_mean, running_var, training, momentum, eps: See `norm_args`.
+        running_mean, running_var, training, momentum, eps: See `begin_norm`.
     """
     if training:
         mean, var = choose_backend(x).moments(x)
@@ -151,8 +153,6 @@ class _NormActConv(FusedFunction):
         if ctx.recompute:  # in training, a gradient through a batch normalisation has no mean
             ctx.recompute.leave_sum(
                 torch.zeros_like(mean) if ctx.training else norm_weight * invstd * grad_norm_bias)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
         return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 8
 
 
