@@ -63,6 +63,8 @@ def main(
         optimizer: Annotated[Optimizer, typer.Option(help="What timm's Muon does with them.")] = Optimizer.fallback,
 ) -> None:
     """Run train.py."""
+    if 'TIMM_SCRIPTS' not in os.environ:
+        raise typer.BadParameter('set TIMM_SCRIPTS to a checkout of pytorch-image-models, which has train.py')
     create_optimizer = timm.optim.create_optimizer_v2
 
     def create(model: nn.Module, **kwargs: Any) -> torch.optim.Optimizer:

@@ -54,6 +54,8 @@ def main(
         threads: Annotated[int, typer.Option(help='Threads of all but the training.')] = 2,
 ) -> None:
     """Prune, train on, test."""
+    if 'TIMM_SCRIPTS' not in os.environ:
+        raise typer.BadParameter('set TIMM_SCRIPTS to a checkout of pytorch-image-models, which has train.py')
     torch.set_num_threads(threads)
     dtype = getattr(torch, dtype_name)
     model = timm.create_model(model_name, pretrained=True).eval()

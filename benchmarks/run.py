@@ -380,20 +380,27 @@ def main(
     if not chosen:
         without = '' if has_bfloat16() else '; autocast and baselines need a processor with bfloat16'
         raise typer.BadParameter(f'{only!r} fits none of: {", ".join(names)}{without}', param_hint='--only')
-    before = json.loads(output.read_text())['rows'] if output.exists() else {}
+    before = json.loads(output.read_text()) if output.exists() else {'threads': threads, 'rows': {}}
+    if before['threads'] != threads:
+        raise typer.BadParameter(
+            f'{output} is of {before["threads"]} threads: name another --output', param_hint='--threads')
     load = os.getloadavg()[0]
-    measured = {name: measure_calmly(name, rounds, threads) for name in track(chosen, description='Measuring')}
-    fastest = min(min(row['reference_seconds']) for row in measured.values())
-    for row in measured.values():
-        row['load'] = max(row['reference_seconds']) / fastest
-    rows = {name: measured.get(name) or before[name] for name in names if name in measured or name in before}
+    measured: dict[str, dict[str, Any]] = {}
     output.parent.mkdir(exist_ok=True)
+    for name in track(chosen, description='Measuring'):
+        measured[name] = measure_calmly(name, rounds, threads)
+        fastest = min(min(row['reference_seconds']) for row in measured.values())
+        for row in measured.values():
+            row['load'] = max(row['reference_seconds']) / fastest
+        rows = {**before['rows'], **measured}
+        partial = output.with_suffix('.partial')
+        partial.write_text(json.dumps({
+            'machine': machine, 'device': DEVICE, 'threads': threads, 'load_average_before': load,
+            'rows': {name: rows[name] for name in names if name in rows},
+        }, indent=2) + '\n')
+        partial.replace(output)
     if all(f'growth {length}' in rows for length in LENGTHS):
         draw(rows, output.with_suffix('.png'))
-    text = json.dumps({
-        'machine': machine, 'device': DEVICE, 'threads': threads, 'load_average_before': load, 'rows': rows,
-    }, indent=2)
-    output.write_text(text + '\n')
     print(tabulate([
         {**f, 'disagreement': row['disagreement'], 'load': row['load'], 'runs': row['runs']}
         for row in measured.values() for f in row['figures']

@@ -57,6 +57,10 @@ def main(
         num_test: Annotated[int | None, typer.Option(help='Test images; all by default.')] = None,
 ) -> None:
     """Classify frozen features of MODEL on another data set."""
+    folders = [{path.name for path in data_dir.iterdir() if path.is_dir()} for data_dir in (train_dir, test_dir)]
+    differing = sorted(folders[0] ^ folders[1])
+    if differing:
+        raise typer.BadParameter(f'{test_dir}: expected the class folders of {train_dir}, only one has {differing[0]}')
     network = timm.create_model(model, pretrained=True, num_classes=0).eval()
     train, test = extract(network, train_dir, num_train), extract(network, test_dir, num_test)
     classifiers = {

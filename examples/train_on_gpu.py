@@ -41,6 +41,10 @@ FIXED = dict(  # what other options are here
     channels_last=True, color_jitter=0.0, remode='const', train_interpolation='bilinear', sched_on_updates=True,
     train_size_schedule='progressive', train_size_schedule_spread=0.0, train_size_random_mix=0.0)
 
+NEEDED = {
+    'amp', 'amp_dtype', 'batch_size', 'color_jitter', 'epochs', 'lr', 'momentum', 'opt', 'sched_on_updates',
+    'train_img_sizes', 'train_interpolation', 'warmup_epochs', 'weight_decay'}
+
 
 def read_recipe(path: Path) -> dict[str, object]:
     """Read the options of a recipe.
@@ -52,6 +56,9 @@ def read_recipe(path: Path) -> dict[str, object]:
         ValueError: If there is an option, or a value, of which this script would make something else than train.py.
     """
     recipe = yaml.safe_load(path.read_text())
+    missing = NEEDED - recipe.keys()
+    if missing:
+        raise ValueError(f'{path}: says nothing of {min(missing)}, where train.py does something else than this script')
     known = {*DEFAULTS, 'model', 'num_classes', 'input_size', 'mean', 'std', 'epochs', 'train_img_sizes', 'lr',
              'interpolation', 'device', 'workers', 'val_interval'}
     for name, value in recipe.items():
@@ -263,8 +270,6 @@ def train(args: Namespace) -> dict[str, float]:
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     splits = [read_images(args.data_dir / split) for split in (args.val_split, args.train_split)]  # the small one first
     test_set, (images, targets) = [[tensor.to(device) for tensor in split] for split in splits]
-    args.output.mkdir(parents=True)
-    (args.output / 'args.yaml').write_text(yaml.safe_dump(plain))
     model = timm.create_model(
         args.model, pretrained=args.pretrained, num_classes=args.num_classes, **args.model_kwargs)
     config = resolve_data_config(vars(args), model=model)
@@ -275,6 +280,8 @@ def train(args: Namespace) -> dict[str, float]:
     optimizer = create_optimizer_v2(
         model, args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum, **args.opt_kwargs)
     muon = BatchedMuon(optimizer)
+    args.output.mkdir(parents=True)
+    (args.output / 'args.yaml').write_text(yaml.safe_dump(plain))
     steps = len(images) // args.batch_size
     scheduler, _ = create_scheduler_v2(
         optimizer, args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=args.warmup_lr,

@@ -172,7 +172,9 @@ def test_recipe_prints_a_path_and_nothing_else():
 
 @pytest.mark.parametrize('name', list_recipes())
 def test_recipe_trains_a_model_of_ours(name):
-    options = yaml.safe_load(recipe_path(name).read_text())
+    text = recipe_path(name).read_text()
+    assert f'$(timm-deluge recipe {name})' in text
+    options = yaml.safe_load(text)
     assert options['device_modules'] == ['timm_deluge']
     model, _, tag = options['model'].partition('.')
     assert model in timm.list_models(module='delugenet')

@@ -146,6 +146,8 @@ def test_an_unknown_option_is_refused_by_name(example, tmp_path):
         example['read_recipe'](recipe(tmp_path, opt='sgd'))
     with pytest.raises(ValueError, match='train_img_sizes: expected one for each of 3 epochs'):
         example['read_recipe'](recipe(tmp_path, epochs=3))
+    with pytest.raises(ValueError, match='says nothing of amp, where train.py does something else'):
+        example['read_recipe'](Path(recipe_path('cifar10_delugenet146')))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

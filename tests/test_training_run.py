@@ -375,6 +375,37 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
         add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE, split='nonsense')
 
 
+@pytest.mark.parametrize('file, content, message', [
+    ('last.pth.tar', '', 'last.pth.tar: this is no checkpoint, or damaged'),
+    ('last.pth.tar', 'text', 'last.pth.tar: this is no checkpoint, or damaged'),
+    ('args.yaml', '', 'args.yaml: expected the options of a run of train.py, there is no epochs'),
+    ('args.yaml', 'epochs: 3', 'args.yaml: expected the options of a run of train.py, there is no model'),
+    ('summary.csv', 'epoch,train_loss,eval_top1\n', 'summary.csv: no epoch is done yet'),
+    ('words.txt', 'noise\tnoise\n\ngrey scale\n', "words.txt: expected NAME, a tab and what it stands for"),
+])
+def test_a_damaged_file_is_named(file, content, message, run_dir, data_dir, weights_dir):
+    (run_dir / file).write_text(content)
+    options = ['--class-descriptions', str(run_dir / file)] if file == 'words.txt' else []
+    result = CliRunner().invoke(cli.app, [
+        'weights', 'add', str(run_dir), '--tag', 't', '--data-dir', str(data_dir), '--recipe', 'cifar100_delugenet146',
+        '--dataset', 'd', '--provenance', 'p', '--hardware', 'h', *options])
+    assert result.exit_code == 2 and message in ' '.join(result.stderr.split()), result.output
+    assert not weights.list_checkpoints()
+
+
+def test_no_more_images_settle_than_there_are(run_dir, data_dir, weights_dir):
+    checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE, settled_images=10 ** 6)
+    assert checkpoint.settled_images == checkpoint.dataset['train_images']
+
+
+def test_parts_of_a_replaced_checkpoint_go(run_dir, data_dir, weights_dir, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr('timm_deluge.training_run.PART_BYTES', 5 * 2 ** 20)
+        assert add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE).parts
+    checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
+    assert {path.name for path in weights_dir.iterdir()} == {checkpoint.file, 'manifest.json'}
+
+
 def test_incomplete_run(tmp_path, data_dir):
     result = CliRunner().invoke(cli.app, [
         'weights', 'add', str(tmp_path), '--tag', 't', '--data-dir', str(data_dir),

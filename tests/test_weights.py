@@ -333,7 +333,7 @@ def test_pip_knows_the_checkout(monkeypatch, url, expected):
     assert weights._checkout() == expected
 
 
-def test_the_wheel_has_the_smaller_checkpoints_and_fits_into_pypi(tmp_path):
+def test_the_wheel_has_the_smaller_checkpoints_and_fits_into_pypi(tmp_path, monkeypatch):
     [wheel] = WheelBuilder(str(REPOSITORY)).build(directory=str(tmp_path), versions=['standard'])
     assert Path(wheel).stat().st_size < 100e6
     names = zipfile.ZipFile(wheel).namelist()
@@ -341,3 +341,5 @@ def test_the_wheel_has_the_smaller_checkpoints_and_fits_into_pypi(tmp_path):
     shipped = {Path(name).name for name in names if name.endswith(('.safetensors', '.index.json'))}
     smaller = 'delugenet146', 'resnetlike146_1x1', 'resnetlike146_3x3'
     assert shipped == {checkpoint.file for checkpoint in list_checkpoints() if checkpoint.model in smaller}
+    monkeypatch.setattr(weights, 'weights_dirs', lambda: {'package': tmp_path / 'empty'})
+    assert {checkpoint.model for checkpoint in list_checkpoints() if not checkpoint.is_elsewhere} == set(smaller)

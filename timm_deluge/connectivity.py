@@ -8,16 +8,13 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from timm.models import load_state_dict
 
 from .aggregation import CrossLayerDepthwiseConv2d
-from .weights import CheckpointError, join_parts
+from .weights import CheckpointError, read_tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,13 +97,7 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
         CheckpointError: If there is neither such a file nor such a model with weights, or the file is damaged.
     """
     if Path(source).is_file():
-        try:
-            return join_parts(dict(load_state_dict(source)), source)
-        except (CheckpointError, OSError):
-            raise
-        except (AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, TypeError, UnpicklingError,
-                ValueError) as error:
-            raise CheckpointError(f'{source}: this is no checkpoint, or damaged: {error}') from error
+        return read_tensors(source)
     if Path(source).suffix in FILE_SUFFIXES:
         raise CheckpointError(f'{source}: no such file')
     if not source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(source.partition('.')[0]):

@@ -11,7 +11,6 @@ import torch
 import yaml
 from huggingface_hub import save_torch_state_dict
 from timm.data import create_dataset, resolve_data_config
-from timm.models import load_state_dict
 
 from .recipes import recipe_path
 from .settle import settle_on_folder
@@ -22,6 +21,7 @@ from .weights import (
     joined_bytes,
     list_checkpoints,
     load_checkpoint,
+    read_tensors,
     weights_dir,
     write_manifest,
 )
@@ -55,7 +55,7 @@ def add_checkpoint(
     Args:
         run_dirs: Output folder of train.py, with `args.yaml`, `summary.csv` and `last.pth.tar`; several, in order, for
             a run that was resumed, or that started (`--initial-checkpoint`) from what another one left. The hours are
-            those from each one's first file to its last checkpoint.
+            those from when each one was started, or last resumed in its folder, to its last checkpoint.
         tag: Pretrained tag, `<recipe>_<dataset>`.
         data_dir: The data set, with train and validation folders as train.py read them.
         recipe: Name of the recipe it was trained with.
@@ -102,7 +102,7 @@ def add_checkpoint(
                          f'train.py --resume {run_dir / "last.pth.tar"}')
 
     ema_decay = args['model_ema_decay'] if args.get('model_ema') else None
-    state_dict = load_state_dict(str(run_dir / 'last.pth.tar'), use_ema=ema_decay is not None)
+    state_dict = read_tensors(str(run_dir / 'last.pth.tar'), use_ema=ema_decay is not None)
     if not (data_dir / args['train_split']).is_dir():
         raise FileNotFoundError(f'{data_dir / args["train_split"]}: no such folder, which the run was trained on')
     train_set = create_dataset('', root=str(data_dir / args['train_split']))
@@ -124,6 +124,7 @@ def add_checkpoint(
     model.load_state_dict(state_dict)
     model.pretrained_cfg.update(input_config)
     if settled_images:
+        settled_images = min(settled_images, len(train_set))
         settle_on_folder(model, data_dir / args['train_split'], settled_images, args['seed'])
     published = {
         k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
@@ -137,7 +138,6 @@ def add_checkpoint(
     metrics = accuracy(rank_targets(model.eval(), loader), test_images, inexact)
 
     name = f'{model_name}.{tag}'
-    _write_log(log, LOGS / f'{name}.csv')
     checkpoint = Checkpoint(
         model=model_name,
         tag=tag,
@@ -168,7 +168,10 @@ def add_checkpoint(
         hf_hub_id=None,
     )
     entries = {c.name: c for c in list_checkpoints()}
-    write_manifest(list({**entries, checkpoint.name: checkpoint}.values()))
+    _write_log(log, LOGS / f'{name}.csv')
+    write_manifest(list({**entries, name: checkpoint}.values()))
+    for file in entries.get(name, checkpoint).file_names - checkpoint.file_names:
+        (weights_dir() / file).unlink(missing_ok=True)
     return checkpoint
 
 
@@ -200,7 +203,12 @@ def _account(file: str, data: bytes) -> dict[str, Any]:
 
 
 def _read_args(run_dir: Path) -> dict[str, Any]:
-    return yaml.safe_load((run_dir / 'args.yaml').read_text())
+    path = run_dir / 'args.yaml'
+    args = yaml.safe_load(path.read_text(encoding='utf-8'))
+    missing = {'model', 'epochs', 'train_split', 'val_split', 'seed'}.difference(args if isinstance(args, dict) else ())
+    if missing:
+        raise ValueError(f'{path}: expected the options of a run of train.py, there is no {sorted(missing)[0]}')
+    return args
 
 
 def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
@@ -210,7 +218,7 @@ def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
     if not Path(initial_checkpoint).is_file():
         raise FileNotFoundError(f'{initial_checkpoint}: the run started from this file, which is not there; make it of '
                                 f'{base.name} again, or go to the folder in which the run was started')
-    tensors, of_base = load_state_dict(initial_checkpoint), load_checkpoint(base)
+    tensors, of_base = read_tensors(initial_checkpoint), load_checkpoint(base)
     for name in ('stem.conv.weight', 'head.fc.bias'):
         expected = of_base[name].float()
         if name not in tensors or not torch.equal(tensors[name][:len(expected)].float(), expected):
@@ -229,7 +237,7 @@ def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[in
         did.
 
     Raises:
-        ValueError: If a run started from a checkpoint that is in none of the folders before it.
+        ValueError: If a run started from a checkpoint that is in none of the folders before it, or no epoch is done.
     """
     log: dict[int, dict[str, str]] = {}
     before = 0
@@ -247,12 +255,16 @@ def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[in
                     continue
                 epoch = before + int(row['epoch'])
                 log[epoch] = {**row, 'epoch': str(epoch)}
+        if not log:
+            raise ValueError(f'{run_dir / "summary.csv"}: no epoch is done yet')
     return log, 1 + max(log) - before
 
 
 def _write_log(log: dict[int, dict[str, str]], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    with path.open('w', newline='') as f:
+    partial = path.with_suffix('.partial')
+    with partial.open('w', newline='') as f:
         writer = csv.DictWriter(f, list(next(iter(log.values()))), extrasaction='ignore', lineterminator='\n')
         writer.writeheader()
         writer.writerows(log[epoch] for epoch in sorted(log))
+    partial.replace(path)

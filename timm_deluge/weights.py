@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -19,13 +20,15 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.constants import HF_ASSETS_CACHE
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
+from timm.models import load_state_dict
 
 __all__ = [
     'Checkpoint', 'CheckpointError', 'downloads_dir', 'find_checkpoint', 'join_parts', 'joined_bytes',
-    'list_checkpoints', 'load_checkpoint', 'load_download', 'verify_checkpoint', 'weights_dir',
+    'list_checkpoints', 'load_checkpoint', 'load_download', 'read_tensors', 'verify_checkpoint', 'weights_dir',
 ]
 
 MANIFEST = 'manifest.json'
+MAX_PACKAGED_PARAMS = 7_000_000  # pyproject.toml leaves out larger checkpoints
 REMEDY = 'Restore it with `git checkout` or reinstall timm-deluge.'
 HUB_FILE = 'model.safetensors'  # timm's name of a checkpoint in a repository of the Hugging Face Hub
 
@@ -120,6 +123,11 @@ class Checkpoint:
         return []
 
     @property
+    def file_names(self) -> set[str]:
+        """Names of the file and of its parts."""
+        return {self.file, *(part['file'] for part in self.parts)}
+
+    @property
     def has_connections(self) -> bool:
         """Whether it is a DelugeNet's, and not one of a network with residual sums."""
         return 'delugenet' in self.model
@@ -127,8 +135,9 @@ class Checkpoint:
     @property
     def is_elsewhere(self) -> bool:
         """Whether it is one of the large ones, which the package leaves out, and nothing of it is on this machine."""
-        names = [self.file, *(part['file'] for part in self.parts)]
-        return len(names) > 1 and not any((folder / n).exists() for folder in weights_dirs().values() for n in names)
+        is_large = bool(self.parts) or self.num_params > MAX_PACKAGED_PARAMS
+        return is_large and not any(
+            (folder / name).exists() for folder in weights_dirs().values() for name in self.file_names)
 
     @property
     def path(self) -> Path:
@@ -289,6 +298,26 @@ def load_checkpoint(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         if path.suffix == '.safetensors':
             state_dict.update(load(content))
     return state_dict
+
+
+def read_tensors(path: str, use_ema: bool = True) -> dict[str, torch.Tensor]:
+    """Read a checkpoint file of any kind that timm knows.
+
+    Args:
+        path: The file; of one that is a part of a checkpoint, the others lie beside it, see `join_parts`.
+        use_ema: Take the moving average where train.py has kept one.
+
+    Raises:
+        OSError: If there is no such file.
+        CheckpointError: If it is no checkpoint, or damaged.
+    """
+    try:
+        return join_parts(dict(load_state_dict(path, use_ema=use_ema)), path)
+    except (CheckpointError, OSError):
+        raise
+    except (AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, TypeError, UnpicklingError,
+            ValueError) as error:
+        raise CheckpointError(f'{path}: this is no checkpoint, or damaged: {error}') from error
 
 
 def join_parts(state_dict: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:

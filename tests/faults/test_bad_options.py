@@ -6,6 +6,7 @@ from test_cli import invoke
 
 MODEL = 'delugenet146'
 ADD = dict(tag='x_y', recipe='imagenet', dataset='d', provenance='p', hardware='h')
+LONG = 'a' * 300
 NUMBERS = ('x', '', '1.5', '-1', 'nan')
 
 
@@ -32,17 +33,21 @@ BAD = [
         '', '=', '=1', 'aggregation', 'aggregation=sum', 'nonsense=1', 'depths=1', 'output_stride=3', 'widths=(1,)')),
     ['connectivity'], *(['connectivity', source] for source in (
         '', 'nonsense', 'resnetlike146_1x1', 'absent.safetensors', '/dev/null', '/', 'delugenet146.x',
-        'local-dir:absent')),
+        'local-dir:absent', LONG)),
     *(options('connectivity delugenet146', output=path) for path in ('', 'x', 'x.gif', '.png/x', 'absent/x.png')),
     ['prune'], ['prune', MODEL],
-    *(options(f'prune {name}', output='{new}') for name in ('nonsense', 'resnetlike146_1x1', 'delugenet146.x')),
+    *(options(f'prune {name}', output='{new}', fraction='0.3') for name in (
+        'nonsense', 'resnetlike146_1x1', 'delugenet146.x')),
     *(options(f'prune {MODEL}', output='{new}', fraction=number) for number in ('x', '', '-0.1', '1.1', '1')),
-    *(options(f'prune {MODEL}', output='{new}', by=by) for by in ('', 'size', 'taylor')),
-    *(options(f'prune {MODEL}', output='{new}', by='taylor', data_dir=path) for path in ('absent', '/dev/null')),
-    options(f'prune {MODEL}', output='.'), options(f'prune {MODEL}', output='{new}', seed='x'),
-    *(options('demo', port=port) for port in ('x', '0', '65536', '')), options('demo', model='nonsense'),
+    *(options(f'prune {MODEL}', output='{new}', fraction='0.3', by=by) for by in ('', 'size', 'taylor')),
+    *(options(f'prune {MODEL}', output='{new}', fraction='0.3', by='taylor', data_dir=path) for path in (
+        'absent', '/dev/null')),
+    *(options(f'prune {MODEL}', output=path, fraction='0.3') for path in ('.', LONG)),
+    options(f'prune {MODEL}', output='{new}', fraction='0.3', seed='x'),
+    *(options('demo', port=port) for port in ('x', '0', '65536', '')),
+    *(options('demo', model=name) for name in ('nonsense', 'resnetlike146_3x3')),
     ['validate'], ['validate', MODEL], options('validate nonsense', data_dir='.'),
-    *(options(f'validate {MODEL}', data_dir=path) for path in ('', 'absent', '/dev/null')),
+    *(options(f'validate {MODEL}', data_dir=path) for path in ('', 'absent', '/dev/null', LONG)),
     *(options(f'validate {MODEL}', data_dir='.', **{name: value}) for name, value in (
         ('batch_size', '0'), ('workers', '-1'), ('device', 'gpu'))),
     ['weights', 'add'], options('weights add absent', **ADD), options('weights add absent', data_dir='.', **ADD),

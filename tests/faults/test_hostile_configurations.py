@@ -46,6 +46,6 @@ def test_what_is_no_option_is_refused(model_args, error, tmp_path):
 @pytest.mark.parametrize('command', ['connectivity', 'prune', 'report'])
 def test_a_configuration_that_is_none_is_an_error_of_each_command(command, config, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    output = ['--output', str(tmp_path / 'pruned')] if command == 'prune' else []
+    output = ['--output', str(tmp_path / 'pruned'), '--fraction', '0.3'] if command == 'prune' else []
     result = CliRunner().invoke(cli.app, [command, f'local-dir:{tmp_path}', *output])
     assert result.exit_code == 2 and 'error:' in result.stderr, result.exception
