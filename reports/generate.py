@@ -76,7 +76,10 @@ def _connectivity(checkpoint: Checkpoint) -> str:
 
 def _replace_block(text: str, name: str, content: str) -> str:
     begin, end = f'<!-- {name}: written by reports/generate.py -->', f'<!-- end of {name} -->'
-    return re.sub(f'{begin}.*?{end}', lambda _: f'{begin}\n{content}\n{end}', text, flags=re.DOTALL)
+    text, count = re.subn(f'{begin}.*?{end}', lambda _: f'{begin}\n{content}\n{end}', text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f'expected one block {name!r} between the comments that name it, found {count}')
+    return text
 
 
 def draw_learning_curves(path: Path) -> Figure:

@@ -33,11 +33,17 @@ def run_tests(python: str | Path, *arguments: str | Path, **environment: str) ->
         python: The environment's interpreter.
         arguments: pytest's.
         environment: Variables besides this process's.
+
+    Returns:
+        What came of each; one failure without a name if pytest wrote nothing, as when it cannot read its configuration.
     """
     with TemporaryDirectory() as folder:
         results = Path(folder, 'results.xml')
         command = [python, '-m', 'pytest', '-q', *arguments, f'--junitxml={results}']
-        subprocess.run(list(map(str, command)), cwd=REPOSITORY, env={**os.environ, **environment}, check=False)
+        process = subprocess.run(
+            list(map(str, command)), cwd=REPOSITORY, env={**os.environ, **environment}, check=False)
+        if not results.exists():
+            return [Outcome('', 'failed', f'pytest ended with {process.returncode} and no results', 0., {})]
         return [_outcome(case) for case in ET.parse(results).getroot().iter('testcase')]
 
 

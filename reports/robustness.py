@@ -46,7 +46,7 @@ def main(names: Annotated[list[str] | None, typer.Argument(help='Test files; all
             'skipped': kinds.count('skipped'), 'seconds': round(sum(outcome.seconds for outcome in outcomes)),
             'command': f'`pytest {files[name].relative_to(REPOSITORY)}`',
             'when': f'{date.today()}, Python {platform.python_version()}, torch {torch.__version__}'}
-    RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+        RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
     rows = [results[name] for name in files if name in results]
     table = tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
     REPORT.write_text(f'{INTRODUCTION}\n{table}\n', encoding='utf-8')

@@ -83,7 +83,7 @@ def result(outcome: Outcome) -> str:
 
 
 def try_tools(names: Sequence[str], results: dict[str, Any]) -> None:
-    """Try some tools, and put what came of it into the results."""
+    """Try some tools, and write down what came of each."""
     tried = descriptions()
     with TemporaryDirectory() as folder:
         base = Path(folder, 'base')
@@ -94,15 +94,17 @@ def try_tools(names: Sequence[str], results: dict[str, Any]) -> None:
             if name == EXPORTERS:
                 results['versions'].update((package, version(python, package)) for package in TOOLS[name])
                 for outcome in run_tests(python, TESTS / 'test_export.py', '--timeout=3600', EXPORTED=EXPORTED):
-                    exporter, _, form = outcome.name.partition('[')[2][:-1].rpartition('-')
+                    exporter, _, form = outcome.name.partition('[')[2].rstrip(']').rpartition('-')
                     found = ', '.join(filter(None, (result(outcome), outcome.properties.get('difference'))))
                     results['exporters'].setdefault(exporter, {})[form] = found
             else:
                 tool = name.replace('_', '-')
                 outcomes = run_tests(python, TESTS / 'test_other_tools.py', '-k', f'test_{name}')
-                results['tools'][name] = [
-                    {'tool': f'{tool} {version(python, tool)}', 'what': tried[outcome.name], 'result': result(outcome)}
-                    for outcome in outcomes]
+                results['tools'][name] = [{
+                    'tool': f'{tool} {version(python, tool)}', 'what': tried.get(outcome.name, outcome.name),
+                    'result': result(outcome)} for outcome in outcomes]
+            RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
+            REPORT.write_text(report(results), encoding='utf-8')
 
 
 def report(results: dict[str, Any]) -> str:
@@ -121,8 +123,6 @@ def main(names: Annotated[list[str] | None, typer.Argument(help=f'Of {", ".join(
         sys.exit(f'{unknown.pop()}: must be one of {", ".join(TOOLS)}')
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {'tools': {}, 'exporters': {}}
     try_tools(names or list(TOOLS), results)
-    RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
-    REPORT.write_text(report(results), encoding='utf-8')
 
 
 if __name__ == '__main__':

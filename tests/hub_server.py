@@ -17,6 +17,7 @@ class HubServer(ThreadingHTTPServer):
         repos: Each repository's files, content by name.
         objects: Large files by SHA-256.
         requests: How often each kind of request was answered.
+        revisions: Those of which a file was asked for.
         drop_commits: Number of commits during which the connection breaks.
         tamper: Whether a byte of each large file is changed on its way out.
         cut_at: Number of bytes of a large file after which the connection breaks, once.
@@ -29,6 +30,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: Counter[str] = Counter()
+        self.revisions: set[str] = set()
         self.drop_commits = 0
         self.tamper = False
         self.cut_at: int | None = None
@@ -107,16 +109,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def do_GET(self) -> None:
-        match = re.fullmatch('/(.+?)/resolve/[^/]+/(.+)', self.path.partition('?')[0])
+        match = re.fullmatch('/(.+?)/resolve/([^/]+)/(.+)', self.path.partition('?')[0])
         files = self.server.repos.get(match[1], {}) if match else {}
-        if not match or match[2] not in files:
+        if not match or match[3] not in files:
             return self.answer(status=404, X_Error_Code='EntryNotFound')
-        content = files[match[2]]
+        self.server.revisions.add(match[2])
+        content = files[match[3]]
         etag = hashlib.sha256(content).hexdigest()
-        if self.server.tamper and match[2].endswith('.safetensors'):
+        if self.server.tamper and match[3].endswith('.safetensors'):
             content = content[:-1] + bytes([content[-1] ^ 1])
         headers = dict(ETag=f'"{etag}"', X_Repo_Commit=COMMIT, Accept_Ranges='bytes')
-        if self.command == 'HEAD' or not match[2].endswith('.safetensors'):
+        if self.command == 'HEAD' or not match[3].endswith('.safetensors'):
             return self.answer(content, **headers)
         start = int(self.headers.get('Range', 'bytes=0-')[len('bytes='):].split('-')[0])
         self.server.requests['resumed download' if start else 'download'] += 1

@@ -22,7 +22,7 @@ IMPLEMENTATIONS = 'test_implementations.py'
 MAX_MEMORY = 16 * 2 ** 30  # of a test, in bytes: some mutations ask for more than there is
 MUTATIONS = [
     # the definition and the architecture
-    ('aggregation.py', 'self.weight, 1 / len(self.sources)', 'self.weight, 1.', 'test_fidelity.py'),
+    ('aggregation.py', 'self.weight, 1 / len(self.sources)', 'self.weight, 1.', 'test_counts.py'),
     ('aggregation.py', '.div_(keep_rate)', '', 'test_connection_drop.py'),
     ('aggregation.py', 'for of_source in (weights, biases)', 'for of_source in (weights, weights)', 'test_prune.py'),
     ('ops/reference.py', 'x = bias.sum(0)', 'x = bias[0]', 'test_fidelity.py'),
@@ -36,6 +36,7 @@ MUTATIONS = [
     ('ops/fused_training.py', 'begins = (len(self._weights) - index) % LAYERS_PER_PASS == 0',
      'begins = (len(self._weights) - index) % LAYERS_PER_PASS == 1', IMPLEMENTATIONS),
     ('ops/fused_training.py', 'if this_pass != self._pass:', 'if False:', IMPLEMENTATIONS),
+    ('ops/memory.py', 'if memory.nbytes <= WORKSPACE_BYTES:', 'if True:', 'test_reparameterize.py'),
     ('ops/running_sums.py', 'folded_weights(i, new, False)', 'folded_weights(i, new, True)', IMPLEMENTATIONS),
     ('ops/norm_act_conv.py', 'var * count / (count - 1)', 'var', IMPLEMENTATIONS),
     ('ops/norm_act_conv.py', 'norm.num_batches_tracked.add_(1)', 'pass', IMPLEMENTATIONS),
@@ -99,6 +100,15 @@ MUTATIONS = [
     ('connectivity.py', 'norm / max(self.norms[-1])', 'norm / sum(self.norms[-1])', 'test_connectivity.py'),
     ('training_connectivity.py', "zip(group['params'], saved['params'])",
      "zip(group['params'], reversed(saved['params']))", 'test_connectivity.py'),
+    ('delugenet.py', 'stride, dilation = 1, dilation * stride', 'stride, dilation = 1, dilation',
+     'test_timm_contract.py'),
+    ('delugenet.py', 'calculate_drop_path_rates(drop_path_rate,', 'calculate_drop_path_rates(0.,',
+     'test_timm_contract.py'),
+    ('delugenet.py', 'module.grad_checkpointing = enable', 'module.grad_checkpointing = False', IMPLEMENTATIONS),
+    ('validate.py', "std=config['std'],", "std=config['mean'],", 'test_training_run.py'),
+    ('settle.py', '    model.eval()\n', '', 'test_training_run.py'),
+    ('training_run.py', 'split=split,', "split='test',", 'test_training_run.py'),
+    ('download.py', 'revision=revision or None', 'revision=None', 'faults/test_download.py'),
     ('prune.py', 'argmax(1, keepdim=True), False)', 'argmin(1, keepdim=True), False)', 'test_prune.py'),
     ('prune.py', 'bias[:, :, -1] += conv.bias.sum(2) - bias.sum(2)', 'pass', 'test_prune.py'),
     ('importance.py', 'x - contribution', 'x + contribution', 'test_importance.py'),
@@ -118,7 +128,7 @@ def first_failure(checkout: Path, tests: str) -> str | None:
     if process.returncode == 0:
         return None
     failure = re.search(r'^(?:FAILED|ERROR) tests/(\S+)', process.stdout, re.MULTILINE)
-    assert failure, process.stdout + process.stderr
+    assert failure and '::' in failure[1], process.stdout + process.stderr
     return failure[1]
 
 
@@ -129,6 +139,9 @@ def main() -> int:
     with TemporaryDirectory() as folder:
         checkout = Path(folder, 'checkout')
         shutil.copytree(REPOSITORY, checkout, ignore=shutil.ignore_patterns('.*', '__pycache__'))
+        for tests in dict.fromkeys(mutation[3] for mutation in chosen):
+            failure = first_failure(checkout, tests)
+            assert failure is None, f'{failure} fails without a mutation'
         for number, (file, old, new, tests) in enumerate(chosen, start=1):
             path = checkout / 'timm_deluge' / file
             source = path.read_text()

@@ -92,6 +92,7 @@ def test_picture_has_every_connection(state_dict, tmp_path):
     assert bars[0] == pytest.approx([1 / 3, 2 / 3, 1])
     drawn = figure.axes[2].images[0].get_array()
     assert drawn.shape == (2, 3) and drawn.mask.tolist() == [[False, False, True], [False] * 3]
+    assert drawn[1].tolist() == pytest.approx([1 / 3, 2 / 3, 1])
     figure.savefig(tmp_path / 'picture.png', dpi=150)
     with Image.open(tmp_path / 'picture.png') as image:
         assert image.size[0] == 1350
@@ -153,7 +154,10 @@ def test_training(tmp_path, opt):
     assert second.last == pytest.approx([1 / 3, 2 / 3, 1], rel=1e-3)
     assert epochs[0].weights == block_connectivity(read_state_dict(str(tmp_path / 'checkpoint-0.pth.tar')))
     result = invoke('connectivity', tmp_path)
-    assert result.exit_code == 0 and len([line for line in result.stdout.splitlines() if '│' in line]) == 4
+    rows = [line.split('│') for line in result.stdout.splitlines() if '│' in line]
+    assert result.exit_code == 0 and len(rows) == 4
+    _, *others = epochs[0].weights[0].last
+    assert [cell.strip() for cell in rows[0]][4:6] == [f'{sum(others) / len(others):.2f}', f'{others[-1]:.2f}']
     shown = json.loads(invoke('connectivity', tmp_path, '--json').stdout)
     assert shown[1]['gradients'][0]['norms'] == first.norms
 

@@ -60,10 +60,13 @@ def test_frozen_features_tell_colours_apart(tmp_path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(noise).save(path)
     command = [sys.executable, str(EXAMPLES / 'frozen_features.py'), 'delugenet146', str(tmp_path / 'train'),
-               str(tmp_path / 'test'), '--num-train', '30']
+               str(tmp_path / 'test'), '--num-train', '20']
     printed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    assert printed == {'model': 'delugenet146', 'data': tmp_path.name, 'train images': 30, 'test images': 10,
+    assert printed == {'model': 'delugenet146', 'data': tmp_path.name, 'train images': 20, 'test images': 10,
                        'nearest neighbours': 100.0, 'linear probe': 100.0}
+    (tmp_path / 'test' / 'red').rename(tmp_path / 'test' / 'green')
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and 'only one has green' in ' '.join(refused.stderr.split())
 
 
 def test_muon_runs_in_float32_where_the_processor_has_no_bfloat16(tmp_path):

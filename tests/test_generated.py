@@ -36,6 +36,11 @@ def without_probabilities(text: str) -> str:
     return re.sub(r'\d+\.\d%', '', text)
 
 
+def test_a_block_that_is_not_there_is_named(generator):
+    with pytest.raises(ValueError, match="expected one block 'nothing' .* found 0"):
+        generator['_replace_block']('text', 'nothing', '')
+
+
 @pytest.mark.slow
 def test_generated_files_are_up_to_date(texts):
     for path, text in texts.items():

@@ -249,15 +249,29 @@ def test_synchronised_batch_norm_takes_the_reference(monkeypatch):
     assert not calls
 
 
-def test_gradient_checkpointing(monkeypatch):
-    module, x = block().double().train(), torch.randn(4, 6, 5, 7).double()
+@pytest.mark.parametrize('options', [{}, dict(drop_path_rates=(0., 0.2, 0.3, 0.5)), dict(connection_drop_rate=0.3)])
+def test_gradient_checkpointing(options, monkeypatch):
+    module, x = block(**options).double().train(), torch.randn(4, 6, 5, 7).double()
+    module.layers[1].conv2.requires_grad_(False)
     expected = differentiate(module, x, 'reference')
     module.grad_checkpointing = True
     calls = fused_calls(monkeypatch)
     actual = differentiate(module, x, 'auto')
     assert calls
     for name in (n for n in expected if n == 'y' or n == 'x' or n.endswith('grad')):
-        assert_near(actual[name], expected[name], 1e-9, name)
+        if name == 'layers.1.conv2.weight.grad':
+            assert actual[name] is None
+        else:
+            assert_near(actual[name], expected[name], 1e-9, name)
+
+
+def test_gradient_checkpointing_under_autocast_runs_again_as_it_ran():
+    module, x = block().train(), torch.randn(4, 6, 5, 7)
+    expected = differentiate(module, x, 'auto', torch.autocast('cpu', torch.bfloat16))
+    module.grad_checkpointing = True
+    actual = differentiate(module, x, 'auto', torch.autocast('cpu', torch.bfloat16))
+    for name in (n for n in expected if n == 'y' or n == 'x' or n.endswith('grad')):
+        assert_near(actual[name], expected[name], 1e-5, name)
 
 
 def test_distributed_data_parallel(tmp_path):
@@ -526,6 +540,16 @@ def kept_bytes(model, x):
         model(x)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize('implementation', ['aten', 'reference'])
+@pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
+def test_checkpointing_keeps_less(implementation, aggregation):
+    set_implementation(implementation)
+    model, x = DelugeNet((6, 6), (8, 16), 5, stem_type='cifar', aggregation=aggregation), torch.randn(8, 3, 16, 16)
+    whole = kept_bytes(model, x)
+    model.set_grad_checkpointing()
+    assert kept_bytes(model, x) < 0.65 * whole
 
 
 def test_kept_bytes_are_those_of_a_fused_residual_network():

@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_deluge.aggregation import AGGREGATIONS
 from timm_deluge.delugenet import DelugeBlock, DelugeNet
-from timm_deluge.ops import set_implementation, workspace
+from timm_deluge.ops import memory, set_implementation, workspace
 from timm_deluge.reparameterize import FoldedDelugeBlock, InferenceConv2d
 
 KINDS = [
@@ -129,6 +129,13 @@ def test_workspace_serves_every_dtype():
         with workspace(3, other) as tensors:
             assert tensors[0].data_ptr() == address
             assert {(t.dtype, t.shape) for t in tensors} == {(other.dtype, other.shape)} and len(tensors) == 3
+
+
+def test_a_workspace_that_is_too_large_is_not_kept(monkeypatch):
+    monkeypatch.setattr(memory, 'WORKSPACE_BYTES', 1)
+    with workspace(3, torch.empty(2, 8, 4, 4)):
+        pass
+    assert not hasattr(memory._thread, 'memory')
 
 
 def test_threads_do_not_share_a_workspace():

@@ -48,12 +48,23 @@ def test_aggregation_is_reached_through_create_model():
         n for n, _ in cross_layer.named_parameters() if 'cross_layers' not in n]
 
 
+@pytest.mark.parametrize('options', [{}, {'aggregation': 'residual', 'transition_type': '1x1'}], ids=str)
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
-def test_output_stride_dilates_and_keeps_the_weights(output_stride):
-    model = tiny('imagenet', output_stride=output_stride).eval()
-    model.load_state_dict(tiny('imagenet').state_dict())
-    assert model.forward_features(torch.randn(1, 3, 64, 96)).shape[-2:] == (64 // output_stride, 96 // output_stride)
-    assert max(f['reduction'] for f in model.feature_info) == output_stride
+def test_output_stride_gives_the_same_features_more_densely(output_stride, options):
+    model, dense = (tiny('imagenet', output_stride=stride, **options).eval() for stride in (32, output_stride))
+    dense.load_state_dict(model.state_dict())
+    x, step = torch.randn(1, 3, 64, 96), 32 // output_stride
+    features = dense.forward_features(x)
+    assert features.shape[-2:] == (64 // output_stride, 96 // output_stride)
+    torch.testing.assert_close(features[..., ::step, ::step], model.forward_features(x))
+    assert max(f['reduction'] for f in dense.feature_info) == output_stride
+
+
+def test_drop_rates_reach_their_places():
+    model = tiny(drop_path_rate=0.5, drop_rate=0.3)
+    rates = [getattr(drop_path, 'drop_prob', 0.) for stage in model.stages for drop_path in stage.drop_paths]
+    assert rates == sorted(rates) and (rates[0], rates[-1]) == (0, pytest.approx(0.5)) and len(set(rates)) > 2
+    assert model.head.drop.p == 0.3
 
 
 @pytest.mark.parametrize('name', ['delugenet92', 'delugenet146', 'resnetlike146_1x1'])

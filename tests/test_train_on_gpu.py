@@ -103,6 +103,28 @@ def test_crops_are_as_large_as_timms(example, mode):
         expected = (1 + expected) / 2
     assert width.mean().item() == pytest.approx(expected.item(), abs=0.02)
     assert width.max() <= 1.13  # sqrt(1.25)
+    turned = example['augment'](gradient.transpose(1, 2), 32, Namespace(train_crop_mode=mode, **CROPS))
+    height = (turned[..., 20, 16] - turned[..., 12, 16])[:, 0].abs() / 8
+    assert height.mean().item() == pytest.approx(expected.item(), abs=0.02) and height.max() <= 1.13
+    for centre in cropped[..., 16, 15:17], turned[..., 15:17, 16]:
+        offset = centre.mean((1, 2)) - 15.5
+        assert offset.min() < -3 and offset.max() > 3 and abs(offset.mean()) < 0.3
+
+
+@pytest.mark.parametrize('size', [8, 4])
+def test_evaluation_counts_right_answers(example, size):
+    levels = torch.linspace(-1, 1, 10)
+
+    class Nearest(torch.nn.Module):
+        def forward(self, x):
+            return -10 * (x.mean((1, 2, 3))[:, None] - levels).abs()
+
+    images = (128 + 64 * levels).round().to(torch.uint8)[:, None, None, None].expand(10, 8, 8, 3)
+    targets = torch.tensor([0, 1, 2, 3, 4, 5, 9, 9, 0, 0])
+    args = Namespace(input_size=(3, size, size), interpolation='bicubic', validation_batch_size=4,
+                     mean_=torch.tensor(128.), std_=torch.tensor(64.))
+    found = example['evaluate'](Nearest(), images, targets, args)
+    assert (found['eval_top1'], found['eval_top5']) == (60, 70)
 
 
 def test_erases_as_often_as_asked(example):

@@ -50,6 +50,13 @@ def run_dir(tmp_path):
     return folder
 
 
+def add(run_dir, data_dir, **options):
+    """Call `weights add`."""
+    options = {'tag': 'test_noise', 'data-dir': data_dir, 'recipe': 'cifar100_delugenet146', 'dataset': 'Noise',
+               'provenance': 'numpy', 'hardware': 'none', **options}
+    return invoke('weights', 'add', run_dir, *chain(*((f'--{name}', value) for name, value in options.items())))
+
+
 @pytest.fixture
 def weights_dir(tmp_path, monkeypatch):
     folder = tmp_path / 'weights'
@@ -79,7 +86,8 @@ def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
     weights.verify_checkpoint(checkpoint)
     assert checkpoint.path.stat().st_mode & 0o777 == 0o644
     assert checkpoint.class_names == ['class_0', 'class_5', 'class_10']  # timm's natural order
-    assert (checkpoint.epochs, checkpoint.seed, checkpoint.mean) == (8, 42, [0.4, 0.4, 0.4])
+    assert (checkpoint.epochs, checkpoint.seed, checkpoint.mean, checkpoint.std) == (8, 42, [0.4] * 3, [0.2] * 3)
+    assert (checkpoint.crop_pct, checkpoint.interpolation) == (1.0, 'bilinear')
     assert (checkpoint.dataset['train_images'], checkpoint.dataset['test_images']) == (6, 21)
     trained = torch.load(run_dir / 'last.pth.tar')['state_dict']
     published = safetensors.torch.load_file(checkpoint.path)
@@ -115,9 +123,7 @@ def test_the_moving_average_is_published_where_there_is_one(run_dir, data_dir, w
     trained = torch.load(run_dir / 'last.pth.tar')['state_dict']
     average = {name: tensor + 1 for name, tensor in trained.items()}
     torch.save({'state_dict': trained, 'state_dict_ema': average}, run_dir / 'last.pth.tar')
-    options = {'tag': 'test_noise', 'data-dir': data_dir, 'recipe': 'cifar100_delugenet146', 'dataset': 'Noise',
-               'provenance': 'numpy', 'hardware': 'none'}
-    result = invoke('weights', 'add', run_dir, *chain(*((f'--{name}', value) for name, value in options.items())))
+    result = add(run_dir, data_dir)
     assert result.exit_code == 0, result.output
     assert ('moving average, decay 0.99' if model_ema else 'last weights') in result.stdout
     (checkpoint,) = weights.list_checkpoints()
@@ -177,6 +183,21 @@ def test_accuracy_without_inexact_images(run_dir, data_dir, weights_dir):
     with pytest.raises(ValueError, match="no image 'class_5/99.png', .* such as 'class_0/0.png'"):
         add_checkpoint([run_dir], 'test_other', data_dir, **PROVENANCE, inexact=['class_5/99.png'])
     assert weights.list_checkpoints() == [checkpoint]
+
+
+def test_the_command_takes_every_option(run_dir, data_dir, weights_dir, tmp_path):
+    (tmp_path / 'inexact.txt').write_text('class_5/3.png\n')
+    (tmp_path / 'words.txt').write_text('class_0\tzero\nclass_5\tfive\n\nclass_10\tten\n')
+    result = add(run_dir, data_dir, **{
+        'inexact': tmp_path / 'inexact.txt', 'class-descriptions': tmp_path / 'words.txt', 'img-size': 24,
+        'settled-images': 5, 'split': 'validation'})
+    assert result.exit_code == 0, result.output
+    (checkpoint,) = weights.list_checkpoints()
+    assert checkpoint.dataset['inexact'] == ['class_5/3.png'] and checkpoint.dataset['split'] == 'validation'
+    assert checkpoint.class_descriptions == {'class_0': 'zero', 'class_5': 'five', 'class_10': 'ten'}
+    assert (checkpoint.input_size, checkpoint.settled_images) == ([3, 24, 24], 5)
+    refused = add(run_dir, data_dir, **{'base-model': checkpoint.name})
+    assert refused.exit_code == 2 and 'no --initial-checkpoint' in ' '.join(refused.stderr.split())
 
 
 def test_class_descriptions_are_taken_from_a_list_of_words(run_dir, data_dir, weights_dir):
@@ -244,14 +265,15 @@ def test_statistics_are_taken_anew_at_the_size_it_is_for(run_dir, data_dir, weig
 
 def test_settled_statistics_are_the_mean_over_the_batches():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)).train()
-    model[0](10 * torch.randn(4, 3, 2, 2))
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5)).train()
+    model[2].eval()
+    model[1](10 * torch.randn(4, 3, 2, 2))
     batches = torch.randn(9, 3, 5, 5).split(4)  # the last is one image
     settle_batch_norm(model, batches)
-    torch.testing.assert_close(model[0].running_mean, torch.cat(batches).mean((0, 2, 3)))
+    torch.testing.assert_close(model[1].running_mean, torch.cat(batches).mean((0, 2, 3)))
     expected = sum(len(batch) * batch.var((0, 2, 3)) for batch in batches) / 9
-    torch.testing.assert_close(model[0].running_var, expected)
-    assert model.training and model[0].training and model[0].momentum == 0.1
+    torch.testing.assert_close(model[1].running_var, expected)
+    assert model.training and model[0].training and model[1].momentum == 0.1 and not model[2].training
 
 
 def test_batches_for_statistics_mix_the_classes(tmp_path, monkeypatch):
@@ -303,6 +325,21 @@ def test_validate_command_compares_with_the_manifest(run_dir, data_dir, weights_
     assert CliRunner().invoke(cli.app, args).exit_code == 1
 
 
+def test_images_are_prepared_as_the_configuration_says(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / name / '0.png')
+    model = torch.nn.Identity()
+    model.pretrained_cfg = dict(
+        input_size=(3, 24, 24), label_names=['a', 'b'], mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.75,
+        interpolation='bilinear')
+    ((images, _),) = create_validation_loader(model, tmp_path, 2, 0)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    expected = [transform(Image.open(tmp_path / name / '0.png')) for name in 'ab']
+    assert torch.equal(images, torch.stack(expected))
+
+
 def test_wrong_folders_are_named(data_dir):
     model = timm.create_model('resnetlike146_1x1')
     with pytest.raises(ValueError, match='absent: no such folder'):
@@ -337,9 +374,7 @@ def test_an_image_that_cannot_be_read_is_not_replaced_by_another(run_dir, data_d
     damaged.write_bytes(b'no image')
     with pytest.raises(ValueError, match=f'{damaged}: cannot be read'):
         list(create_validation_loader(model, data_dir / 'validation', 4, workers))
-    result = CliRunner().invoke(cli.app, [
-        'weights', 'add', str(run_dir), '--tag', 't', '--data-dir', str(data_dir), '--recipe', 'cifar100_delugenet146',
-        '--dataset', 'd', '--provenance', 'p', '--hardware', 'h'])
+    result = add(run_dir, data_dir)
     assert result.exit_code == 2 and '3.png' in result.stderr and 'Traceback' not in result.stderr
     assert not weights.list_checkpoints()
 
@@ -385,10 +420,8 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
 ])
 def test_a_damaged_file_is_named(file, content, message, run_dir, data_dir, weights_dir):
     (run_dir / file).write_text(content)
-    options = ['--class-descriptions', str(run_dir / file)] if file == 'words.txt' else []
-    result = CliRunner().invoke(cli.app, [
-        'weights', 'add', str(run_dir), '--tag', 't', '--data-dir', str(data_dir), '--recipe', 'cifar100_delugenet146',
-        '--dataset', 'd', '--provenance', 'p', '--hardware', 'h', *options])
+    options = {'class-descriptions': run_dir / file} if file == 'words.txt' else {}
+    result = add(run_dir, data_dir, **options)
     assert result.exit_code == 2 and message in ' '.join(result.stderr.split()), result.output
     assert not weights.list_checkpoints()
 
@@ -407,14 +440,10 @@ def test_parts_of_a_replaced_checkpoint_go(run_dir, data_dir, weights_dir, monke
 
 
 def test_incomplete_run(tmp_path, data_dir):
-    result = CliRunner().invoke(cli.app, [
-        'weights', 'add', str(tmp_path), '--tag', 't', '--data-dir', str(data_dir),
-        '--recipe', 'cifar100_delugenet146', '--dataset', 'd', '--provenance', 'p', '--hardware', 'h'])
+    result = add(tmp_path, data_dir)
     assert result.exit_code == 2 and 'args.yaml' in result.stderr
 
 
 def test_a_file_is_no_run(run_dir, data_dir):
-    result = CliRunner().invoke(cli.app, [
-        'weights', 'add', str(run_dir / 'last.pth.tar'), '--tag', 't', '--data-dir', str(data_dir),
-        '--recipe', 'cifar100_delugenet146', '--dataset', 'd', '--provenance', 'p', '--hardware', 'h'])
+    result = add(run_dir / 'last.pth.tar', data_dir)
     assert result.exit_code == 2 and 'last.pth.tar' in result.stderr

@@ -40,7 +40,7 @@ from timm.models._manipulate import checkpoint
 
 from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
 from .fused import FusedModule
-from .ops import FusedCrossLayers, Recompute, norm_act_conv
+from .ops import FusedCrossLayers, Recompute, checkpoint_layer, norm_act_conv
 from .pretrained import checkpoint_filter_fn, choose_checkpoint
 from .reparameterize import (
     ChannelAffine,
@@ -326,7 +326,7 @@ class DelugeBlock(FusedModule, ResidualBlock):
         parts: Any = zip(self.layers, self.norms, self.drop_paths, cross_layers)
         for layer, norm, drop_path, cross_layer in parts:
             if self.grad_checkpointing:
-                h = checkpoint(layer.forward_fused, x)
+                h = checkpoint_layer(layer.forward_fused, list(layer.parameters()), x, outputs.recompute())
             else:
                 h = layer.forward_fused(x, outputs.recompute())
             drops = drop_path.training and isinstance(drop_path, DropPath)
@@ -465,7 +465,7 @@ class DelugeNet(nn.Module):
         norm: nn.Module = FinalNorm(prev_chs, **dd)
         self.norm = norm
         self.head = ClassifierHead(prev_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = prev_chs * self.head.global_pool.feat_mult()
 
         self.init_weights()
 
@@ -510,10 +510,16 @@ class DelugeNet(nn.Module):
             global_pool: Global pooling type, unchanged if None.
         """
         self.num_classes = num_classes
-        parameter = next(self.parameters())  # the head may have none
-        self.head.reset(
-            num_classes, global_pool, in_features=self.num_features, device=parameter.device, dtype=parameter.dtype)
-        self.head_hidden_size = self.head.num_features
+        parameter = next(self.parameters())
+        self.head = ClassifierHead(
+            self.num_features,
+            num_classes,
+            pool_type=self.head.global_pool.pool_type if global_pool is None else global_pool,
+            drop_rate=self.drop_rate,
+            device=parameter.device,
+            dtype=parameter.dtype,
+        ).train(self.training)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward_intermediates(
             self,

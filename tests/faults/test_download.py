@@ -48,6 +48,12 @@ def test_download(call, published, downloads, server):
     assert call(CREATE).stdout.strip() == result.stdout.strip()
 
 
+def test_a_revision_is_the_one_that_was_named(call, published, server):
+    result = download(call, '--repo-id', f'{REPO}@v1')
+    assert result.returncode == 0, result.stderr
+    assert server.revisions == {'v1'}
+
+
 def test_a_model_downloads_what_it_needs(call, published, downloads):
     result = call(CREATE)
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,6 @@
 """The cross-layer depthwise convolution: `reference` is its definition, everything else gives the same for less."""
 from .backend import Backend
+from .checkpoint import checkpoint_layer
 from .decision import Decision, explain_implementation, has_hooks, takes_fast_path
 from .fused_training import FusedCrossLayers
 from .implementation import choose_backend, get_implementation, runs_fast, set_implementation, why_not_fast
@@ -10,7 +11,8 @@ from .reference import cross_layer_depthwise_conv
 from .running_sums import running_sums
 
 __all__ = [
-    'Backend', 'Decision', 'FusedCrossLayers', 'Recompute', 'choose_backend', 'cross_layer_depthwise_conv',
-    'explain_implementation', 'get_implementation', 'has_hooks', 'norm_act_conv', 'rows', 'running_sums', 'runs_fast',
-    'set_implementation', 'split_batch', 'takes_fast_path', 'why_not_fast', 'workspace',
+    'Backend', 'Decision', 'FusedCrossLayers', 'Recompute', 'checkpoint_layer', 'choose_backend',
+    'cross_layer_depthwise_conv', 'explain_implementation', 'get_implementation', 'has_hooks', 'norm_act_conv',
+    'rows', 'running_sums', 'runs_fast', 'set_implementation', 'split_batch', 'takes_fast_path', 'why_not_fast',
+    'workspace',
 ]
