@@ -29,7 +29,8 @@ REPORTS = Path(__file__).resolve().parent
 REPOSITORY = REPORTS.parent
 AGGREGATIONS = ('cross_layer', 'scalar', 'last', 'residual')
 CROSS_LAYER_WEIGHTS = {
-    'as in the recipes': 'fallback', '`--optimizer muon`': 'muon', '`--weight-decay 0`': 'no_decay'}
+    'as in the recipes': 'fallback', '`--optimizer muon`': 'muon', '`--lr-scale 10`': 'lr_10', '`--lr-scale 0.1`': 'lr_0.1',
+    '`--weight-decay 0`': 'no_decay', '`--start latest`': 'latest'}
 RESULT_HEADERS = ('training loss', 'error %', 'epochs')
 PEERS = ['resnetv2_101', 'resnetv2_152', 'resnet200', 'wide_resnet50_2', 'densenet161']
 
