@@ -29,8 +29,8 @@ REPORTS = Path(__file__).resolve().parent
 REPOSITORY = REPORTS.parent
 AGGREGATIONS = ('cross_layer', 'scalar', 'last', 'residual')
 CROSS_LAYER_WEIGHTS = {
-    'as in the recipes': 'fallback', '`--optimizer muon`': 'muon', '`--lr-scale 10`': 'lr_10', '`--lr-scale 0.1`': 'lr_0.1',
-    '`--weight-decay 0`': 'no_decay', '`--start latest`': 'latest'}
+    'as in the recipes': 'fallback', '`--optimizer muon`': 'muon', '`--lr-scale 10`': 'lr_10',
+    '`--lr-scale 0.1`': 'lr_0.1', '`--weight-decay 0`': 'no_decay', '`--start latest`': 'latest'}
 RESULT_HEADERS = ('training loss', 'error %', 'epochs')
 PEERS = ['resnetv2_101', 'resnetv2_152', 'resnet200', 'wide_resnet50_2', 'densenet161']
 
@@ -203,8 +203,8 @@ def _pruning() -> str:
               for table in (rows, after, correlations)]
     return '\n\n'.join((
         f'`{results["checkpoint"]}`, {results["connections"]} connections, top-1 {whole["top1"]:.2f} % on '
-        f'{whole["num_images"]:,} test images in {results["dtype"]}, no fine-tuning; time of inference, of the whole '
-        f'network\'s, pruned by norm:',
+        f'{whole["num_images"]:,} test images in {results["dtype"]}, no fine-tuning; inference time, pruned by norm, '
+        f'as a multiple of the whole network\'s:',
         tables[0],
         *(['After one epoch of training by the recipe `cifar100_fine_tuning`, '
            '`python benchmarks/fine_tuning.py taylor 0.3 …`:',

@@ -260,7 +260,7 @@ def test_statistics_are_taken_anew_at_the_size_it_is_for(run_dir, data_dir, weig
     before, after = weights.load_checkpoint(plain), weights.load_checkpoint(settled)
     statistics = {name for name in before if name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))}
     assert all(torch.equal(before[name], after[name]) != (name in statistics) for name in before)
-    assert 'taken anew on 5 training images' in model_card([settled]) and 'taken anew' not in model_card([plain])
+    assert 're-estimated on 5 training images' in model_card([settled]) and 're-estimated' not in model_card([plain])
 
 
 def test_settled_statistics_are_the_mean_over_the_batches():

@@ -1,9 +1,9 @@
 """The ways in which a Deluge block can combine its earlier outputs into a layer's input: one class each.
 
-The paper's cross-layer depthwise convolution has a weight per source layer and channel. The two others leave out the
-one or the other, which shows what each is worth. Both are special cases of the first: `kernel` gives the weight that
-makes it do the same, repeated or zero where they have none, and with that they take the fused path. A pruned
-convolution is one of fewer sources.
+The paper's cross-layer depthwise convolution has a weight per source layer and channel. The two others each drop
+one of these, which shows what it is worth: one weight for all channels, or the last source layer alone. Both are
+special cases of the first: `kernel` gives its weights, repeated or zero, so they take the fused path, too. A pruned
+convolution is one with fewer sources.
 """
 from collections.abc import Sequence
 from typing import Any

@@ -155,7 +155,8 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         tabulate([{
             'checkpoint': f'`{c.name}`', 'data': c.dataset['name'], 'classes': len(c.class_names),
             'top-1 %': f'{c.metrics["top1"]:.2f}', 'top-5 %': f'{c.metrics["top5"]:.2f}',
-            'of': f'{c.metrics["num_images"]:,} {_split(c)} images', 'epochs': c.epochs, 'hours': c.hours,
+            'measured on': f'{c.metrics["num_images"]:,} {_split(c)} images', 'started from': _start(c),
+            'epochs since': c.epochs, 'hours': c.hours,
             'MB': f'{c.bytes / 1e6:.1f}',
         } for c in checkpoints], headers='keys', tablefmt='github', disable_numparse=True),
         *(_checkpoint_section(c) for c in checkpoints),
@@ -189,11 +190,12 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
         ('architecture', f'`{checkpoint.model}`, {checkpoint.num_params:,} parameters'),
         ('data', f'{checkpoint.dataset["name"]}, {checkpoint.dataset["train_images"]:,} images; '
                  f'{checkpoint.dataset["provenance"]}'),
-        ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epochs from {_start(checkpoint)}, '
+        ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epoch{"s" * (checkpoint.epochs != 1)} '
+                     f'from {_start(checkpoint)}, '
                      f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; the recipe says '
                      'what else was done; '
                      + (f'weights averaged with decay {checkpoint.ema_decay}; ' if checkpoint.ema_decay else '')
-                     + (f'BatchNorm statistics taken anew on {checkpoint.settled_images:,} training images; '
+                     + (f'BatchNorm statistics re-estimated on {checkpoint.settled_images:,} training images; '
                         if checkpoint.settled_images else '')
                      + f'log in `reports/training/{checkpoint.name}.csv`'),
         ('input', f'{"×".join(map(str, checkpoint.input_size))}, {checkpoint.interpolation} interpolation, '

@@ -37,7 +37,7 @@ from .reparameterize import FoldedDelugeBlock
 from .report import create_report, format_reports
 from .training_connectivity import EpochConnectivity, training_connectivity
 from .training_run import add_checkpoint
-from .validate import accuracy, create_validation_loader, image_names, rank_targets
+from .validate import BATCH_SIZE, accuracy, create_validation_loader, image_names, rank_targets
 from .weights import HUB_FILE, Checkpoint, CheckpointError, find_checkpoint, list_checkpoints, verify_checkpoint
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help='DelugeNets for timm.')
@@ -306,7 +306,7 @@ def demo(
 def validate_command(
         name: Annotated[str, typer.Argument(help='Model, or model.tag.')],
         data_dir: Annotated[Path, typer.Option(help='Folder with one folder of test images per class.')],
-        batch_size: Annotated[int, typer.Option(min=1, help='Images in a batch.')] = 250,
+        batch_size: Annotated[int, typer.Option(min=1, help='Images in a batch.')] = BATCH_SIZE,
         workers: Annotated[int, typer.Option(min=0, help='Loader processes.')] = 1,
         device: Device = 'cpu',
 ) -> None:

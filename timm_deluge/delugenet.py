@@ -5,7 +5,8 @@ all earlier outputs of its block; a DelugeNet hands it a *cross-layer depthwise 
 weight per source layer and channel. Layers far apart stay connected, each channel picks its sources, and the price is
 0.5 to 2.6 % of the network's multiply-adds.
 
-With h_0 a block's input and h_1 … h_L the outputs of its composite layers::
+A block is what timm calls a stage; a composite layer, what timm calls a block. With h_0 a block's input and h_1 … h_L
+the outputs of its composite layers::
 
     x_1 = h_0
     x_l = sum_i  weight_l[i] * norm(h_i) + bias_l[i],    i = 0 … l - 1        the cross-layer convolution, of l sources
@@ -13,8 +14,8 @@ With h_0 a block's input and h_1 … h_L the outputs of its composite layers::
 
 ``norm`` is batch normalisation without affine parameters: the released code applies it to every input of every
 cross-layer convolution, and only that reproduces the paper's parameter counts. It depends on the source layer alone,
-so it is computed once, where the layer is produced. The bias is the paper's one for each channel, kept as l summands
-as in the released code. x_{L+1} is what the block hands on: to the next block's transition (BN, strided 3x3
+so it is computed once, where the layer is produced. The paper's bias, one for each channel, is kept as l
+summands, as in the released code. x_{L+1} is what the block hands on: to the next block's transition (BN, strided 3x3
 convolution), or after the last block to BN, ReLU, pooling and the classifier. The paper's block transition is both:
 the cross-layer convolution x_{L+1} and that strided one.
 

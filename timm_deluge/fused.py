@@ -1,4 +1,4 @@
-"""Modules with a second forward pass, which takes their parts for what they are made of: not for replacements."""
+"""Modules with a second, fused forward pass, taken only while every part is of the type that it was made for."""
 from typing import Any
 
 import torch

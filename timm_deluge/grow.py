@@ -1,8 +1,8 @@
 """A trained network made deeper or wider, which computes the same until its training goes on.
 
-`insert_layers` undoes `timm_deluge.remove_layers`: nothing listens to an additional layer at first, and the
-cross-layer convolution behind it hands on what the layer took itself. `widen_layers` has several copies of a channel
-in the place of one; each layer after them divides among the copies the weight that it had for the one.
+`insert_layers` undoes `timm_deluge.remove_layers`: at first an additional layer's output has weight zero everywhere,
+and the cross-layer convolution after it passes on the layer's own input. `widen_layers` puts several copies of a
+channel in the place of one; each layer after them divides among the copies the weight that it had for the one.
 """
 import copy
 from collections.abc import Collection, Sequence

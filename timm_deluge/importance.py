@@ -1,7 +1,7 @@
 """What each connection and each layer is worth: the loss without it, measured and not estimated.
 
-A network's loss is measured once for every connection that could go. What comes before a connection is computed once
-for all of them, and only what comes after it again; batch normalisation is folded away where that changes nothing.
+The loss is measured once for each connection removed. What comes before a connection is computed once for all of them,
+and only what comes after it is computed again; batch normalisation is folded away where that changes nothing.
 """
 import copy
 from typing import Any

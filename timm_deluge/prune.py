@@ -8,8 +8,8 @@ removed one is replaced by its mean. A layer that nothing is connected to any mo
 Single weights can go, too: masks hold them at zero. That makes a network sparse, and no faster, for a layer's channels
 lie side by side in memory and are read together; only where all of a connection's weights are gone, it is.
 
-A composite layer goes together with the cross-layer convolution behind it: what took its result takes what the layer
-took itself. What is left is the network of a shallower variant.
+A composite layer goes together with the cross-layer convolution after it: whatever took that convolution's result then
+takes the layer's own input. What is left is the network of a shallower variant.
 """
 import copy
 import math

@@ -2,6 +2,7 @@
 
 A composite layer's second and third batch normalisation go into the convolutions before them. All others of a Deluge
 block, those of the layer outputs and each composite layer's first, go into the cross-layer convolutions' weights.
+The BatchNorm at the start of a transition, and the one before the classifier, become a scale and a shift per channel.
 """
 from collections.abc import Callable, Sequence
 from typing import Any

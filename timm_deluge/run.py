@@ -1,6 +1,6 @@
 """Run a timm script with the DelugeNets registered: `python -m timm_deluge.run SCRIPT [ARGUMENTS…]`.
 
-timm's train.py imports this package by itself (`--device-modules timm_deluge`); its other scripts need this.
+timm's train.py needs no such help: `--device-modules timm_deluge`, set in every recipe, imports this package.
 """
 import runpy
 import sys

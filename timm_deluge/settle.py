@@ -1,7 +1,7 @@
-"""Batch normalisation's running statistics, taken anew from images as they are in inference.
+"""Batch normalisation's running statistics, re-estimated on images as they are in inference.
 
-In training they are those of augmented images, often of another size, of the last few batches, in which a channel that
-is rarely active may not have been.
+Training leaves averages over its last few batches, of augmented images, often of another size. In so few, a channel
+that is rarely active may not have been active at all.
 """
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,7 @@
 """What becomes of the connections while a network trains: their norms and their gradients', epoch by epoch.
 
-train.py leaves a checkpoint after each epoch, with what the optimizer keeps. That is, for each weight, a mean of its
-gradients over the latest steps: the momentum.
+train.py writes a checkpoint after each epoch, and keeps the best ones, with the optimizer's state. That has, for each
+weight, a mean of its gradients over the latest steps: the momentum.
 """
 from argparse import Namespace
 from dataclasses import dataclass

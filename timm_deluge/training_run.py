@@ -14,7 +14,7 @@ from timm.data import create_dataset, resolve_data_config
 
 from .recipes import recipe_path
 from .settle import settle_on_folder
-from .validate import accuracy, create_validation_loader, image_names, list_classes, rank_targets
+from .validate import BATCH_SIZE, accuracy, create_validation_loader, image_names, list_classes, rank_targets
 from .weights import (
     Checkpoint,
     find_checkpoint,
@@ -129,7 +129,7 @@ def add_checkpoint(
     published = {
         k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
     model.load_state_dict(published)
-    loader = create_validation_loader(model, data_dir / args['val_split'], batch_size=250, workers=1)
+    loader = create_validation_loader(model, data_dir / args['val_split'], BATCH_SIZE, workers=1)
     test_images = image_names(loader)
     missing = sorted(set(inexact) - set(test_images))
     if missing:

@@ -9,7 +9,9 @@ from timm.data import ImageDataset, create_loader, resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
-__all__ = ['accuracy', 'create_validation_loader', 'image_names', 'list_classes', 'rank_targets']
+__all__ = ['BATCH_SIZE', 'accuracy', 'create_validation_loader', 'image_names', 'list_classes', 'rank_targets']
+
+BATCH_SIZE = 50  # larger tensors go back to the system each time, and their pages are cleared anew
 
 
 class _EveryImage(ImageDataset):

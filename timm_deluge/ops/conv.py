@@ -1,9 +1,9 @@
 """Convolutions as matrix products on a CPU, where these are faster than oneDNN's convolutions.
 
 In channels_last, a 1x1 convolution is a matrix product as it stands. With a larger kernel it is one of patches: a row
-for each output position, with all that the kernel sees there. Patches take memory and time, and pay where positions are
-few beside output channels, as late in a network: there oneDNN's convolutions are slowest. Its gradients of weights are
-slow for longer, beside matrix products in AMX's tiles.
+for each output position, with all that the kernel sees there. Patches take memory and time, and pay where there are few
+positions for each output channel, as late in a network: there oneDNN's convolutions are slowest. For gradients of
+weights in bfloat16 with AMX, they pay up to more positions.
 """
 from functools import cache
 from itertools import product
