@@ -1,6 +1,5 @@
 """Gradient checkpointing of a block's layers: a layer runs again in the backward pass, on an input computed again."""
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -33,7 +32,7 @@ def checkpoint_layer(
 class _Checkpoint(FusedFunction):
 
     @staticmethod
-    def forward(ctx: Any, forward, recompute, x, *parameters):
+    def forward(ctx, forward, recompute, x, *parameters):
         ctx.layer, ctx.recompute, ctx.parameters = forward, recompute, parameters
         ctx.autocast = dict(
             device_type=x.device.type, dtype=torch.get_autocast_dtype(x.device.type),
@@ -42,7 +41,7 @@ class _Checkpoint(FusedFunction):
         return forward(x)
 
     @staticmethod
-    def backward(ctx: Any, grad):
+    def backward(ctx, grad):
         refuse_batched(grad)
         create_graph = torch.is_grad_enabled()
         x = ctx.recompute() if ctx.recompute else ctx.saved_tensors[0]
