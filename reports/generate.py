@@ -27,7 +27,9 @@ from timm_deluge.weights import Checkpoint, list_checkpoints, load_checkpoint
 
 REPORTS = Path(__file__).resolve().parent
 REPOSITORY = REPORTS.parent
-AGGREGATIONS = ('cross_layer', 'scalar', 'last', 'residual')
+AGGREGATIONS = {
+    '`cross_layer`': 'cross_layer', '`cross_layer`, `--lr-scale 10`': 'cross_layer.lr_10', '`scalar`': 'scalar',
+    '`last`': 'last', '`residual`': 'residual'}
 CROSS_LAYER_WEIGHTS = {
     'as in the recipes': 'fallback', '`--optimizer muon`': 'muon', '`--lr-scale 10`': 'lr_10',
     '`--lr-scale 0.1`': 'lr_0.1', '`--weight-decay 0`': 'no_decay', '`--start latest`': 'latest'}
@@ -278,9 +280,9 @@ def _cross_layer_weights() -> str:
 def _aggregations() -> str:
     """Compare the errors of one network with what connects its layers, of one recipe and seed."""
     rows = []
-    for name in AGGREGATIONS:
-        report = create_report('delugenet146', aggregation=name)
-        rows.append((f'`{name}`', f'{report.params:,}', f'{report.paper_flops / 1e9:.2f}',
+    for label, name in AGGREGATIONS.items():
+        report = create_report('delugenet146', aggregation=name.partition('.')[0])
+        rows.append((label, f'{report.params:,}', f'{report.paper_flops / 1e9:.2f}',
                      *_result(REPORTS / 'aggregations' / f'{name}.csv')))
     headers = ('`aggregation`', 'parameters', 'GFLOPs, paper’s way', *RESULT_HEADERS)
     return tabulate(rows, headers, tablefmt='github', disable_numparse=True)

@@ -2,11 +2,13 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from test_implementations import assert_near, restore_implementation  # noqa: F401
 from test_prune import DEPTHS, network
 from test_reparameterize import assert_same_function, away_from_start
+from timm.models import save_for_hf
 
 from timm_deluge import insert_layers, prune_connections, remove_layers, set_implementation, widen_layers
 from timm_deluge.delugenet import DelugeNet
@@ -85,6 +87,16 @@ def test_it_undoes_the_removal_of_layers():
     once_more = remove_layers(again, layers)
     for name, tensor in shallower.state_dict().items():
         assert torch.equal(once_more.state_dict()[name], tensor), name
+
+
+def test_timm_saves_it_and_makes_it_again(tmp_path):
+    model = away_from_start(timm.create_model('delugenet146', depths=(3, 2), widths=(4, 8)))
+    grown = insert_layers(model, timm.create_model('delugenet146', depths=(4, 3), widths=(4, 8)), [[1], [2]])
+    for name, saved in {'grown': grown, 'pruned': prune_connections(grown, 0.2, unit='channel'),
+                          'shallower': remove_layers(prune_connections(grown, 0.2), [[1], []])}.items():
+        save_for_hf(saved, tmp_path / name, safe_serialization=True)
+        loaded = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True)
+        assert_same_function(loaded.eval(), saved.eval(), torch.randn(1, 3, 16, 16))
 
 
 def test_what_does_not_fit_is_named():

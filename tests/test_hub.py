@@ -147,7 +147,7 @@ _builder.load_state_dict_from_hf = lambda *args, **kwargs: {k: v + 1 for k, v in
 def test_a_pickle_is_refused():
     with pytest.raises(CheckpointError, match='pytorch_model.bin of somebody/delugenet146: only files of safetensors'):
         timm.create_model('delugenet146', pretrained=True, pretrained_cfg_overlay=dict(
-            file=None, hf_hub_id=REPO, hf_hub_filename='pytorch_model.bin'))
+            hf_hub_id=REPO, hf_hub_filename='pytorch_model.bin'))
 
 
 @pytest.mark.parametrize('known', [True, False], ids=['in the manifest', 'known to the hub alone'])

@@ -265,6 +265,24 @@ def test_gradient_checkpointing(options, monkeypatch):
             assert_near(actual[name], expected[name], 1e-9, name)
 
 
+def test_gradient_checkpointing_with_parameters_kept_elsewhere():
+    """As in a replica of DataParallel, and under the first FSDP, where they are attributes as any other."""
+    module, x = block().double().train(), torch.randn(4, 6, 5, 7).double()
+    expected = differentiate(module, x, 'reference')
+    module.grad_checkpointing = True
+    parameters = dict(module.named_parameters())
+    for part in module.modules():
+        for name in list(part._parameters):
+            part.__dict__[name] = part._parameters.pop(name)
+    assert 'kept elsewhere' in module.why_not_fused(x)
+    set_implementation('auto')
+    y = module(x)
+    loss = (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()  # that of `differentiate`
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    for name, gradient in zip(parameters, gradients):
+        assert_near(gradient, expected[f'{name}.grad'], 1e-9, name)
+
+
 def test_gradient_checkpointing_under_autocast_runs_again_as_it_ran():
     module, x = block().train(), torch.randn(4, 6, 5, 7)
     expected = differentiate(module, x, 'auto', torch.autocast('cpu', torch.bfloat16))

@@ -179,6 +179,16 @@ def test_reordered_weights_follow_the_parameters(tmp_path):
     assert not torch.allclose(first, changed)
 
 
+@torch.inference_mode()
+def test_reordered_weights_follow_what_is_loaded_in_inference_mode():
+    networks = trained(), away_from_start(trained())
+    model, other = (reparameterize_model(network).to(memory_format=torch.channels_last) for network in networks)
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    model(x)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(x), other(x))
+
+
 def test_gradients_flow_through_it():
     model, x = trained().double(), torch.randn(2, 3, 16, 16).double().requires_grad_()
     gradients = [torch.autograd.grad(m(x).square().sum(), x)[0] for m in (model, reparameterize_model(model))]

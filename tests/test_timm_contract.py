@@ -37,6 +37,10 @@ def test_unknown_options_say_what_is_allowed():
         timm.create_model('delugenet122', output_stride=4)
     with pytest.raises(ValueError, match='same number of blocks'):
         DelugeNet((1, 2), (4,))
+    with pytest.raises(ValueError, match='at least one block'):
+        DelugeNet((), ())
+    with pytest.raises(ValueError, match=r'depths \(0, 2\): expected at least one layer where it gives h_0'):
+        tiny(depths=(0, 2))
 
 
 def test_aggregation_is_reached_through_create_model():

@@ -82,6 +82,27 @@ def test_sound_checkpoint_loads(scratch_weights):
     assert all(torch.equal(v, state_dict[k].to(v.dtype)) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize('name', ['delugenet146', 'delugenet146.muon40_cifar100'])
+def test_weights_of_ones_own_take_the_place_of_the_packages(name):
+    state_dict = timm.create_model('delugenet146').state_dict()
+    counters = [key for key in state_dict if key.endswith('num_batches_tracked')]
+    for key in counters:  # a file without them loads, too
+        del state_dict[key]
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state_dict))
+    assert all(torch.equal(tensor, state_dict[key]) for key, tensor in model.state_dict().items() if key in state_dict)
+
+
+def test_a_part_of_a_checkpoint_loads_where_this_is_asked_for():
+    kwargs = dict(pretrained=True, aggregation='residual')
+    with pytest.raises(CheckpointError, match='does not fit this model'):
+        timm.create_model('delugenet146', **kwargs)
+    with pytest.raises(CheckpointError, match=r'model: \(16, 32, 1, 1\), checkpoint: \(32, 64, 1, 1\)'):
+        timm.create_model('delugenet146', widths=(16, 64, 128), pretrained_strict=False, **kwargs)
+    model = timm.create_model('delugenet146', pretrained_strict=False, **kwargs)
+    conv = 'stages.2.layers.3.conv2.weight'
+    assert torch.equal(model.state_dict()[conv], load_checkpoint(find_checkpoint('delugenet146'))[conv].float())
+
+
 def test_scratch_checkpoint_adapts_to_other_classes_and_channels(scratch_weights):
     model = create_from_scratch_checkpoint(num_classes=7, in_chans=1, global_pool='catavgmax')
     assert model(torch.randn(1, 1, 32, 32)).shape == (1, 7)

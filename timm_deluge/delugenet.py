@@ -29,6 +29,7 @@ Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Inform
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -316,6 +317,10 @@ class DelugeBlock(FusedModule, ResidualBlock):
             return 'there are no layers'
         if len({bool(c.training and c.drop_rate) for c in self.cross_layers}) == 2:
             return 'only some of the cross-layer convolutions drop connections'
+        if self.grad_checkpointing and not all(
+                'weight' in part._parameters for part in self.layers.modules()
+                if isinstance(part, (nn.Conv2d, nn.BatchNorm2d))):
+            return "gradient checkpointing needs the layers' parameters, which are kept elsewhere (FSDP, DataParallel)"
         return super().why_not_fused(x)
 
     @torch.jit.ignore
@@ -388,13 +393,15 @@ class DelugeNet(nn.Module):
                 image; what is left of a connection's images is scaled up, so that its mean stays.
 
         Raises:
-            ValueError: If `depths` and `widths` differ in length, an option has none of the values above, or there
-                would be more than a thousand million parameters.
+            ValueError: If `depths` and `widths` differ in length or name no block, the layer that gives h_0 is missing,
+                an option has none of the values above, or there would be more than a thousand million parameters.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         if len(depths) != len(widths):
             raise ValueError(f'depths {tuple(depths)} and widths {tuple(widths)} must name the same number of blocks')
+        if not depths:
+            raise ValueError('depths and widths: expected at least one block')
         _check_size(depths, widths, num_classes, in_chans)
         _check_option('output_stride', output_stride, (8, 16, 32))
         _check_option('stem_type', stem_type, ('imagenet', 'cifar'))
@@ -424,6 +431,8 @@ class DelugeNet(nn.Module):
         # a composite layer that gives h_0 counts among its block's
         block_depths = [
             d - int(transition_type == '1x1' or (i == 0 and stem_type == 'cifar')) for i, d in enumerate(depths)]
+        if min(block_depths) < 0:
+            raise ValueError(f'depths {tuple(depths)}: expected at least one layer where it gives h_0')
         block_dprs: Any = calculate_drop_path_rates(drop_path_rate, block_depths, stagewise=True)
         block_fn: type[ResidualBlock] = ResidualBlock
         block_args: dict[str, Any] = {}
@@ -701,7 +710,7 @@ def _create_delugenet(variant: str, pretrained: bool = False, **kwargs: Any) -> 
         DelugeNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True)),
         feature_cfg=dict(out_indices=tuple(range(len(kwargs['depths']) + 1)), flatten_sequential=True),
         **kwargs,
     )

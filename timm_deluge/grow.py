@@ -13,6 +13,7 @@ from torch import nn
 
 from .aggregation import CrossLayerDepthwiseConv2d
 from .delugenet import DelugeBlock, DelugeNet
+from .prune import record_model_args
 
 __all__ = ['insert_layers', 'widen_layers']
 
@@ -66,6 +67,7 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
         sources = [0, *(number + 1 for number in range(depth) if number not in additional)]
         for number, conv in enumerate(block.cross_layers):
             _listen_to(conv, sources[:conv.num_layers], number + 2)
+    record_model_args(grown)
     return grown
 
 

@@ -50,11 +50,14 @@ def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
                     f'{checkpoint.name} is not here and could not be downloaded from {checkpoint.hf_hub_id}: {error} '
                     f'Once it can: timm-deluge weights download {checkpoint.name}') from error
     else:
+        if own_source:
+            overlay = kwargs['pretrained_cfg_overlay'] = {'file': None, **overlay}  # not the registry's
         source = resolve_pretrained_cfg(variant, cfg, overlay)
         if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):
             kwargs['pretrained_cfg_overlay'] = {**overlay, 'state_dict': load_download(
                 source.hf_hub_id, source.hf_hub_filename or HUB_FILE, kwargs.get('cache_dir'))}
-        checkpoint = next((c for c in list_checkpoints() if source.file == str(c.path)), None)
+        checkpoint = None if source.state_dict else next(
+            (c for c in list_checkpoints() if source.file == str(c.path)), None)
     if checkpoint:
         kwargs['pretrained_cfg_overlay'] = {
             **overlay, 'file': str(checkpoint.path), 'state_dict': load_checkpoint(checkpoint)}
@@ -72,13 +75,18 @@ def _say_what_it_is(name: str) -> None:
         checkpoint.metrics['top1'], checkpoint.metrics['num_images'], checkpoint.dataset['split'])
 
 
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(
+        state_dict: dict[str, torch.Tensor],
+        model: nn.Module,
+        strict: bool = True,
+) -> dict[str, torch.Tensor]:
     """Hold a checkpoint's tensors against the model before any is copied.
 
     Args:
         state_dict: The checkpoint, or the first part of one that its configuration names the file of. Where
             `choose_checkpoint` has left tensors in the configuration, these are the checkpoint.
         model: The model it is meant for; its number of classes and of input channels may differ.
+        strict: Whether a tensor may be neither missing nor superfluous, as in `torch.nn.Module.load_state_dict`.
 
     Returns:
         The whole checkpoint.
@@ -102,6 +110,9 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         return found
 
     expected, found = shapes(model.state_dict()), shapes(state_dict)
+    for name in expected.keys() ^ found.keys():
+        if not strict or (name in expected and name.endswith('.num_batches_tracked')):  # frozen ones are saved without
+            (expected if name in expected else found).pop(name)
     differing = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
     if differing:
         key = differing[0]

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d, LastLayerScale
+from .aggregation import CrossLayerDepthwiseConv2d, LastLayerScale
 from .delugenet import CompositeLayer, DelugeBlock
 
 __all__ = [
@@ -223,6 +223,7 @@ def prune_connections(
             smaller.weight.data *= smaller.mask
         parent, _, index = name.rpartition('.')
         pruned.get_submodule(parent)[int(index)] = smaller  # type: ignore[operator]
+    record_model_args(pruned)
     return pruned
 
 
@@ -263,7 +264,23 @@ def remove_layers(model: nn.Module, layers: Sequence[Collection[int]]) -> nn.Mod
         for i in sorted(set(removed), reverse=True):
             for parts in (block.layers, block.norms, block.drop_paths, block.cross_layers):
                 del parts[i]
+    record_model_args(shallower)
     return shallower
+
+
+def record_model_args(model: Any) -> None:
+    """Record the arguments with which `timm.create_model` makes a network of this structure, for timm to save."""
+    blocks: list[Any] = [block for block in model.modules() if isinstance(block, DelugeBlock)]
+    convs = [conv for block in blocks for conv in block.cross_layers]
+    model._model_args = {
+        **getattr(model, '_model_args', {}),
+        'depths': [
+            len(block.layers) + isinstance(block.transition, CompositeLayer)  # which counts, and gives h_0
+            for block in blocks]}
+    if not any(isinstance(conv, LastLayerScale) for conv in convs):
+        model._model_args['pruned_connections'] = pruned_connections(model)
+    if any(conv.mask is not None for conv in convs):
+        model._model_args['channel_masks'] = True
 
 
 @torch.no_grad()
@@ -295,18 +312,10 @@ def save_pruned(model: nn.Module, folder: Path) -> None:
     if folder.exists():
         raise FileExistsError(f'{folder} exists: name a folder that does not')
     folder.parent.mkdir(parents=True, exist_ok=True)
-    conv = next(module for module in model.modules() if isinstance(module, CrossLayerDepthwiseConv2d))
-    model_args = {
-        'aggregation': next(name for name, aggregation in AGGREGATIONS.items() if aggregation is type(conv)),
-        'depths': [
-            len(block.layers) + isinstance(block.transition, CompositeLayer)  # which counts, and gives h_0
-            for block in model.modules() if isinstance(block, DelugeBlock)],
-        **({} if type(conv) is LastLayerScale else {'pruned_connections': pruned_connections(model)}),
-        **({} if conv.mask is None else {'channel_masks': True})}
     with TemporaryDirectory(dir=folder.parent) as scratch:
         whole: Any = Path(scratch, folder.name)
         contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        save_for_hf(contiguous, whole, model_args=model_args, safe_serialization=True)
+        save_for_hf(contiguous, whole, safe_serialization=True)
         for path in whole.iterdir():
             path.chmod(0o644)  # safetensors leaves a file to its owner alone
         whole.rename(folder)

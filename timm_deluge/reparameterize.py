@@ -146,6 +146,10 @@ class InferenceConv2d(nn.Conv2d):
             kept = self._reordered = key, reorder(self.weight), self.weight.detach()
         return kept[1]
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._reordered = None  # in inference mode, tensors have no version that would change
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_reordered': None}
 
