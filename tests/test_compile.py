@@ -247,6 +247,12 @@ def test_errors_of_the_compiler_are_shown(place):
     assert place.libraries() == []
 
 
+def test_a_compiler_that_cannot_be_parsed_is_named(monkeypatch):
+    monkeypatch.setenv('CXX', "g++ '")
+    with pytest.raises(ImportError, match='CXX=.*No closing quotation'):
+        compile.compile_library(Path('kernels.cpp'), [])
+
+
 def test_without_a_compiler_aten_takes_over_with_one_warning(place, caplog, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     monkeypatch.setenv('XDG_CACHE_HOME', '/proc/nowhere')

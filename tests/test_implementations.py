@@ -6,6 +6,7 @@ import inspect
 import itertools
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from forked import Forked
 from released import ReleasedDelugeNet
 from timm.layers import BatchNormAct2d
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
@@ -673,14 +675,109 @@ def test_a_layers_norm_without_parameters_takes_the_reference():
     assert module(x).isfinite().all()
 
 
-def test_forward_mode_is_refused_and_says_what_to_do():
+@pytest.mark.parametrize('reparameterized', [False, True])
+def test_forward_mode_takes_the_reference(reparameterized):
     module, x = block().eval(), torch.randn(2, 6, 4, 4)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(NotImplementedError, match=r'set_implementation\("reference"\)'):
-            module(dual)
-        set_implementation('reference')
-        assert torch.autograd.forward_ad.unpack_dual(module(dual)).tangent is not None
+    x, tangent = (t.contiguous(memory_format=torch.channels_last) for t in (x, torch.randn_like(x)))
+    _, expected = torch.func.jvp(module, (x,), (tangent,))
+    model = reparameterize_model(nn.Sequential(module)) if reparameterized else module
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        actual = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_by_vmap_are_refused_and_it_says_what_to_do():
+    module, x = block().train(), torch.randn(4, 6, 5, 7, requires_grad=True)
+    y = module(x).flatten(1)[0, :3]
+    with pytest.raises(NotImplementedError, match='set_implementation."reference"'):
+        torch.func.vmap(lambda grad: torch.autograd.grad(y, x, grad, retain_graph=True)[0])(torch.eye(3))
+
+
+@pytest.mark.parametrize('change', [
+    lambda norm: setattr(norm, 'bias', None), lambda norm: setattr(norm, 'num_batches_tracked', None),
+    lambda norm: (setattr(norm, 'running_mean', None), setattr(norm, 'running_var', None))])
+def test_a_norm_without_one_of_its_tensors_takes_the_reference(change):
+    module, x = block().train(), torch.randn(4, 6, 5, 7)
+    module.layers[1].norm2 = nn.BatchNorm2d(3)
+    change(module.layers[1].norm2)
+    assert explain_implementation(module, x)[''].reason.startswith('layers.1.norm2 has ')
+    module(x).sum().backward()
+
+
+def test_what_was_made_in_inference_mode_takes_the_reference():
+    module = block().train().requires_grad_(False)
+    module.layers[3].requires_grad_()
+    with torch.inference_mode():
+        x = torch.randn(4, 6, 5, 7)
+    module(x).sum().backward()
+    assert module.layers[3].conv1.weight.grad is not None
+
+
+@pytest.mark.parametrize('create_graph', [False, True])
+@pytest.mark.parametrize('grad_checkpointing', [False, True])
+def test_hooks_of_tensors_are_called_once(grad_checkpointing, create_graph):
+    def differentiate(implementation):
+        set_implementation(implementation)
+        torch.manual_seed(0)
+        model, calls = DelugeNet((3, 2), (4, 8), num_classes=5, stem_type='cifar').double(), []
+        model.set_grad_checkpointing(grad_checkpointing)
+        for parameter in model.parameters():
+            parameter.register_hook(lambda grad: calls.append(0) or 0.5 * grad)
+        y, features = model.forward_intermediates(torch.randn(4, 3, 8, 8).double())
+        for feature in features:
+            feature.retain_grad()
+        y.square().sum().backward(create_graph=create_graph)
+        return len(calls), [t.grad.detach() for t in (*features, *model.stages.parameters())]
+
+    (num_calls, actual), (num_expected, expected) = differentiate('auto'), differentiate('reference')
+    assert num_calls == num_expected
+    for grad, expected_grad in zip(actual, expected, strict=True):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize('trained', ['', 'cross_layers.2', 'layers.1.conv2', 'norms', 'layers.3'])
+def test_second_derivatives_where_little_is_trained(trained):
+    def differentiate(implementation):
+        set_implementation(implementation)
+        module = block().double().train()
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name.startswith(trained))
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not parameters:
+            return []
+        x = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0)).double()
+        grads = torch.autograd.grad(module(x).square().sum(), parameters, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), parameters)
+
+    for actual, expected in zip(differentiate('auto'), differentiate('reference'), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_threads_differentiate_one_graph_at_once():
+    module, x = block(8).double().train(), torch.randn(4, 6, 5, 7).double()
+    parameters, y = list(module.parameters()), module(x).square().sum()
+
+    def differentiate(_):
+        return torch.autograd.grad(y, parameters, retain_graph=True)
+
+    expected = differentiate(0)
+    with ThreadPoolExecutor(4) as pool:
+        for grads in pool.map(differentiate, range(40)):
+            for grad, expected_grad in zip(grads, expected, strict=True):
+                torch.testing.assert_close(grad, expected_grad)
+
+
+def test_a_backward_pass_within_autocast_is_as_exact_as_the_layers():
+    module, x = block(width=8).train(), torch.randn(4, 16, 5, 7).contiguous(memory_format=torch.channels_last)
+    expected = differentiate(module, x, 'reference')
+    set_implementation('auto')
+    y = module(x)
+    loss = (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum()  # that of `differentiate`
+    with torch.autocast('cpu', torch.bfloat16):
+        loss.backward()
+    for name, parameter in module.named_parameters():
+        assert_near(parameter.grad, expected[f'{name}.grad'], 1e-4, name)
 
 
 @pytest.mark.slow
@@ -838,7 +935,7 @@ def test_triton_that_does_not_compile_is_left_alone(monkeypatch, caplog):
     assert find(device) is triton
 
     def fail(*_):
-        raise RuntimeError('Failed to find C compiler')
+        raise Exception('Failed to find C compiler')  # as Triton's own errors are
     monkeypatch.setattr(triton, 'combine', fail)
     assert find(device) is None
     assert 'do not run on cpu: Failed to find C compiler' in caplog.text

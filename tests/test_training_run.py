@@ -1,4 +1,5 @@
 """A training run becomes a checkpoint with a measured accuracy, and the measurement can be repeated."""
+import copy
 import json
 import os
 from itertools import chain
@@ -274,6 +275,17 @@ def test_settled_statistics_are_the_mean_over_the_batches():
     expected = sum(len(batch) * batch.var((0, 2, 3)) for batch in batches) / 9
     torch.testing.assert_close(model[1].running_var, expected)
     assert model.training and model[0].training and model[1].momentum == 0.1 and not model[2].training
+
+
+def test_statistics_that_cannot_be_settled_stay(tmp_path):
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    model(torch.randn(4, 3, 5, 5))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match='expected images to settle'):
+        settle_batch_norm(model, [])
+    with pytest.raises(RuntimeError, match='running_mean'):
+        settle_batch_norm(model, [torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5)])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
 def test_batches_for_statistics_mix_the_classes(tmp_path, monkeypatch):

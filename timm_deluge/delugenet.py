@@ -332,7 +332,7 @@ class DelugeBlock(FusedModule, ResidualBlock):
         parts: Any = zip(self.layers, self.norms, self.drop_paths, cross_layers)
         for layer, norm, drop_path, cross_layer in parts:
             if self.grad_checkpointing:
-                h = checkpoint_layer(layer.forward_fused, list(layer.parameters()), x, outputs.recompute())
+                h = checkpoint_layer(layer, x, outputs.recompute())
             else:
                 h = layer.forward_fused(x, outputs.recompute())
             drops = drop_path.training and isinstance(drop_path, DropPath)

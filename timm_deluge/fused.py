@@ -59,8 +59,10 @@ class FusedModule(nn.Module):
                 and not isinstance(part.padding, str)):
             return 'was replaced by another kind of convolution'
         if isinstance(part, nn.BatchNorm2d):
-            if not part.track_running_stats:
+            if not part.track_running_stats or any(buffer is None for buffer in part._buffers.values()):
                 return 'has no running statistics'
+            if part.affine and any(parameter is None for parameter in part._parameters.values()):
+                return 'has only one parameter'
             if part.affine == (place in self.unscaled):
                 return f'has {"parameters of its own" if part.affine else "no parameters"}'
         return None

@@ -40,7 +40,7 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
     grown = copy.deepcopy(model)
     blocks: list[Any] = [block for block in grown.modules() if isinstance(block, DelugeBlock)]
     donors: list[Any] = [block for block in deeper.modules() if isinstance(block, DelugeBlock)]
-    if not len(blocks) == len(donors) == len(layers):
+    if not blocks or not len(blocks) == len(donors) == len(layers):
         raise ValueError(
             f'layers: expected those of each block of two DelugeNets, got {len(layers)} for {len(blocks)} blocks and '
             f'{len(donors)} of the deeper network; a reparameterised network has none')

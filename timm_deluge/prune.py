@@ -244,7 +244,7 @@ def remove_layers(model: nn.Module, layers: Sequence[Collection[int]]) -> nn.Mod
     """
     shallower = copy.deepcopy(model)
     blocks: Any = {name: block for name, block in shallower.named_modules() if isinstance(block, DelugeBlock)}
-    if len(blocks) != len(layers):
+    if not blocks or len(blocks) != len(layers):
         raise ValueError(f'layers: expected those of each of {len(blocks)} blocks of a DelugeNet, got {len(layers)}')
     for (name, block), removed in zip(blocks.items(), layers):
         depth = len(block.layers)

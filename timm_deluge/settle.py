@@ -25,10 +25,14 @@ def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None
     Args:
         model: The model; afterwards each module is in the mode it was in.
         batches: Images ``[N, in_chans, H, W]``, a hundred or more in nearly all, of all classes mixed.
+
+    Raises:
+        ValueError: If there are no batches. Then, and after any other error, the statistics are those of before.
     """
     modes = {module: module.training for module in model.modules()}
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
+    before = {buffer: buffer.clone() for norm in norms for buffer in norm.buffers()}
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -40,6 +44,12 @@ def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None
             for norm in norms:
                 norm.momentum = len(images) / num_images
             model(images)
+        if not num_images:
+            raise ValueError('batches: expected images to settle the running statistics on, got none')
+    except BaseException:
+        for buffer, value in before.items():
+            buffer.copy_(value)
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode

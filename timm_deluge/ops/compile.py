@@ -44,7 +44,10 @@ def compile_library(source: Path, options: Sequence[str]) -> ctypes.CDLL:
     Raises:
         ImportError: If there is no compiler, or what it makes cannot be written or loaded.
     """
-    compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
+    try:
+        compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
+    except ValueError as error:
+        raise ImportError(f"the environment variable CXX={os.environ['CXX']!r}: {error}") from error
     folder = _cache_folder()
     try:
         name = f'{source.stem}-{_key(source, compiler, options)}'

@@ -95,7 +95,7 @@ def norm_act_backward(
     """See `Backend.norm_act_backward`."""
     check_norm_act_backward(grad, x, y, weight=weight, bias=bias, mean=mean, invstd=invstd)
     (x, grad), inner = same_layout([x, grad])
-    weight_grad, bias_grad = x.new_empty(2, x.shape[1], dtype=torch.float32)
+    weight_grad, bias_grad = x.new_zeros(2, x.shape[1], dtype=torch.float32)
     parameters = [p.float().contiguous() for p in (weight, bias, mean, invstd)]
     _call('norm_act_backward', x, inner, grad, x, *parameters, training, relu, grad, weight_grad, bias_grad)
     return grad, weight_grad, bias_grad

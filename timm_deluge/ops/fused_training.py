@@ -28,7 +28,7 @@ from torch import nn
 
 from .implementation import choose_backend
 from .layout import same_layout
-from .norm_act_conv import FusedFunction, Recompute, begin_norm, normalize, refuse_batched, statistics
+from .norm_act_conv import Recompute, begin_norm, normalize, refuse_batched, stand_in, statistics
 from .running_sums import running_sums
 
 __all__ = ['FusedCrossLayers']
@@ -55,7 +55,7 @@ class FusedCrossLayers:
         self._num_results = 0
         folded_weights = partial(
             _folded_weights, self._weights, [_by_layer(bias.detach()) for bias in biases], self._statistics)
-        self._state = _Backward(weights, biases, folded_weights)
+        self._block = _Block(weights, biases, folded_weights)
         self._sums = running_sums(self._outputs, len(self._weights), folded_weights)
 
     def append(
@@ -75,11 +75,11 @@ class FusedCrossLayers:
             The output, to be used from here on.
         """
         index = len(self._outputs)
-        parameters = [] if index else self._state.parameters
+        parameters = [] if index else self._block.parameters
         begins = (len(self._weights) - index) % LAYERS_PER_PASS == 0
         _, _, training, _, eps = args = begin_norm(norm)
         scaled, mean, invstd = _LayerOutput.apply(
-            self._state, index, self._layers[::-1] if begins else [], output, sample_scale, *args, *parameters)
+            self._block, index, self._layers[::-1] if begins else [], output, sample_scale, *args, *parameters)
         self._outputs.append(scaled)
         self._statistics.append((mean, invstd))
         self._layers.append(_Layer(output, sample_scale, mean, invstd, training, eps))
@@ -99,8 +99,8 @@ class FusedCrossLayers:
         self._num_results += 1
         if scale is not None:
             scale = scale.to(weight.dtype).t().contiguous()
-        self._state.scales.append(scale)
-        return _CrossLayer.apply(self._state, self._sums, index, weight, scale, *self._outputs)
+        self._block.scales.append(scale)
+        return _CrossLayer.apply(self._block, self._sums, index, weight, scale, *self._outputs)
 
     def recompute(self) -> Recompute | None:
         """Get what gives the last result again in the backward pass, for the one that takes it, and would keep it.
@@ -109,7 +109,7 @@ class FusedCrossLayers:
         """
         if not self._num_results or any(layer.sample_scale is not None for layer in self._layers):
             return None
-        return _Recompute(self._state, self._num_results - 1)
+        return _Recompute(self._block, self._num_results - 1)
 
 
 class _Layer(NamedTuple):
@@ -145,25 +145,22 @@ class _Recompute:
     These come from before it, so that nothing refers in a circle.
     """
 
-    def __init__(self, state: '_Backward', index: int) -> None:
-        self._state = state
+    def __init__(self, block: '_Block', index: int) -> None:
+        self._block = block
         self.index = index
         self.layers: list[_Layer] = []
-        state.recomputes.add(self)
+        block.recomputes.add(self)
 
     def __call__(self) -> torch.Tensor:
-        return self._state.result(self.index, self.layers)
+        return self._block.current_pass().result(self.index, self.layers)
 
     def leave_sum(self, total: torch.Tensor) -> None:
         """Say what the gradient of the result sums to over images and positions, ``[C]``."""
-        self._state.grad_sums[self.index] = total
+        self._block.current_pass().grad_sums[self.index] = total
 
 
-class _Backward:
-    """What convolutions and layers have left behind in a backward pass through a block, the last one first.
-
-    A pass may begin below the last convolution, where its result takes no part, and may end above layer 0.
-    """
+class _Block:
+    """What the convolutions and layers of a block share, and what each backward pass through them has left behind."""
 
     def __init__(
             self,
@@ -175,16 +172,26 @@ class _Backward:
         self.scales: list[torch.Tensor | None] = []  # of each convolution's connections, [l, N]
         self.folded_weights = folded_weights
         self.recomputes: WeakSet[_Recompute] = WeakSet()
-        self._pass = -1
-        self.clear()
+        self._passes: dict[int, _Backward] = {}
 
-    def begin(self) -> None:
-        """Forget what another pass has left behind."""
-        this_pass = torch._C._current_graph_task_id()
-        if this_pass != self._pass:
-            self.clear()
-            self._pass = this_pass
-            torch.autograd.Variable._execution_engine.queue_callback(self.clear)  # it may end above layer 0
+    def current_pass(self) -> '_Backward':
+        """Get what the backward pass that is running has left behind; other threads may run others."""
+        number = torch._C._current_graph_task_id()
+        if number not in self._passes:
+            self._passes[number] = _Backward(self)
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._passes.pop, number, None))
+        return self._passes[number]
+
+
+class _Backward:
+    """What convolutions and layers have left behind in a backward pass through a block, the last one first.
+
+    A pass may begin below the last convolution, where its result takes no part, and may end above layer 0.
+    """
+
+    def __init__(self, block: _Block) -> None:
+        self.block = block
+        self.clear()
 
     def clear(self) -> None:
         self.grads: list[torch.Tensor] = []  # of each convolution's result, [N, C, H, W]
@@ -200,7 +207,7 @@ class _Backward:
     def take_layers(self, layers: list[_Layer]) -> None:
         """Take the block's layers, for what is to be computed again."""
         if torch.is_grad_enabled():
-            for recompute in self.recomputes:
+            for recompute in self.block.recomputes:
                 if recompute.index + 2 <= len(layers):
                     recompute.layers = layers[:recompute.index + 2]
         # an output's history leads here: neither would ever be freed
@@ -210,8 +217,8 @@ class _Backward:
         """Convolve again, ``[N, C, H, W]``, and at once for the three before; of the layers that were kept, if any."""
         layers = (kept or self.layers)[:index + 2]
         if torch.is_grad_enabled():
-            weight, bias = map(_by_layer, self.parameters[index::len(self.parameters) // 2])
-            scale = self.scales[index]
+            weight, bias = map(_by_layer, self.block.parameters[index::len(self.block.parameters) // 2])
+            scale = self.block.scales[index]
             if scale is not None:
                 weight, bias = scale[..., None] * weight[:, None], scale[..., None] * bias[:, None]
             pairs = zip(weight[..., None, None], layers)
@@ -219,8 +226,9 @@ class _Backward:
             return x.to(layers[0].output.dtype)
         if index not in self._results:
             group = range(index, max(index - LAYERS_PER_PASS, -1), -1)
-            scales = None if self.scales[index] is None else [self._padded(self.scales[i], index) for i in group]
-            weights, biases = zip(*(self.folded_weights(i, range(i + 2), True, self.scales[i]) for i in group))
+            all_scales = self.block.scales
+            scales = None if all_scales[index] is None else [self._padded(all_scales[i], index) for i in group]
+            weights, biases = zip(*(self.block.folded_weights(i, range(i + 2), True, all_scales[i]) for i in group))
             padded = [self._padded(weight, index) for weight in weights]
             outputs = [layer.output for layer in layers]
             results = choose_backend(outputs[0]).combine(outputs, padded, biases, scales=scales)
@@ -241,19 +249,19 @@ class _Backward:
             weight_grad = torch.stack([grads[i] for grads in reversed(self.weight_grads) if i < len(grads)], 1)
             weight_grads.append(weight_grad[:, None, :, None])
             bias_grads.append(bias_grad.t().contiguous()[:, None, :, None])
-        others: list[torch.Tensor | None] = [None] * (len(self.parameters) // 2 - len(weight_grads))
+        others: list[torch.Tensor | None] = [None] * (len(self.block.parameters) // 2 - len(weight_grads))
         return [*weight_grads, *others, *bias_grads, *others]
 
 
-class _LayerOutput(FusedFunction):
+class _LayerOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(
-            ctx, state, index, below, output, sample_scale, running_mean, running_var, training, momentum, eps,
+            ctx, block, index, below, output, sample_scale, running_mean, running_var, training, momentum, eps,
             *parameters):
         mean, invstd = statistics(output, running_mean, running_var, training, momentum, eps)
         layers = [_Layer(output, sample_scale, mean, invstd, training, eps), *below]
-        ctx.state, ctx.index, ctx.norms = state, index, [layer[4:] for layer in layers]
+        ctx.block, ctx.index, ctx.norms = block, index, [layer[4:] for layer in layers]
         ctx.save_for_backward(*chain(*(layer[:4] for layer in layers)))
         ctx.mark_non_differentiable(mean, invstd)
         ctx.set_materialize_grads(False)
@@ -261,10 +269,9 @@ class _LayerOutput(FusedFunction):
 
     @staticmethod
     def backward(ctx, direct_grad, *_):
-        state = ctx.state
+        state = ctx.block.current_pass()
         tensors = iter(ctx.saved_tensors)
         layers = [_Layer(*islice(tensors, 4), *norm) for norm in ctx.norms]  # this one, and those below
-        state.begin()
         if not state.grads:  # a pass through the graph of a gradient may come from layer 1 alone
             return None, None, None, direct_grad, *[None] * (len(ctx.needs_input_grad) - 4)
         if len(layers) > len(state.layers):
@@ -285,7 +292,7 @@ def _grads(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the gradients of a layer's output and of its weights ``[l, C]`` in the convolutions above.
 
     Args:
-        state: Of the block.
+        state: Of the pass.
         index: The layer's.
         layers: The layer, and perhaps those below.
     """
@@ -342,13 +349,14 @@ def _combine_backward(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]
 
 def _differentiable_grads(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the same by the definition: they can be differentiated again."""
-    normalized = layers[0].normalized()
+    output = stand_in(layers[0].output)
+    normalized = layers[0]._replace(output=output).normalized()
     grads = [
         grad if scale is None else scale[index][:, None, None, None] * grad
         for scale, grad in zip(state.grad_scales, state.grads)]
     weight_grad = torch.stack([(grad * normalized).sum((0, 2, 3)) for grad in grads])
     combined = sum(weight[index][:, None, None] * grad for weight, grad in zip(state.weights, grads))
-    [grad] = torch.autograd.grad(normalized, [layers[0].output], combined, create_graph=True)
+    [grad] = torch.autograd.grad(normalized, [output], combined, create_graph=True)
     return grad, weight_grad
 
 
@@ -360,27 +368,26 @@ def _scale_samples(output, sample_scale, mean) -> torch.Tensor:
     return (output - mean).mul_(sample_scale).add_(mean)
 
 
-class _CrossLayer(FusedFunction):
+class _CrossLayer(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, state, sums, index, weight, scale, *outputs):
-        ctx.state, ctx.index = state, index
+    def forward(ctx, block, sums, index, weight, scale, *outputs):
+        ctx.block, ctx.index = block, index
         ctx.save_for_backward(weight, outputs[0], scale)
         if scale is None:
             return next(sums)
-        weights, bias = state.folded_weights(index, range(len(outputs)), True, scale)
+        weights, bias = block.folded_weights(index, range(len(outputs)), True, scale)
         return choose_backend(outputs[0]).combine(outputs, [weights], [bias], scales=[scale])[0]
 
     @staticmethod
     def backward(ctx, grad):
         refuse_batched(grad)
         weight, output, scale = ctx.saved_tensors
-        state = ctx.state
-        state.begin()
+        state = ctx.block.current_pass()
         if grad.stride() != output.stride():  # sums over mixed memory formats are several times slower
             grad = torch.empty_like(output).copy_(grad)
         if torch.is_grad_enabled():
-            weight = _by_layer(state.parameters[ctx.index])
+            weight = _by_layer(ctx.block.parameters[ctx.index])
         if scale is not None:
             bias_grad = (scale[..., None] * grad.sum((2, 3), dtype=weight.dtype)).sum(1)
         elif torch.is_grad_enabled():

@@ -3,7 +3,6 @@ import logging
 import os
 from functools import cache
 from importlib.util import find_spec
-from subprocess import SubprocessError
 
 import torch
 
@@ -23,8 +22,8 @@ def set_implementation(name: str) -> None:
     The environment variable `TIMM_DELUGE_IMPLEMENTATION` chooses the same before the package is imported.
 
     All implementations give the same numbers. While a model is traced, scripted, compiled or exported, under
-    `torch.func` or a dispatch mode such as `FlopCounterMode`, in float16 on a CPU, and on other devices than CPU and
-    CUDA it is always the reference.
+    `torch.func`, forward-mode differentiation or a dispatch mode such as `FlopCounterMode`, in float16 on a CPU, and on
+    other devices than CPU and CUDA it is always the reference.
 
     Args:
         name: One of
@@ -32,8 +31,7 @@ def set_implementation(name: str) -> None:
             * 'auto': the fused path and, in a reparameterised model, several sums from a pass over layers;
               by Triton's kernels on a CUDA device and by C++ loops on a CPU, where these compile, else by ATen's
               operators. The default.
-            * 'reference': differentiable operators only, layer by layer: for debugging, and for forward-mode
-              differentiation.
+            * 'reference': differentiable operators only, layer by layer: for debugging.
             * 'aten', 'cpp', 'triton': as 'auto', with this backend wherever it can run.
 
     Raises:
@@ -76,6 +74,10 @@ def why_not_fast(x: torch.Tensor) -> str | None:
         return 'float16 on a CPU is more exact in the reference'
     if torch._C._are_functorch_transforms_active():
         return 'a torch.func transform is active'
+    if torch.autograd.forward_ad._current_level >= 0:
+        return 'forward-mode differentiation is active'
+    if x.is_inference() and torch.is_grad_enabled():
+        return 'a tensor made in inference mode cannot be kept for the backward pass'
     if torch._C._len_torch_dispatch_stack():
         return 'a dispatch mode is active, such as FlopCounterMode, which has to see every operator'
     return None
@@ -115,11 +117,11 @@ def _triton(device: torch.device) -> Backend | None:
     """Get Triton's kernels, or None where it is not installed, or, with one warning, where they do not compile."""
     if not _has_triton():
         return None
-    from . import triton
-    one = torch.ones(1, 1, 1, 1, device=device)
     try:
+        from . import triton
+        one = torch.ones(1, 1, 1, 1, device=device)
         triton.combine([one], [one], [one[0]])
-    except (OSError, RuntimeError, SubprocessError) as error:  # of the compiler that it needs, or of the device
+    except Exception as error:  # of Triton, of the compilers that it needs, or of the device
         _logger.warning(
             "ATen's operators take the place of Triton's kernels, which do not run on %s: %s", device, error)
         return None
@@ -132,6 +134,6 @@ def _has_triton() -> bool:
 
 
 try:
-    set_implementation(os.environ.get('TIMM_DELUGE_IMPLEMENTATION', _implementation))
+    set_implementation(os.environ.get('TIMM_DELUGE_IMPLEMENTATION') or _implementation)
 except (ImportError, ValueError) as error:
     raise type(error)(f'The environment variable TIMM_DELUGE_IMPLEMENTATION: {error}') from error

@@ -8,7 +8,7 @@ from torch import nn
 from .conv import conv2d, conv2d_backward
 from .implementation import choose_backend
 
-__all__ = ['FusedFunction', 'Recompute', 'begin_norm', 'norm_act_conv', 'normalize', 'refuse_batched', 'statistics']
+__all__ = ['Recompute', 'begin_norm', 'norm_act_conv', 'normalize', 'refuse_batched', 'stand_in', 'statistics']
 
 
 class Recompute(Protocol):
@@ -106,26 +106,20 @@ def normalize(
     return (x - mean[:, None, None]) * invstd[:, None, None]
 
 
-class FusedFunction(torch.autograd.Function):
-    """A function with derivatives in backward mode, that says how to get others."""
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(
-            'Forward-mode differentiation is not supported by the fast implementations of DelugeNet: '
-            'call timm_deluge.set_implementation("reference") before the forward pass')
-
+def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """Get what to differentiate by in a tensor's place, whose own hooks must not be called within a backward pass."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 def refuse_batched(grad: torch.Tensor) -> None:
-    """Raise a NotImplementedError if this is a batch of gradients, which `is_grads_batched=True` asks for."""
-    if torch._C._functorch.is_legacy_batchedtensor(grad):
+    """Raise a NotImplementedError if this is a batch of gradients, of `is_grads_batched=True` or `torch.func.vmap`."""
+    if torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._functorch.is_batchedtensor(grad):
         raise NotImplementedError(
             'Batched gradients are not supported by the fast implementations of DelugeNet: '
             'call timm_deluge.set_implementation("reference") before the forward pass')
 
 
-class _NormActConv(FusedFunction):
+class _NormActConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
@@ -142,12 +136,13 @@ class _NormActConv(FusedFunction):
         x, norm_weight, norm_bias, weight, mean, invstd = ctx.saved_tensors
         if ctx.recompute:
             x = ctx.recompute()
-        if torch.is_grad_enabled():
-            grads = _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd)
-            return *grads, *[None] * 8
-        y = _norm_act(x, norm_weight, norm_bias, mean, invstd, ctx.relu).to(grad.dtype)
-        grad_y, grad_weight = conv2d_backward(
-            grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
+        with torch.autocast(grad.device.type, enabled=False):  # as ATen's convolutions, whatever the pass runs in
+            if torch.is_grad_enabled():
+                grads = _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd)
+                return *grads, *[None] * 8
+            y = _norm_act(x, norm_weight, norm_bias, mean, invstd, ctx.relu).to(grad.dtype)
+            grad_y, grad_weight = conv2d_backward(
+                grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
         grad_x, grad_norm_weight, grad_norm_bias = choose_backend(x).norm_act_backward(
             grad_y, x, y, norm_weight, norm_bias, mean, invstd, ctx.training, ctx.relu)
         if ctx.recompute:  # in training, a gradient through a batch normalisation has no mean
@@ -158,13 +153,15 @@ class _NormActConv(FusedFunction):
 
 def _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd) -> list[torch.Tensor | None]:
     """Get the gradients of x and of the parameters by the definition: they can be differentiated again."""
+    needed = ctx.needs_input_grad[:4]
+    x, norm_weight, norm_bias, weight = inputs = [
+        stand_in(tensor) if need else tensor for tensor, need in zip((x, norm_weight, norm_bias, weight), needed)]
     normalized = normalize(x, mean, invstd, ctx.training, ctx.eps)
     y = torch.addcmul(norm_bias[:, None, None], normalized, norm_weight[:, None, None])
     if ctx.relu:
         y = y.relu()
     result = F.conv2d(y.to(grad.dtype), weight.to(grad.dtype), None, *ctx.conv_args)
-    needed = ctx.needs_input_grad[:4]
-    wanted = [tensor for tensor, need in zip((x, norm_weight, norm_bias, weight), needed) if need]
+    wanted = [tensor for tensor, need in zip(inputs, needed) if need]
     grads = iter(torch.autograd.grad(result, wanted, grad, create_graph=True))
     return [next(grads) if need else None for need in needed]
 

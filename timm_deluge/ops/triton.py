@@ -118,7 +118,7 @@ def _combine_kernel(
     p = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask = (p < positions) & (c < channels)
-    offset = p // inner * inner * channels + c * inner + p % inner
+    offset = p // inner * inner * channels + c.to(tl.int64) * inner + p % inner
     pointer = tl.pointer_type(first_layer.dtype.element_ty)
     total = tl.load(biases + result * channels + c, mask=c < channels, other=0.)
     total += tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
@@ -143,7 +143,7 @@ def _combine_backward_kernel(
     column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     c = column[None, :]
     mask = (p < positions) & (c < channels)
-    offset = p // inner * inner * channels + c * inner + p % inner
+    offset = p // inner * inner * channels + c.to(tl.int64) * inner + p % inner
     pointer = tl.pointer_type(first_layer.dtype.element_ty)
     layer = tl.multiple_of(tl.load(table + which).to(pointer), 16)
     out = tl.multiple_of(tl.load(table + num_layers + num_grads + which).to(pointer), 16)
