@@ -24,6 +24,7 @@ from timm.utils import reparameterize_model
 from torch.utils.data import DataLoader, Subset
 
 import timm_deluge  # noqa: F401 registers the models
+from timm_deluge.validate import list_classes
 
 
 @torch.inference_mode()
@@ -57,10 +58,11 @@ def main(
         num_test: Annotated[int | None, typer.Option(help='Test images; all by default.')] = None,
 ) -> None:
     """Classify frozen features of MODEL on another data set."""
-    folders = [{path.name for path in data_dir.iterdir() if path.is_dir()} for data_dir in (train_dir, test_dir)]
-    differing = sorted(folders[0] ^ folders[1])
+    classes = [set(list_classes(create_dataset('', root=str(data_dir)))) for data_dir in (train_dir, test_dir)]
+    differing = sorted(classes[0] ^ classes[1])
     if differing:
-        raise typer.BadParameter(f'{test_dir}: expected the class folders of {train_dir}, only one has {differing[0]}')
+        raise typer.BadParameter(
+            f'{test_dir}: expected images of the classes of {train_dir}, only one has any in {differing[0]}')
     network = timm.create_model(model, pretrained=True, num_classes=0).eval()
     train, test = extract(network, train_dir, num_train), extract(network, test_dir, num_test)
     classifiers = {

@@ -29,6 +29,7 @@ from timm.utils import ParseKwargs, random_seed
 from torch import nn
 
 import timm_deluge  # noqa: F401 registers the models
+from timm_deluge.validate import list_classes
 
 EAGER_STEPS = 3  # before a step is captured: they compile kernels and create the optimizer's state
 DEFAULTS = dict(
@@ -72,11 +73,11 @@ def read_recipe(path: Path) -> dict[str, object]:
     return recipe
 
 
-def read_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def read_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Read images of one size, a folder for each class.
 
     Returns:
-        Images ``[N, H, W, 3]`` of bytes, and classes ``[N]``.
+        Images ``[N, H, W, 3]`` of bytes, classes ``[N]``, and the names of the classes.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -87,7 +88,7 @@ def read_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     paths, targets = zip(*dataset.reader.samples)
     with Pool() as pool:
         images = pool.map(read_image, paths, 500)
-    return torch.from_numpy(np.stack(images)), torch.tensor(targets)
+    return torch.from_numpy(np.stack(images)), torch.tensor(targets), list_classes(dataset)
 
 
 def read_image(path: str) -> np.ndarray:
@@ -269,7 +270,15 @@ def train(args: Namespace) -> dict[str, float]:
         raise FileExistsError(f'{args.output} exists: name a folder that does not')
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     splits = [read_images(args.data_dir / split) for split in (args.val_split, args.train_split)]  # the small one first
-    test_set, (images, targets) = [[tensor.to(device) for tensor in split] for split in splits]
+    *test_set, test_classes = splits[0]
+    images, targets, classes = splits[1]
+    if test_classes != classes:
+        raise ValueError(
+            f'{args.data_dir}: {args.train_split} and {args.val_split} must have images of the same classes; only one '
+            f'has any in {min(set(classes) ^ set(test_classes))}')
+    if len(images) < args.batch_size:
+        raise ValueError(f'{args.data_dir}: {len(images)} training images, fewer than a batch of {args.batch_size}')
+    images, targets, *test_set = (tensor.to(device) for tensor in (images, targets, *test_set))
     model = timm.create_model(
         args.model, pretrained=args.pretrained, num_classes=args.num_classes, **args.model_kwargs)
     config = resolve_data_config(vars(args), model=model)

@@ -88,11 +88,12 @@ def try_tools(names: Sequence[str], results: dict[str, Any]) -> None:
     with TemporaryDirectory() as folder:
         base = Path(folder, 'base')
         python = install(base, str(REPOSITORY), 'pytest', 'pytest-timeout')
-        results['versions'] = {'Python': platform.python_version(), 'torch': version(python, 'torch')}
+        versions = results.setdefault('versions', {})
+        versions.update({'Python': platform.python_version(), 'torch': version(python, 'torch')})
         for name in names:
             python = install(Path(folder, name), *TOOLS[name], base=base)
             if name == EXPORTERS:
-                results['versions'].update((package, version(python, package)) for package in TOOLS[name])
+                versions.update((package, version(python, package)) for package in TOOLS[name])
                 for outcome in run_tests(python, TESTS / 'test_export.py', '--timeout=3600', EXPORTED=EXPORTED):
                     exporter, _, form = outcome.name.partition('[')[2].rstrip(']').rpartition('-')
                     found = ', '.join(filter(None, (result(outcome), outcome.properties.get('difference'))))

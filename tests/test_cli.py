@@ -99,6 +99,19 @@ def test_predict_with_a_model_that_has_no_checkpoint(photos):
     assert 'wide_resnetlike146_1x1 has no pretrained checkpoint yet' in result.stderr
 
 
+@pytest.mark.parametrize('name', ['delugenet164', 'local-dir:pruned'])
+def test_predict_with_what_is_no_model_of_this_package(photos, name):
+    result = invoke('predict', photos, '--model', name)
+    assert result.exit_code == 2 and f'{name} is no model of this package; the nearest name is' in result.stderr
+
+
+def test_a_report_may_be_cut_off():
+    with subprocess.Popen([sys.executable, '-m', 'timm_deluge.cli', 'report', 'delugenet146', '--format', 'json'],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert 'error:' not in process.stderr.read()
+
+
 def test_predict_on_a_device_that_is_not_there(photos):
     result = invoke('predict', photos, '--device', 'xpu:77')
     assert result.exit_code == 2 and "cannot run on 'xpu:77'" in result.stderr

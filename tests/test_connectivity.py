@@ -168,6 +168,27 @@ def test_training_without_momentum(tmp_path):
     assert invoke('connectivity', tmp_path).exit_code == 0
 
 
+def test_training_with_groups_of_its_own_has_weights_alone(tmp_path):
+    train_one_step(tmp_path, 'sgd')
+    for path in tmp_path.glob('*.pth.tar'):
+        with torch.serialization.safe_globals([Namespace]):
+            checkpoint = torch.load(path)
+        groups = checkpoint['optimizer']['param_groups']
+        groups.append({**groups[0], 'params': [groups[0]['params'].pop(3)]})
+        torch.save(checkpoint, path)
+    assert [epoch.gradients for epoch in training_connectivity(tmp_path)] == [None, None]
+
+
+def test_weights_that_are_zero_or_not_finite(tmp_path):
+    weights = {f'stages.0.cross_layers.{i}.weight': torch.zeros(2, 1, 2 + i, 1) for i in range(2)}
+    blocks = block_connectivity(weights)
+    assert blocks[0].last == [0., 0., 0.]
+    draw_connectivity(blocks, 'nothing').savefig(tmp_path / 'a.png')
+    weights['stages.0.cross_layers.1.weight'][0] = float('nan')
+    with pytest.raises(ValueError, match='not finite'):
+        block_connectivity(weights)
+
+
 def test_folders_that_no_training_left(tmp_path):
     result = invoke('connectivity', tmp_path)
     assert result.exit_code == 2 and f'local-dir:{tmp_path}' in result.stderr

@@ -1,5 +1,6 @@
 """Every image that Pillow reads becomes upright 8-bit RGB; what cannot be read is refused by name."""
 import io
+import os
 import re
 
 import numpy as np
@@ -84,6 +85,13 @@ def test_unreadable_files_say_why(tmp_path, monkeypatch):
     for path in find_images(['long' * 2000 + '.jpg', 'zero\0byte.jpg']):
         with pytest.raises(ImageError, match='unreadable'):
             read_image(path)
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(ImageError, match='not a regular file'):
+        read_image(tmp_path / 'pipe')
+    for values in (np.full((8, 8), 4000.), np.full((8, 8), -1.), np.full((8, 8), 10 ** 6)):
+        Image.fromarray(values.astype(np.float32 if values[0, 0] < 10 ** 6 else np.int32)).save(tmp_path / 'a.tiff')
+        with pytest.raises(ImageError, match='values from .* where 0 to (255|65535) is expected'):
+            read_image(tmp_path / 'a.tiff')
     Image.new('RGB', (2000, 1)).save(tmp_path / 'line.png')
     with pytest.raises(ImageError, match='2000×1 pixels are no sensible picture'):
         read_image(tmp_path / 'line.png')
@@ -141,6 +149,8 @@ def test_find_images(tmp_path, monkeypatch):
     assert [p.name for p in find_images([str(tmp_path / '*.png')])] == ['b.png']
     assert [p.name for p in find_images([str(tmp_path / '**' / '*.webp')])] == ['c.webp']
     assert [p.name for p in find_images([str(tmp_path / 's*')])] == ['c.webp']
+    found = list(find_images([str(tmp_path / '**')]))
+    assert len(found) == len(set(found)) == 5
     (tmp_path / 'empty').mkdir()
     assert [p.name for p in find_images([str(tmp_path / 'empty')])] == ['empty']
     with pytest.raises(ImageError, match='a folder without images'):
@@ -148,3 +158,5 @@ def test_find_images(tmp_path, monkeypatch):
     assert [p.name for p in find_images([str(tmp_path / 'notes.txt'), 'absent.png'])] == ['notes.txt', 'absent.png']
     monkeypatch.setattr('sys.stdin', io.StringIO(f'{tmp_path / "b.png"}\n\n{tmp_path / "sub"}\n'))
     assert [p.name for p in find_images(['-'])] == ['b.png', 'c.webp']
+    monkeypatch.setattr('sys.stdin', io.StringIO('line\u2028separator.png\n'))
+    assert [p.name for p in find_images(['-'])] == ['line\u2028separator.png']

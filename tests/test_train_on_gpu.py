@@ -1,6 +1,7 @@
 """Training on one GPU, tried on a processor: timm's Muon, timm's crops, and what a checkpoint is made of."""
 import csv
 import runpy
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -47,6 +48,19 @@ def recipe(tmp_path, **options) -> Path:
     path = tmp_path / 'recipe.yaml'
     path.write_text(yaml.safe_dump(text))
     return path
+
+
+def test_data_that_cannot_be_trained_on_leave_nothing_behind(images, tmp_path):
+    def errors(data_dir, **options):
+        command = [sys.executable, EXAMPLE, recipe(tmp_path, **options), data_dir, '--output', tmp_path / 'output']
+        return subprocess.run(command, capture_output=True, text=True).stderr
+
+    assert '32 training images, fewer than a batch of 64' in errors(images, batch_size=64)
+    copy = tmp_path / 'copy'
+    shutil.copytree(images, copy)
+    shutil.rmtree(copy / 'validation' / 'bright')
+    assert 'must have images of the same classes; only one has any in bright' in errors(copy)
+    assert not (tmp_path / 'output').exists()
 
 
 def test_a_step_is_that_of_timms_muon(example, monkeypatch):

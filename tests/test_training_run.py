@@ -304,6 +304,13 @@ def test_batches_for_statistics_mix_the_classes(tmp_path, monkeypatch):
     assert sum(int((images.mean((1, 2, 3)) > 0).sum()) for images in found) == 15
 
 
+@pytest.mark.parametrize('tag', ['a/b_noise', '{x}_noise', 'noise', 'Test_Noise', ''])
+def test_a_tag_that_is_none_is_refused_first(run_dir, data_dir, weights_dir, tag, monkeypatch):
+    monkeypatch.setattr('timm_deluge.training_run.rank_targets', None)
+    with pytest.raises(ValueError, match='tag=.*expected letters'):
+        add_checkpoint([run_dir], tag, data_dir, **PROVENANCE)
+
+
 def test_hours_of_a_resumed_run_add_up(run_dir, data_dir, weights_dir, tmp_path):
     parts = [tmp_path / 'first', run_dir]
     parts[0].mkdir()
@@ -358,6 +365,10 @@ def test_wrong_folders_are_named(data_dir):
         create_validation_loader(model, data_dir / 'absent', 4, 0)
     model.pretrained_cfg['label_names'] = ['class_0', 'class_5', 'zebra']
     with pytest.raises(ValueError, match='its 3 class folders are not the 3 classes .* such as class_10'):
+        create_validation_loader(model, data_dir / 'validation', 4, 0)
+    stray = data_dir / 'validation' / 'stray.png'
+    stray.write_bytes((data_dir / 'validation' / 'class_0' / '0.png').read_bytes())
+    with pytest.raises(ValueError, match='stray.png is not in the folder of its class'):
         create_validation_loader(model, data_dir / 'validation', 4, 0)
 
 

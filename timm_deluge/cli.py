@@ -168,9 +168,10 @@ def report(
             _fail(f'timm has no model {name!r}' + (f'; similar names: {", ".join(close)}' if close else ''))
     kwargs = dict(map(_parse_model_kwarg, model_kwargs or []))
     try:
-        print(format_reports([create_report(name, **kwargs) for name in models], fmt.value))
+        text = format_reports([create_report(name, **kwargs) for name in models], fmt.value)
     except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         _fail(error)
+    print(text)
 
 
 @app.command()
@@ -197,14 +198,15 @@ def connectivity(
     if is_run and output is not None:
         _fail(f'{source}: a picture is of one checkpoint; name a file of that folder')
     try:
-        if is_run:
-            _print_training(training_connectivity(Path(source)), as_json)
-            return
-        blocks = block_connectivity(read_state_dict(source))
+        epochs = training_connectivity(Path(source)) if is_run else []
+        blocks = [] if is_run else block_connectivity(read_state_dict(source))
         if output is not None:
             draw_connectivity(blocks, Path(source).name).savefig(output, dpi=150)
     except (ImportError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         _fail(f'{source}: {error}' if isinstance(error, (LookupError, TypeError, ValueError)) else error)
+    if is_run:
+        _print_training(epochs, as_json)
+        return
     if as_json:
         print(json.dumps([block.as_dict() for block in blocks], indent=2))
         return
@@ -228,7 +230,7 @@ def _print_training(epochs: list[EpochConnectivity], as_json: bool) -> None:
             first, *others = block.last
             gradient = ''
             if epoch.gradients:
-                gradient = f'{math.hypot(*epoch.gradients[i].norms[-1]) / math.hypot(*block.norms[-1]):.1e}'
+                gradient = f'{math.hypot(*epoch.gradients[i].norms[-1]) / (math.hypot(*block.norms[-1]) or 1.):.1e}'
             table.add_row(
                 str(epoch.epoch), str(block.block), f'{first:.2f}', f'{mean(others):.2f}', f'{others[-1]:.2f}',
                 f'{mean(block.dead_channels):.1%}', gradient)

@@ -42,7 +42,7 @@ class BlockConnectivity:
     @cached_property
     def last(self) -> list[float]:
         """Norm of each source layer in the convolution that has the most of them, of the largest (paper, Fig. 3)."""
-        return [norm / max(self.norms[-1]) for norm in self.norms[-1]]
+        return [norm / (max(self.norms[-1]) or 1.) for norm in self.norms[-1]]
 
     def as_dict(self) -> dict[str, Any]:
         return {'block': self.block, 'last': self.last, 'norms': self.norms, 'dead_channels': self.dead_channels}
@@ -58,7 +58,7 @@ def block_connectivity(state_dict: dict[str, torch.Tensor]) -> list[BlockConnect
         The blocks in their order.
 
     Raises:
-        ValueError: If there are no cross-layer convolutions.
+        ValueError: If there are no cross-layer convolutions, or their weights are not finite.
     """
     blocks: dict[int, dict[int, torch.Tensor]] = {}
     for name, tensor in state_dict.items():
@@ -68,6 +68,8 @@ def block_connectivity(state_dict: dict[str, torch.Tensor]) -> list[BlockConnect
         raise ValueError(
             'there are no cross-layer depthwise convolutions (stages.*.cross_layers.*.weight): this is no DelugeNet, '
             'or one with residual sums, or one that was reparameterised')
+    if not all(tensor.isfinite().all() for tensors in blocks.values() for tensor in tensors.values()):
+        raise ValueError('there are cross-layer weights that are not finite: the training has diverged')
     if any(tensor.shape[1] != 2 + i for tensors in blocks.values() for i, tensor in tensors.items()):
         raise ValueError(
             'a sum does not have all layers before it as its sources, and which it has is not in these tensors. Of a '
@@ -134,7 +136,7 @@ def draw_connectivity(blocks: list[BlockConnectivity], title: str) -> 'Figure':
         last.bar(range(len(block.last)), block.last, color='#0072B2')
         last.set(title=f'block {block.block}', ylim=(0, 1.05), xlim=(-0.6, len(block.last) - 0.4))
         triangle = [
-            [norm / max(norms) for norm in norms] + [float('nan')] * (len(block.last) - len(norms))
+            [norm / (max(norms) or 1.) for norm in norms] + [float('nan')] * (len(block.last) - len(norms))
             for norms in block.norms]
         image = matrix.imshow(triangle, cmap='viridis', vmin=0, vmax=1, aspect='auto', extent=(
             -0.5, len(block.last) - 0.5, len(block.norms) + 1.5, 1.5))

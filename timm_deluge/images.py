@@ -34,12 +34,12 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
         if path == '-':
             if isinstance(sys.stdin, TextIOWrapper):
                 sys.stdin.reconfigure(errors='surrogateescape')  # names need not be text
-            yield from find_images(line for line in sys.stdin.read().splitlines() if line and line != '-')
+            yield from find_images(line for line in sys.stdin.read().split('\n') if line and line != '-')
         elif os.path.exists(path):
             yield from _expand_folder(Path(path))
         else:
-            for match in sorted(glob.glob(path, recursive=True)) or [path]:
-                yield from _expand_folder(Path(match))
+            matches = sorted(glob.glob(path, recursive=True)) or [path]  # with **, folders and what is in them
+            yield from dict.fromkeys(file for match in matches for file in _expand_folder(Path(match)))
 
 
 def _expand_folder(path: Path) -> Iterator[Path]:
@@ -54,16 +54,19 @@ def read_image(path: Path) -> Image.Image:
     """Read an image as 8-bit RGB, upright.
 
     Args:
-        path: File in any format and mode that Pillow reads. Transparency is laid over white, 16-bit and float images
-            are scaled to 8 bits, the EXIF orientation is applied.
+        path: File in any format and mode that Pillow reads. Transparency is laid over white, 16-bit images and floats
+            from 0 to 1 are scaled to 8 bits, floats up to 255 rounded, the EXIF orientation is applied.
 
     Returns:
         An image of mode 'RGB'.
 
     Raises:
-        ImageError: If the file is missing, empty, corrupt, no image, or so large that decoding it could exhaust memory.
+        ImageError: If the file is missing, empty, corrupt, no image, so large that decoding it could exhaust memory, or
+            its values are out of these ranges.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ImageError('a folder without images' if path.is_dir() else 'not a regular file')
         if path.stat().st_size == 0:
             raise ImageError('the file is empty')
         with warnings.catch_warnings():
@@ -76,8 +79,6 @@ def read_image(path: Path) -> Image.Image:
         raise
     except FileNotFoundError:
         raise ImageError('no such file') from None
-    except IsADirectoryError:
-        raise ImageError('a folder without images') from None
     except UnidentifiedImageError:
         raise ImageError('not an image that Pillow can read') from None
     except Image.DecompressionBombError:
@@ -90,6 +91,9 @@ def read_image(path: Path) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(('I', 'F')):
         values = np.asarray(image, dtype=np.float64)
+        largest = 255 if image.mode == 'F' else 65535
+        if values.min() < 0 or values.max() > largest:
+            raise ImageError(f'values from {values.min():g} to {values.max():g}, where 0 to {largest} is expected')
         if image.mode != 'F':
             values = values * (255 / 65535)
         elif values.max() <= 1:

@@ -5,6 +5,7 @@ weight, a mean of its gradients over the latest steps: the momentum.
 """
 from argparse import Namespace
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -85,9 +86,12 @@ def _mean_gradients(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
         device=torch.device('meta'), **args.model_kwargs)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer: Any = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    groups = [group['params'] for group in optimizer.param_groups]
+    saved_groups = [group['params'] for group in checkpoint['optimizer']['param_groups']]
+    if [len(group) for group in groups] != [len(saved) for saved in saved_groups]:
+        return {}  # the run's own groups: which parameter has which number is not known
     gradients = {}
-    for group, saved in zip(optimizer.param_groups, checkpoint['optimizer']['param_groups']):
-        for parameter, number in zip(group['params'], saved['params']):
-            state = checkpoint['optimizer']['state'].get(number, {})
-            gradients.update({names[id(parameter)]: state[key] for key in MOMENTA if key in state})
+    for parameter, number in zip(chain(*groups), chain(*saved_groups)):
+        state = checkpoint['optimizer']['state'].get(number, {})
+        gradients.update({names[id(parameter)]: state[key] for key in MOMENTA if key in state})
     return gradients

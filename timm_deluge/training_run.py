@@ -1,6 +1,7 @@
 """Turn a run of timm's train.py into a checkpoint of the manifest, and its log into one of the reports."""
 import csv
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,6 +84,8 @@ def add_checkpoint(
         CheckpointError: If there is no such base model.
     """
     recipe_path(recipe)
+    if not re.fullmatch(r'\w+_[a-z\d]+', tag):
+        raise ValueError(f'tag={tag!r}: expected letters, digits and underscores, as in muon40_cifar100')
     if split not in ('test', 'validation'):
         raise ValueError(f'split={split!r}: must be test or validation')
     if not LOGS.parent.is_dir():

@@ -61,6 +61,10 @@ def create_validation_loader(
         raise ValueError(f'{folder}: no such folder; it should hold one folder of images per class')
     config = resolve_data_config(model=model)
     dataset = _EveryImage(str(folder))  # type: ignore[no-untyped-call]
+    stray = next((path for path, _ in dataset.reader.samples if Path(path).parent.parent != folder), None)
+    if stray:
+        raise ValueError(f'{folder}: {stray} is not in the folder of its class; name the folder that holds one folder '
+                         f'of images per class, such as {folder / "validation"}')
     pretrained_cfg: Any = model.pretrained_cfg
     found, expected = list_classes(dataset), pretrained_cfg.get('label_names')
     if expected is None and len(found) != model.num_classes:
@@ -69,10 +73,6 @@ def create_validation_loader(
         differing = sorted(set(found) ^ set(expected))
         raise ValueError(f'{folder}: its {len(found)} class folders are not the {len(expected)} classes that the model '
                          f'knows; {len(differing)} are only on one side, such as {differing[0]}')
-    stray = next((path for path, _ in dataset.reader.samples if Path(path).parent.parent != folder), None)
-    if stray:
-        raise ValueError(f'{folder}: {stray} is not in the folder of its class; name the folder that holds one folder '
-                         f'of images per class, such as {folder / "validation"}')
     if num_images is not None and num_images < len(dataset):
         samples = dataset.reader.samples
         dataset.reader.samples = [samples[i * len(samples) // num_images] for i in range(num_images)]

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +16,7 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+import timm
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.constants import HF_ASSETS_CACHE
@@ -229,6 +231,10 @@ def find_checkpoint(model: str, tag: str = '') -> Checkpoint:
     available = ', '.join(c.name for c in checkpoints) or 'none'
     if any(c.model == model for c in checkpoints):
         raise CheckpointError(f"{model} has no checkpoint with the tag '{tag}'. Available: {available}.")
+    models = timm.list_models(module='delugenet')
+    if model not in models:
+        raise CheckpointError(f'{model} is no model of this package; the nearest name is '
+                              f'{get_close_matches(model, models, 1, 0)[0]}. With checkpoints: {available}.')
     raise CheckpointError(
         f'{model} has no pretrained checkpoint yet. Available: {available}. '
         f'Use pretrained=False for random weights, or train one with timm: '

@@ -179,8 +179,11 @@ class _Block:
         number = torch._C._current_graph_task_id()
         if number not in self._passes:
             self._passes[number] = _Backward(self)
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._passes.pop, number, None))
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, number))
         return self._passes[number]
+
+    def _end(self, number: int) -> None:
+        self._passes.pop(number, None)
 
 
 class _Backward:
