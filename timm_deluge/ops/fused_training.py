@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakSet, proxy
 
 import torch
 from torch import nn
@@ -193,7 +193,7 @@ class _Backward:
     """
 
     def __init__(self, block: _Block) -> None:
-        self.block = block
+        self.block = proxy(block)  # which has this one, also after an error, and is to be freed at once
         self.clear()
 
     def clear(self) -> None:
