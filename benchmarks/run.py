@@ -253,6 +253,7 @@ def measure_onnxruntime(name: str) -> dict[str, Any]:
     x = images(BATCH['inference'][name], SIZE[name])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry('session.force_spinning_stop', '1')  # after a run: the others need the cores
     sides: dict[str, Callable[[], Any]] = {'ours': inference(create(name, True), x)}
     with TemporaryDirectory() as folder:
         for side, reparameterized in (('as trained', False), ('reparameterised', True)):

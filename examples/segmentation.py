@@ -1,6 +1,6 @@
 """A DelugeNet as the encoder of segmentation_models_pytorch: a U-Net or a DeepLabV3+ learns to find discs.
 
-    pip install 'timm-deluge[examples]'
+    pip install '.[examples]'
     python examples/segmentation.py
 
 Any DelugeNet for large images will do: `tu-delugenet92`, `tu-delugenet104`, `tu-delugenet122`. The CIFAR networks

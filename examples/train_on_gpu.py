@@ -3,8 +3,10 @@
     python examples/train_on_gpu.py $(timm-deluge recipe cifar100_delugenet146_muon40) cifar100 --output output/muon40
 
 A step of a narrow, deep network is thousands of kernels of microseconds, more than a processor can launch in that time;
-a graph launches them all at once. Images are cropped, flipped and erased as timm does it, a batch at a time. What is
-left behind is what train.py leaves, for `timm-deluge weights add`.
+a graph launches them all at once. Images are cropped, flipped and erased as timm does it, a batch at a time.
+
+It leaves what `timm-deluge weights add` needs: args.yaml, summary.csv and last.pth.tar, with float16 weights and
+without the optimizer's state, so that a run cannot be resumed.
 """
 import csv
 import math
@@ -362,7 +364,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('recipe', type=Path, help='YAML file, see `timm-deluge recipe`')
     parser.add_argument('data_dir', type=Path, help='folders for training and validation with a folder for each class')
-    parser.add_argument('--output', type=Path, required=True, help='new folder for what is left behind')
+    parser.add_argument('--output', type=Path, required=True, help='new folder')
     parser.add_argument('--model', default=SUPPRESS, help='instead of the recipe\'s')
     parser.add_argument('--model-kwargs', nargs='*', default=SUPPRESS, action=ParseKwargs)
     parser.add_argument('--pretrained', action='store_true', default=SUPPRESS)

@@ -1,4 +1,4 @@
-"""Write everything that is generated: the reports here, their learning curves, MODEL_CARD.md and the README's figures.
+"""Write everything that is generated: the reports here, learning curves, MODEL_CARD.md and figures on other pages.
 
     python reports/generate.py
 """
@@ -41,26 +41,35 @@ def generate() -> dict[Path, str]:
     """Make every generated text.
 
     Returns:
-        Text by path; the README's whole, with its figures renewed.
+        Text by path; of a page with other text, too, the whole, with its figures renewed.
     """
     checkpoints = list_checkpoints()
     others = [name for name in timm.list_models(module='delugenet') if name not in PUBLISHED]
     zoo, peers = ([create_report(name) for name in names] for names in ([*PUBLISHED, *others], PEERS))
-    readme = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
-    readme = _replace_block(readme, 'models', model_table(zoo, checkpoints))
-    readme = _replace_block(readme, 'best', best_table(checkpoints))
-    readme = _replace_block(readme, 'checkpoints', checkpoint_table(checkpoints))
-    if checkpoints:
-        readme = _replace_block(readme, 'predict', f'```\n{_predict()}\n```')
-    readme = _replace_block(readme, 'performance', _performance())
-    readme = _replace_block(readme, 'pruning', _pruning())
-    readme = _replace_block(readme, 'features', _features(checkpoints))
-    readme = _replace_block(readme, 'baselines', _baselines(zoo))
-    readme = _replace_block(readme, 'learning rates', _learning_rates())
-    readme = _replace_block(readme, 'cross-layer weights', _cross_layer_weights())
-    readme = _replace_block(readme, 'aggregations', _aggregations())
-    readme = _replace_block(readme, 'connection drop', _connection_drop())
-    texts = {REPOSITORY / 'MODEL_CARD.md': model_card(checkpoints), REPOSITORY / 'README.md': readme}
+    blocks = {
+        'README.md': {
+            'models': model_table(zoo, checkpoints),
+            'best': best_table(checkpoints),
+            'checkpoints': checkpoint_table(checkpoints),
+            'performance': _performance_summary(),
+            **({'predict': f'```\n{_predict()}\n```'} if checkpoints else {}),
+        },
+        'reports/experiments.md': {
+            'features': _features(checkpoints),
+            'baselines': _baselines(zoo),
+            'learning rates': _learning_rates(),
+            'cross-layer weights': _cross_layer_weights(),
+            'aggregations': _aggregations(),
+            'connection drop': _connection_drop(),
+        },
+        'benchmarks/README.md': {'performance': _performance(), 'pruning': _pruning()},
+    }
+    texts = {REPOSITORY / 'MODEL_CARD.md': model_card(checkpoints)}
+    for page, contents in blocks.items():
+        text = (REPOSITORY / page).read_text(encoding='utf-8')
+        for name, content in contents.items():
+            text = _replace_block(text, name, content)
+        texts[REPOSITORY / page] = text
     for name, reports in (('zoo', zoo), ('peers', peers)):
         for fmt, suffix in (('markdown', 'md'), ('csv', 'csv'), ('json', 'json')):
             texts[REPORTS / f'{name}.{suffix}'] = format_reports(reports, fmt) + '\n'
@@ -148,24 +157,49 @@ def draw_accuracies(path: Path) -> None:
 def _performance() -> str:
     """Show what was measured: a table for time of inference, of training, and for memory, a column for each machine."""
     machines = _machines()
-    names = [machine['machine'] for machine in machines]
-    tables: dict[str, dict[str, dict[str, str]]] = {}
+    return '\n\n'.join((
+        *(_performance_table(subject, lines, machines) for subject, lines in _performance_lines(machines).items()),
+        *(_conditions(machine) + _doubts(machine) for machine in machines),
+        *(f'![Cost of a layer against the length of its block, {machine["machine"]}]'
+          f'(results/{machine["figure"].name})'
+          for machine in machines if machine['figure'].exists()),
+    ))
+
+
+def _performance_summary() -> str:
+    """Show time and memory of two networks with residual sums for comparison, and how many goals were missed."""
+    machines = _machines()
+    lines = _performance_lines(machines)
+    chosen = {f'{subject.partition(":")[0]}: {what}': line for subject, of_subject in lines.items()
+              for what, line in of_subject.items() if what.startswith('`') and what.endswith(', of R')}
+    cells = [(line['goal'], line[machine['machine']]) for of_subject in lines.values()
+             for line in of_subject.values() for machine in machines if machine['machine'] in line]
+    with_goal = [cell for goal, cell in cells if goal]
+    missed = [cell for cell in with_goal if 'missed' in cell]
+    return '\n\n'.join((
+        _performance_table('', chosen, machines),
+        f'Of the {len(with_goal)} goals here and in [all that was measured](benchmarks/README.md), {len(missed)} are '
+        'missed.',
+        *map(_conditions, machines)))
+
+
+def _performance_lines(machines: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, str]]]:
+    """Get what was measured, and the goal: by subject, by what it is, and by machine."""
+    lines: dict[str, dict[str, dict[str, str]]] = {}
     for machine in machines:
         for name, row in machine['rows'].items():
             for figure in row['figures'] if not name.startswith('growth') or name == 'growth 64' else ():
                 mode, _, what = figure['what'].partition(', ')
                 subject = f'{mode}: bytes kept' if 'bytes kept' in what else mode
-                line = tables.setdefault(subject, {}).setdefault(what, {'goal': _goal(figure)})
+                line = lines.setdefault(subject, {}).setdefault(what, {'goal': _goal(figure)})
                 line[machine['machine']] = _cell(figure)
-    return '\n\n'.join((
-        *(tabulate([(what, *(line.get(column, '–') for column in (*names, 'goal'))) for what, line in lines.items()],
-                   (subject, *names, 'goal'), tablefmt='github', disable_numparse=True)
-          for subject, lines in tables.items()),
-        *map(_conditions, machines),
-        *(f'![Cost of a layer against the length of its block, {machine["machine"]}]'
-          f'(benchmarks/results/{machine["figure"].name})'
-          for machine in machines if machine['figure'].exists()),
-    ))
+    return lines
+
+
+def _performance_table(subject: str, lines: dict[str, dict[str, str]], machines: list[dict[str, Any]]) -> str:
+    columns = [*(machine['machine'] for machine in machines), 'goal']
+    rows = [(what, *(line.get(column, '–') for column in columns)) for what, line in lines.items()]
+    return tabulate(rows, (subject, *columns), tablefmt='github', disable_numparse=True)
 
 
 def _machines() -> list[dict[str, Any]]:
@@ -208,15 +242,15 @@ def _pruning() -> str:
         f'{whole["num_images"]:,} test images in {results["dtype"]}, no fine-tuning; inference time, pruned by norm, '
         f'as a multiple of the whole network\'s:',
         tables[0],
-        *(['After one epoch of training by the recipe `cifar100_fine_tuning`, '
-           '`python benchmarks/fine_tuning.py taylor 0.3 …`:',
+        *(['After one epoch of training by the recipe `cifar100_fine_tuning`, and with BatchNorm statistics '
+           're-estimated, which those above are not, `python benchmarks/fine_tuning.py taylor 0.3 …`:',
            tables[1]] if after else []),
-        f'Rank correlation of a connection\'s norm, and of the first-order estimate, with the loss on '
-        f'{importance["num_images"]} training images without it:',
+        f'Spearman\'s rank correlation of a connection\'s score with the loss on {importance["num_images"]} training '
+        f'images when that connection alone is gone:',
         tables[2],
         f'{results["machine"]}: {results["threads"]} threads, channels_last, torch {results["torch"]}, '
         f'{results["date"]}; medians of {results["rounds"]} interleaved rounds.',
-        '![Accuracy and time against the share of connections gone](benchmarks/pruning.png)',
+        '![Accuracy and time against the share of connections gone](pruning.png)',
     ))
 
 
@@ -229,8 +263,9 @@ def _features(checkpoints: list[Checkpoint]) -> str:
     rows += [
         (f'from {f"`{c.base_model}`" if c.base_model else "random weights"}, `{c.name}`',
          f'{c.dataset["train_images"]:,}', c.epochs, f'{c.metrics["top1"]:.2f}')
-        for c in checkpoints if c.data_set == frozen[0]['data']]
-    headers = ('', 'training images', 'epochs', f'top-1 of {frozen[0]["test images"]:,}, %')
+        for c in checkpoints
+        if c.data_set == frozen[0]['data'] and not (c.base_model or '').endswith(f'_{c.data_set}')]
+    headers = ('', 'training images', 'epochs', f'top-1 %, {frozen[0]["test images"]:,} test images')
     return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
 
 
@@ -318,11 +353,18 @@ def _cell(figure: dict[str, Any]) -> str:
 def _conditions(machine: dict[str, Any]) -> str:
     rows = machine['rows'].values()
     dates, torches, rounds = (sorted({row[key] for row in rows}) for key in ('date', 'torch', 'rounds'))
-    disturbed = [name for name, row in machine['rows'].items() if row.get('load', 1) > 1.15]
     return (
         f'{machine["machine"]}: {machine["threads"]} threads, channels_last, eager, torch {", ".join(torches)}, '
-        f'{", ".join(dates)}; medians of {", ".join(map(str, rounds))} interleaved rounds.'
-        + (f' Another load was present in: {", ".join(disturbed)}.' if disturbed else ''))
+        f'{", ".join(dates)}; medians of {", ".join(map(str, rounds))} interleaved rounds.')
+
+
+def _doubts(machine: dict[str, Any]) -> str:
+    rows = machine['rows'].items()
+    disturbed = [name for name, row in rows if row.get('load', 1) > 1.15]
+    unsteady = [f'{name} ({row["disagreement"]:.0%})' for name, row in rows if row.get('disagreement', 0) > 0.15]
+    return (
+        (f' Another load was present in: {", ".join(disturbed)}.' if disturbed else '')
+        + (f' Rounds disagree (interquartile range, of the median) in: {", ".join(unsteady)}.' if unsteady else ''))
 
 
 def _predict() -> str:

@@ -42,8 +42,9 @@ def main(names: Annotated[list[str] | None, typer.Argument(help='Test files; all
         kinds = [outcome.kind for outcome in outcomes]
         cases = sum(int(outcome.properties.get('cases', '1')) for outcome in outcomes if outcome.kind == 'passed')
         results[name] = {
-            '': purpose(files[name]), 'cases that did': f'{cases:,}', 'tests that failed': kinds.count('failed'),
-            'skipped': kinds.count('skipped'), 'seconds': round(sum(outcome.seconds for outcome in outcomes)),
+            'what has to hold': purpose(files[name]), 'cases that passed': f'{cases:,}',
+            'tests that failed': kinds.count('failed'), 'skipped': kinds.count('skipped'),
+            'seconds': round(sum(outcome.seconds for outcome in outcomes)),
             'command': f'`pytest {files[name].relative_to(REPOSITORY)}`',
             'when': f'{date.today()}, Python {platform.python_version()}, torch {torch.__version__}'}
         RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')

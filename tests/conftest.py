@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -13,8 +14,10 @@ os.environ['OMP_WAIT_POLICY'] = 'PASSIVE'  # before PyTorch is imported: the wor
 import torch
 
 os.environ['COLUMNS'] = '200'  # for tables, whose width is looked up at import; pytest-xdist says 80
-if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'  # Triton wants to know before it is imported
+os.environ['_TYPER_FORCE_DISABLE_TERMINAL'] = '1'  # GITHUB_ACTIONS and FORCE_COLOR would colour what tests read
+os.environ.pop('FORCE_COLOR', None)
+os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1,localhost'  # the tests' servers
+os.environ['TRITON_INTERPRET'] = '1'  # the tests' tensors are on the CPU; Triton wants to know before it is imported
 
 import safetensors.torch
 import timm
@@ -38,18 +41,25 @@ def cache_home(tmp_path_factory):
         yield
 
 
-@pytest.fixture
-def scratch_weights(tmp_path, monkeypatch) -> Path:
-    """A weights folder with one untrained fp16 checkpoint, delugenet146.test_random, as the package's own."""
+@pytest.fixture(scope='session')
+def random_weights(tmp_path_factory) -> Path:
+    """A weights folder with one untrained fp16 checkpoint, delugenet146.test_random."""
     torch.manual_seed(0)
     model = timm.create_model('delugenet146')
-    path = tmp_path / 'weights' / 'delugenet146.test_random.safetensors'
-    path.parent.mkdir()
+    path = tmp_path_factory.mktemp('weights') / 'delugenet146.test_random.safetensors'
     state_dict = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     safetensors.torch.save_file(state_dict, path)
     write_entry(path)
-    monkeypatch.setattr(weights, 'weights_dir', lambda: path.parent)
     return path
+
+
+@pytest.fixture
+def scratch_weights(random_weights, tmp_path, monkeypatch) -> Path:
+    """The same in a folder of the test's own, as the package's."""
+    torch.manual_seed(0)
+    folder = shutil.copytree(random_weights.parent, tmp_path / 'weights')
+    monkeypatch.setattr(weights, 'weights_dir', lambda: folder)
+    return folder / random_weights.name
 
 
 @pytest.fixture

@@ -231,6 +231,7 @@ def test_the_folder_without_xdg_is_in_the_home(place, monkeypatch, base):
 @needs_compiler
 def test_slow_compiling_is_said_once(place, caplog, monkeypatch):
     caplog.set_level(logging.INFO, compile.__name__)
+    monkeypatch.setattr(compile, 'PATIENCE', 600.)
     assert place.answer() == 42
     assert not caplog.records
     monkeypatch.setattr(compile, 'PATIENCE', 0.)

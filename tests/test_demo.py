@@ -91,7 +91,7 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, 'timm_deluge.demo')
     monkeypatch.setitem(sys.modules, 'gradio', None)
     result = invoke('demo')
-    assert result.exit_code == 2 and "pip install 'timm-deluge[demo]'" in result.stderr
+    assert result.exit_code == 2 and "pip install '.[demo]'" in result.stderr
 
 
 def test_an_unknown_network():

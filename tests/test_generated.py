@@ -26,11 +26,6 @@ def generator():
     return runpy.run_path(str(REPOSITORY / 'reports' / 'generate.py'))
 
 
-@pytest.fixture(scope='module')
-def texts(generator):
-    return generator['generate']()
-
-
 def without_probabilities(text: str) -> str:
     """Leave out what another processor may round differently."""
     return re.sub(r'\d+\.\d%', '', text)
@@ -42,15 +37,14 @@ def test_a_block_that_is_not_there_is_named(generator):
 
 
 @pytest.mark.slow
-def test_generated_files_are_up_to_date(texts):
-    for path, text in texts.items():
+def test_generated_files_are_up_to_date(generator):
+    for path, text in generator['generate']().items():
         stale = f'{path.name} is out of date: run `python reports/generate.py`'
         assert without_probabilities(path.read_text(encoding='utf-8')) == without_probabilities(text), stale
 
 
-@pytest.mark.slow
-def test_readme_shows_the_model_table(texts):
-    readme = texts[REPOSITORY / 'README.md']
+def test_readme_shows_the_model_table():
+    readme = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
     assert '| `delugenet122`' in readme and '63,620,392' in readme
     assert all(f'{100 - c.metrics["top1"]:.2f}' in readme for c in list_checkpoints())
 
@@ -63,8 +57,7 @@ def test_model_table_shows_the_best_checkpoint_for_a_data_set(order):
     assert f'7.50 ({checkpoint.dataset["name"]}, {checkpoint.input_size[1]}²)' in table and '9.75' not in table
 
 
-@pytest.mark.slow
-def test_first_table_shows_the_best_checkpoint_for_each_data_set(texts):
+def test_first_table_shows_the_best_checkpoint_for_each_data_set():
     checkpoints = list_checkpoints()
     rows = best_table(checkpoints).splitlines()[2:]
     assert len(rows) == len({c.data_set for c in checkpoints})
@@ -74,7 +67,7 @@ def test_first_table_shows_the_best_checkpoint_for_each_data_set(texts):
         shown = [row for row in rows if f'`{checkpoint.name}`' in row]
         assert bool(shown) != better
         assert all(f'| {checkpoint.metrics["top1"]:.2f}' in row for row in shown)
-    assert '\n'.join(rows) in texts[REPOSITORY / 'README.md']
+    assert '\n'.join(rows) in (REPOSITORY / 'README.md').read_text(encoding='utf-8')
 
 
 @pytest.mark.slow
@@ -97,9 +90,8 @@ def test_performance_table_says_what_is_missed(generator, value, limits, cell):
     assert generator['_cell'](figure) == cell
 
 
-@pytest.mark.slow
-def test_model_card_is_in_hugging_face_form(texts):
-    card = ModelCard(texts[REPOSITORY / 'MODEL_CARD.md'])
+def test_model_card_is_in_hugging_face_form():
+    card = ModelCard((REPOSITORY / 'MODEL_CARD.md').read_text(encoding='utf-8'))
     assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'
     measured = {(r.metric_name, r.metric_value) for r in card.data.eval_results or []}
     for checkpoint in list_checkpoints():

@@ -10,8 +10,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 
 from timm_deluge import weights
+from timm_deluge.card import model_card
 from timm_deluge.hub import hub_files
-from timm_deluge.weights import CheckpointError
+from timm_deluge.weights import CheckpointError, list_checkpoints
 
 REPO = 'somebody/delugenet146'
 
@@ -61,6 +62,21 @@ def test_config_and_card_are_those_of_the_checkpoint(scratch_weights):
     assert 'model_args' not in config  # transformers' wrapper of timm would pass them twice
     card = ModelCard(files['README.md'].decode())
     assert card.data.library_name == 'timm' and f"'hf-hub:{REPO}', pretrained=True" in card.text
+    assert '# DelugeNets' in card.text and 'install the package `timm-deluge`' in card.text
+
+
+def test_card_of_a_baseline_claims_no_connections():
+    checkpoints = list_checkpoints()
+    of_baselines, of_others = ([c for c in checkpoints if c.has_connections == has] for has in (False, True))
+    assert 'cross-layer' not in model_card(of_baselines[:1], REPO) and 'cross-layer' in model_card(of_others[:1], REPO)
+
+
+def test_card_says_what_was_averaged_and_what_is_gone():
+    for checkpoint in list_checkpoints():
+        card = model_card([checkpoint])
+        assert ('averaged with those it started from' in card) == ('_avg_' in checkpoint.tag)
+        gone = checkpoint.base_model not in {None, *(c.name for c in list_checkpoints())}
+        assert ('(in git’s history)' in card) == gone
 
 
 def test_dry_run_shows_every_file_and_publishes_nothing(server, publish, scratch_weights):

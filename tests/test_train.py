@@ -6,9 +6,10 @@ import time
 
 import pytest
 import torch
+import yaml
 from timm_scripts import SCRIPTS, TORCHRUN, needs_scripts, run, train, train_command
 
-from timm_deluge.recipes import list_recipes
+from timm_deluge.recipes import list_recipes, recipe_path
 
 pytestmark = needs_scripts
 
@@ -18,6 +19,16 @@ pytestmark = needs_scripts
 def test_recipe_trains(recipe, images, tmp_path):
     epochs = train(recipe, images, tmp_path / 'out', '--epochs', 1, '--warmup-epochs', 0)
     assert len(epochs) == 1 and 0 < float(epochs[0]['train_loss']) < 20
+
+
+def test_recipes_use_options_of_train_py():
+    """A misspelt one would be ignored without a word."""
+    code = ('import runpy, sys; sys.argv = sys.argv[1:]; '
+            'print(*(a.dest for a in runpy.run_path(sys.argv[0])["parser"]._actions))')
+    known = set(run('-c', code, SCRIPTS / 'train.py').split())
+    assert 'smoothing' in known
+    for recipe in list_recipes():
+        assert yaml.safe_load(recipe_path(recipe).read_text(encoding='utf-8')).keys() <= known, recipe
 
 
 def test_recipe_trains_in_two_processes(images, tmp_path):

@@ -359,6 +359,9 @@ def test_the_wheel_has_the_smaller_checkpoints_and_fits_into_pypi(tmp_path, monk
     assert Path(wheel).stat().st_size < 100e6
     names = zipfile.ZipFile(wheel).namelist()
     assert 'timm_deluge/checkpoints/manifest.json' in names
+    sources = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / 'timm_deluge').rglob('*')
+               if path.is_file() and '__pycache__' not in path.parts}
+    assert 'timm_deluge/ops/kernels.cpp' in sources <= set(names)
     shipped = {Path(name).name for name in names if name.endswith(('.safetensors', '.index.json'))}
     smaller = 'delugenet146', 'resnetlike146_1x1', 'resnetlike146_3x3'
     assert shipped == {checkpoint.file for checkpoint in list_checkpoints() if checkpoint.model in smaller}

@@ -6,7 +6,7 @@ from tabulate import tabulate
 
 from .paper import published
 from .report import ModelReport
-from .weights import Checkpoint
+from .weights import Checkpoint, list_checkpoints
 
 __all__ = ['best_table', 'checkpoint_table', 'model_card', 'model_table']
 
@@ -19,6 +19,15 @@ CITATION = '''```bibtex
   year      = {2017},
 }
 ```'''
+
+DELUGENETS = (
+    '# DelugeNets',
+    'Convolutional networks whose layers see every earlier layer of their block through learned cross-layer depthwise '
+    'convolutions, trained by the timm-deluge project. The paper published no weights; these are ours.')
+BASELINE = (
+    '# ResNet-like baseline',
+    'A residual network that the DelugeNet paper compares with, trained by the timm-deluge project. The paper '
+    'published no weights; these are ours.')
 
 
 def _error(checkpoint: Checkpoint) -> str:
@@ -35,7 +44,10 @@ def _split(checkpoint: Checkpoint) -> str:
 
 
 def _start(checkpoint: Checkpoint) -> str:
-    return f'`{checkpoint.base_model}`' if checkpoint.base_model else 'scratch'
+    if not checkpoint.base_model:
+        return 'scratch'
+    is_gone = checkpoint.base_model not in {c.name for c in list_checkpoints()}
+    return f'`{checkpoint.base_model}`' + is_gone * ' (in git’s history)'
 
 
 def _data(checkpoint: Checkpoint) -> str:
@@ -104,13 +116,12 @@ def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> str:
     Returns:
         The table.
     """
-    published_now = {c.name for c in checkpoints}
     return tabulate([{
         'checkpoint': f'`{c.name}`',
         'data': _data(c),
         'error %': _error(c),
         'paper: error %': _published_error(c),
-        'started from': _start(c) + ('' if c.base_model in {None, *published_now} else ' (in git’s history)'),
+        'started from': _start(c),
         'epochs since': c.epochs,
         'hours': c.hours,
         'hardware': c.hardware,
@@ -148,9 +159,7 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
     )
     sections = [
         f'---\n{data.to_yaml()}\n---',
-        '# DelugeNets',
-        'Convolutional networks whose layers see every earlier layer of their block through learned cross-layer '
-        'depthwise convolutions, trained by the timm-deluge project. The paper published no weights; these are ours.',
+        *(BASELINE if checkpoints and not any(c.has_connections for c in checkpoints) else DELUGENETS),
         '## Checkpoints',
         tabulate([{
             'checkpoint': f'`{c.name}`', 'data': c.dataset['name'], 'classes': len(c.class_names),
@@ -161,6 +170,7 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         } for c in checkpoints], headers='keys', tablefmt='github', disable_numparse=True),
         *(_checkpoint_section(c) for c in checkpoints),
         '## Use',
+        'timm alone does not know these networks: install the package `timm-deluge` from a checkout of its repository.',
         '```python\nimport timm, timm_deluge\n\n'
         f"model = timm.create_model('{name}', pretrained=True).eval()\n```"
         if checkpoints else 'No checkpoint is published yet.',
@@ -192,8 +202,8 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
                  f'{checkpoint.dataset["provenance"]}'),
         ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epoch{"s" * (checkpoint.epochs != 1)} '
                      f'from {_start(checkpoint)}, '
-                     f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; the recipe says '
-                     'what else was done; '
+                     f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; '
+                     + ('weights averaged with those it started from; ' if '_avg_' in checkpoint.tag else '')
                      + (f'weights averaged with decay {checkpoint.ema_decay}; ' if checkpoint.ema_decay else '')
                      + (f'BatchNorm statistics re-estimated on {checkpoint.settled_images:,} training images; '
                         if checkpoint.settled_images else '')

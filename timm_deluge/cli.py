@@ -181,11 +181,13 @@ def connectivity(
             help='Model, model.tag, hf-hub:USER/REPO, local-dir:FOLDER, a checkpoint file, or the folder of a run.')],
         as_json: Annotated[bool, typer.Option('--json', help='Print JSON, with every connection.')] = False,
         output: Annotated[Path | None, typer.Option(
-            help='Picture to write, .png or .svg, with every connection.', show_default=False)] = None,
+            help='Picture to write, .png or .svg, with every connection: needs matplotlib.',
+            show_default=False)] = None,
 ) -> None:
     """How strongly each layer is connected: L2 norms of cross-layer weights, as in the paper's Fig. 3.
 
-    The table has one column for each block: the norms in the convolution with the most source layers, of the largest.
+    The table has one column for each block: the norms in the convolution with the most source layers,
+    relative to the largest.
     The sources are batch-normalised, so that their norms can be compared.
 
     Of the folder of a run of train.py, the table has a row for each epoch and block: the norms of the first source, of
@@ -241,11 +243,12 @@ def _print_training(epochs: list[EpochConnectivity], as_json: bool) -> None:
 def prune(
         source: Annotated[str, typer.Argument(
             metavar='MODEL', help='Model, model.tag, hf-hub:USER/REPO or local-dir:FOLDER; its pretrained weights.')],
-        output: Annotated[Path, typer.Option(help='Folder to make, for local-dir:FOLDER.')],
-        fraction: Annotated[float, typer.Option(min=0, max=1, help='Share of all connections that are to go.')],
-        by: Annotated[str, typer.Option(help=f'Which are the weakest, by {", ".join(CRITERIA)}.')] = 'norm',
+        output: Annotated[Path, typer.Option(help='Folder to create; load it as local-dir:FOLDER.')],
+        fraction: Annotated[float, typer.Option(min=0, max=1, help='Share of all connections to remove.')],
+        by: Annotated[str, typer.Option(
+            help=f'How connections are scored: {", ".join(CRITERIA)}. taylor keeps the most accuracy.')] = 'norm',
         unit: Annotated[str, typer.Option(
-            help='What goes: a connection, or a channel of one, a single weight, which saves no time.')] = 'connection',
+            help='What is removed: connection, or channel (single weights, which saves no time).')] = 'connection',
         data_dir: Annotated[Path | None, typer.Option(
             help='Folder with one folder of training images per class, for taylor.', show_default=False)] = None,
         num_images: Annotated[int, typer.Option(min=1, help='Images to look at, for taylor.')] = 1000,
@@ -253,8 +256,8 @@ def prune(
 ) -> None:
     """Remove the weakest connections of a network, and save what is left.
 
-    Prints how many connections, weights of these and layers there are, and how many layers are left in inference: none
-    that nothing is connected to.
+    Prints the numbers of connections, weights and layers left, and of the layers that run in inference, where those
+    that nothing uses are left out.
     """
     if os.path.lexists(output):
         _fail(f'{output} exists: name a folder that does not')
@@ -297,7 +300,7 @@ def demo(
     try:
         from .demo import create_page, launch_page
     except ImportError as error:
-        _fail(f"the page needs more packages: pip install 'timm-deluge[demo]' ({error})")
+        _fail(f"the page needs more packages: in a checkout of timm-deluge, pip install '.[demo]' ({error})")
     try:
         launch_page(create_page(checkpoint.name), host, port, open_browser)
     except (OSError, RuntimeError) as error:
@@ -343,8 +346,8 @@ def weights_add(
             help="Text file: a class folder's name, a tab and what it stands for on each line, as in WordNet's "
                  'words.txt.')] = None,
         base_model: Annotated[str | None, typer.Option(
-            help='Published checkpoint that the --initial-checkpoint of the run was made of, as by remove_layers, '
-                 'insert_layers or widen_layers: the one that its classifier is of.',
+            help='Published checkpoint from which --initial-checkpoint of the run was made (remove_layers, '
+                 'insert_layers, widen_layers); of two, the one whose classifier it has.',
         )] = None,
         img_size: Annotated[int | None, typer.Option(
             help="Size of the images that it is for; the run's if not given.", min=1)] = None,
@@ -353,7 +356,7 @@ def weights_add(
         split: Annotated[str, typer.Option(
             help="What the data set's authors call the images that it is measured on: test or validation.")] = 'test',
 ) -> None:
-    """Publish a training run: write the fp16 file and the log, measure the accuracy, add all to the manifest.
+    """Turn a training run into a checkpoint: write fp16 file and log, measure the accuracy, add all to the manifest.
 
     Takes the last epoch's weights, or their moving average if it was trained with --model-ema, and says which.
     """

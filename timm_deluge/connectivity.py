@@ -144,7 +144,7 @@ def draw_connectivity(blocks: list[BlockConnectivity], title: str) -> 'Figure':
         for axis in last, matrix:
             axis.xaxis.get_major_locator().set_params(integer=True)
         matrix.yaxis.get_major_locator().set_params(integer=True)
-    axes[0, 0].set_ylabel('norm in the last sum')
+    axes[0, 0].set_ylabel('norm, of the largest')
     axes[1, 0].set_ylabel('input $x_l$')
     figure.colorbar(image, ax=axes[1].tolist(), label='norm, of the largest in the row')
     figure.suptitle(title)

@@ -84,7 +84,7 @@ def push_to_hub(checkpoint: Checkpoint, repo_id: str) -> str:
     What an interrupted call has uploaded is not uploaded again. The token is that of `hf auth login`, or `HF_TOKEN`.
 
     Args:
-        checkpoint: The manifest's entry; it takes down the repository.
+        checkpoint: The manifest's entry, in which the repository is recorded.
         repo_id: The repository, `USER/REPO`.
 
     Returns:
@@ -109,6 +109,6 @@ def push_to_hub(checkpoint: Checkpoint, repo_id: str) -> str:
         write_manifest([published if c.name == checkpoint.name else c for c in list_checkpoints()])
     except OSError as error:
         raise CheckpointError(
-            f'{checkpoint.name} was published, {commit.commit_url}, but the manifest cannot take it down: {error}. '
-            f'Mend that and run this again: what is the same on the Hub stays as it is.') from error
+            f'{checkpoint.name} was published, {commit.commit_url}, but the manifest could not be updated: '
+            f'{error}. Mend that and run this again: what is the same on the Hub stays as it is.') from error
     return str(commit.commit_url)

@@ -68,4 +68,5 @@ def test_bad_options_are_refused_in_one_line(arguments, tmp_path, monkeypatch):
     assert result.exit_code in (1, 2), result.output
     assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
     assert 'Traceback' not in result.output and result.stderr.strip()
+    assert 'error:' not in result.stderr or len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,8 @@ CONFIG = {'architecture': 'delugenet146', 'num_classes': 10, 'pretrained_cfg': {
 def memory_limit():
     """Make what is built nevertheless fail instead of the machine."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (64 * 2 ** 30, limits[1]))
+    most = 64 * 2 ** 30 if limits[1] == resource.RLIM_INFINITY else min(64 * 2 ** 30, limits[1])
+    resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, limits)
 
