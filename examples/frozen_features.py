@@ -19,12 +19,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import create_transform, resolve_data_config
 from timm.utils import reparameterize_model
 from torch.utils.data import DataLoader, Subset
 
 import timm_deluge  # noqa: F401 registers the models
-from timm_deluge.validate import list_classes
+from timm_deluge.validate import list_classes, open_folder
 
 
 @torch.inference_mode()
@@ -39,7 +39,7 @@ def extract(model: torch.nn.Module, folder: Path, num_images: int | None = None)
     Returns:
         Features ``[N, num_features]`` and classes ``[N]``.
     """
-    dataset = create_dataset('', root=str(folder))
+    dataset = open_folder(folder)
     dataset.transform = create_transform(**resolve_data_config(model=model))
     count = min(num_images or len(dataset), len(dataset))
     loader = DataLoader(Subset(dataset, [i * len(dataset) // count for i in range(count)]), batch_size=100)
@@ -58,7 +58,7 @@ def main(
         num_test: Annotated[int | None, typer.Option(help='Test images; all by default.')] = None,
 ) -> None:
     """Classify frozen features of MODEL on another data set."""
-    classes = [set(list_classes(create_dataset('', root=str(data_dir)))) for data_dir in (train_dir, test_dir)]
+    classes = [set(list_classes(open_folder(data_dir))) for data_dir in (train_dir, test_dir)]
     differing = sorted(classes[0] ^ classes[1])
     if differing:
         raise typer.BadParameter(

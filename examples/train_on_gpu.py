@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
-from timm.data import create_dataset, resolve_data_config
+from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.optim.muon import _COEFFICIENTS, _is_suitable_for_muon, get_lr_scale, zeropower_via_newtonschulz
 from timm.scheduler import create_scheduler_v2
@@ -31,7 +31,7 @@ from timm.utils import ParseKwargs, random_seed
 from torch import nn
 
 import timm_deluge  # noqa: F401 registers the models
-from timm_deluge.validate import list_classes
+from timm_deluge.validate import list_classes, open_folder
 
 EAGER_STEPS = 3  # before a step is captured: they compile kernels and create the optimizer's state
 DEFAULTS = dict(
@@ -82,11 +82,9 @@ def read_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         Images ``[N, H, W, 3]`` of bytes, classes ``[N]``, and the names of the classes.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
+        ValueError: If there is no such folder, or it holds other images.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f'{folder}: no such folder; it should hold one folder of images per class')
-    dataset = create_dataset('', root=str(folder))
+    dataset = open_folder(folder)
     paths, targets = zip(*dataset.reader.samples)
     with Pool() as pool:
         images = pool.map(read_image, paths, 500)

@@ -33,8 +33,7 @@ MUTATIONS = [
     # the fused training path
     ('ops/fused_training.py', 'projection = invstd ** 2 / count', 'projection = 0 * invstd', IMPLEMENTATIONS),
     ('ops/fused_training.py', 'grad *= sample_scale', 'pass', IMPLEMENTATIONS),
-    ('ops/fused_training.py', 'begins = (len(self._weights) - index) % LAYERS_PER_PASS == 0',
-     'begins = (len(self._weights) - index) % LAYERS_PER_PASS == 1', IMPLEMENTATIONS),
+    ('ops/fused_training.py', 'num_above % LAYERS_PER_PASS == 0', 'num_above % LAYERS_PER_PASS == 1', IMPLEMENTATIONS),
     ('ops/fused_training.py', 'torch._C._current_graph_task_id()', '0', IMPLEMENTATIONS),
     ('ops/norm_act_conv.py', 'return tensor.view_as(tensor) if', 'return tensor if', IMPLEMENTATIONS),
     ('ops/checkpoint.py', 'stand_in(tensor) if create_graph', 'tensor if create_graph', IMPLEMENTATIONS),
@@ -71,7 +70,7 @@ MUTATIONS = [
     ('ops/compile.py', 'status.st_mode & 0o022', 'status.st_mode & 0', 'test_compile.py'),
     ('ops/compile.py', 'if path.name == _file_name(name, content):', 'if True:', 'test_compile.py'),
     # inference
-    ('reparameterize.py', '(norm.running_var + norm.eps).rsqrt()', 'norm.running_var.rsqrt()',
+    ('reparameterize.py', '(norm.running_var.to(dtype) + norm.eps).rsqrt()', 'norm.running_var.to(dtype).rsqrt()',
      'test_reparameterize.py'),
     ('reparameterize.py', 'biases[i] * scale + shift', 'biases[i] + shift', 'test_reparameterize.py'),
     ('reparameterize.py', 'key = self.weight.data_ptr(), version, size', 'key = size', 'test_reparameterize.py'),
@@ -107,7 +106,8 @@ MUTATIONS = [
     ('delugenet.py', 'calculate_drop_path_rates(drop_path_rate,', 'calculate_drop_path_rates(0.,',
      'test_timm_contract.py'),
     ('delugenet.py', 'module.grad_checkpointing = enable', 'module.grad_checkpointing = False', IMPLEMENTATIONS),
-    ('validate.py', "std=config['std'],", "std=config['mean'],", 'test_training_run.py'),
+    ('validate.py', 'persistent_workers=False, **config)',
+     "persistent_workers=False, **{**config, 'std': config['mean']})", 'test_training_run.py'),
     ('settle.py', '    model.eval()\n', '', 'test_training_run.py'),
     ('training_run.py', 'split=split,', "split='test',", 'test_training_run.py'),
     ('download.py', 'revision=revision or None', 'revision=None', 'faults/test_download.py'),

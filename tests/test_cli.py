@@ -105,6 +105,13 @@ def test_predict_with_what_is_no_model_of_this_package(photos, name):
     assert result.exit_code == 2 and f'{name} is no model of this package; the nearest name is' in result.stderr
 
 
+@pytest.mark.parametrize('command', [['report'], ['connectivity'], ['prune', '--output', 'new', '--fraction', '0.1']])
+def test_a_repository_with_two_revisions_is_refused(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*command, 'hf-hub:a/b@c@d')
+    assert result.exit_code == 2 and 'error:' in result.stderr
+
+
 def test_a_report_may_be_cut_off():
     command = ['-u', '-m', 'timm_deluge.cli', 'report', 'delugenet146', '--format', 'json']  # a buffer would hold it
     with subprocess.Popen(

@@ -56,6 +56,19 @@ def test_files(state_dict, tmp_path, form):
     assert_blocks(block_connectivity(read_state_dict(str(path))))
 
 
+def test_a_file_of_a_run_has_the_trained_weights_not_their_average(state_dict, tmp_path):
+    average = {name: 2 * tensor for name, tensor in state_dict.items()}
+    torch.save({'state_dict': state_dict, 'state_dict_ema': average}, tmp_path / 'last.pth.tar')
+    assert_blocks(block_connectivity(read_state_dict(str(tmp_path / 'last.pth.tar'))))
+
+
+def test_one_weight_for_all_channels_has_one_norm_wherever_it_comes_from(tmp_path):
+    options = dict(depths=[2, 2], widths=[2, 4], aggregation='scalar')
+    model = timm.create_model('delugenet146', **options)
+    timm.models.save_for_hf(model, str(tmp_path), model_args=options)
+    assert block_connectivity(read_state_dict(f'local-dir:{tmp_path}')) == block_connectivity(model.state_dict())
+
+
 @pytest.mark.parametrize('name, content', [
     ('a.safetensors', b'123'), ('a.pth', b''), ('b.pth', b'123'), ('c.pth', []), ('args.yaml', b'aa: null'),
     ('summary.csv', b'epoch,loss')])

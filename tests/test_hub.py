@@ -3,9 +3,11 @@ import hashlib
 import json
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
+import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 
@@ -176,6 +178,32 @@ def test_tampered_download_is_refused(server, call, publish, scratch_weights, kn
     result = call(LOAD)
     assert result.returncode == 1 and 'class_7' not in result.stdout
     assert 'CheckpointError' in result.stderr and 'not what was published' in result.stderr
+
+
+def test_blobs_may_be_links_to_what_other_repositories_share(tmp_path, monkeypatch):
+    content = safetensors.torch.save({'x': torch.ones(2)})
+    snapshot, blob, shared = (tmp_path / path for path in (
+        'models--a--b/snapshots/c/model.safetensors', f'models--a--b/blobs/{hashlib.sha256(content).hexdigest()}',
+        f'blobs/ee/{"e" * 64}'))
+    for path in (snapshot, blob, shared):
+        path.parent.mkdir(parents=True)
+    snapshot.symlink_to(blob)
+    blob.symlink_to(shared)
+    shared.write_bytes(content)
+    monkeypatch.setattr(weights, 'hf_hub_download', lambda *args, **kwargs: str(snapshot))
+    assert weights.load_download('a/b')['x'].tolist() == [1, 1]
+    shared.write_bytes(content[:-1] + b'!')
+    with pytest.raises(CheckpointError, match='not what was published as a/b'):
+        weights.load_download('a/b')
+
+
+def test_a_cache_without_links_needs_the_hub(tmp_path, monkeypatch):
+    path = tmp_path / 'model.safetensors'
+    path.write_bytes(safetensors.torch.save({'x': torch.ones(2)}))
+    monkeypatch.setattr(weights, 'hf_hub_download', lambda *args, **kwargs: str(path))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(CheckpointError, match='model.safetensors: without links in its cache, only the Hub can tell'):
+        weights.load_download('a/b')
 
 
 def test_replaced_file_is_refused_by_the_manifest(server, call, publish):

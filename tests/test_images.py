@@ -92,6 +92,9 @@ def test_unreadable_files_say_why(tmp_path, monkeypatch):
         Image.fromarray(values.astype(np.float32 if values[0, 0] < 10 ** 6 else np.int32)).save(tmp_path / 'a.tiff')
         with pytest.raises(ImageError, match='values from .* where 0 to (255|65535) is expected'):
             read_image(tmp_path / 'a.tiff')
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / 'a.tiff')
+    with pytest.raises(ImageError, match='values from nan to nan'):
+        read_image(tmp_path / 'a.tiff')
     Image.new('RGB', (2000, 1)).save(tmp_path / 'line.png')
     with pytest.raises(ImageError, match='2000×1 pixels are no sensible picture'):
         read_image(tmp_path / 'line.png')

@@ -410,6 +410,48 @@ def test_no_memory_outlives_its_use(case, monkeypatch):
     assert all(reference.expired() for reference in references)
 
 
+def test_a_loss_that_is_kept_after_second_derivatives_keeps_no_layers(monkeypatch):
+    module, x = block(depth=6).train(), torch.randn(4, 6, 5, 7, requires_grad=True)
+    references = live_outputs(monkeypatch)
+    loss = module(x).square().sum()
+    [grad] = torch.autograd.grad(loss, x, create_graph=True)
+    (loss + grad.square().sum()).backward()
+    del grad
+    gc.collect()
+    assert len(references) == 6 and all(reference.expired() for reference in references)
+
+
+def test_layers_are_saved_a_few_times_each():
+    """Whoever packs what is saved, as `save_on_cpu` does, packs it each time."""
+    saved = []
+    module, x = block(24).train(), torch.randn(4, 6, 5, 7, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda t: t):
+        module(x).sum().backward()
+    assert saved.count(x.shape) < 3 * 25
+
+
+@pytest.mark.parametrize('implementation', ['reference', 'auto'])
+def test_weights_changed_since_the_forward_pass_count_as_they_were(implementation):
+    set_implementation(implementation)
+    gradients = []
+    for change in (0, 1):
+        module = block().double().train()
+        x = torch.linspace(-1, 2, 840).sin().view(4, 6, 5, 7).double().requires_grad_()
+        y = module(x).pow(3).sum()
+        with torch.no_grad():
+            for cross_layer in module.cross_layers:
+                cross_layer.weight.add_(change)
+        gradients += torch.autograd.grad(y, x, create_graph=True)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize('implementation', ['reference', 'auto'])
+def test_one_value_for_each_channel_within_a_layer_is_refused(implementation):
+    set_implementation(implementation)
+    with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
+        CompositeLayer(8, 4, stride=2).train()(torch.randn(1, 8, 2, 2))
+
+
 def test_after_an_error_memory_is_freed_without_the_garbage_collector(monkeypatch):
     module, x = block(depth=6).train(), torch.randn(4, 6, 5, 7)
     references = live_outputs(monkeypatch)
@@ -771,8 +813,10 @@ def test_second_derivatives_where_little_is_trained(trained):
         torch.testing.assert_close(actual, expected)
 
 
-def test_threads_differentiate_one_graph_at_once():
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_threads_differentiate_one_graph_at_once(checkpointing):
     module, x = block(8).double().train(), torch.randn(4, 6, 5, 7).double()
+    module.grad_checkpointing = checkpointing
     parameters, y = list(module.parameters()), module(x).square().sum()
 
     def differentiate(_):
@@ -783,6 +827,7 @@ def test_threads_differentiate_one_graph_at_once():
         for grads in pool.map(differentiate, range(40)):
             for grad, expected_grad in zip(grads, expected, strict=True):
                 torch.testing.assert_close(grad, expected_grad)
+    assert all(p is q for p, q in zip(parameters, module.parameters(), strict=True))
 
 
 def test_a_backward_pass_within_autocast_is_as_exact_as_the_layers():

@@ -90,6 +90,26 @@ def test_bfloat16_is_as_exact_as_the_reference(kind):
     assert error('auto') <= 1.1 * reference
 
 
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('implementation', ['reference', 'auto'])
+def test_batch_norms_in_float32_are_folded_in_float32(kind, implementation):
+    model = trained(**kind)
+    x = torch.randn(3, 3, 32, 48).contiguous(memory_format=torch.channels_last)
+    for module in model.modules():
+        if not isinstance(module, torch.nn.BatchNorm2d):
+            module._apply(torch.Tensor.bfloat16, recurse=False)
+    whole = copy.deepcopy(model).float()
+    exact, late = whole(x), reparameterize_model(whole).bfloat16()
+    set_implementation(implementation)
+    try:
+        with torch.no_grad():
+            early = reparameterize_model(model)(x.bfloat16())
+            assert early.dtype == torch.bfloat16
+            assert (early - exact).norm() <= 1.5 * (late(x.bfloat16()) - exact).norm()
+    finally:
+        set_implementation('auto')
+
+
 def test_every_group_of_images_counts(monkeypatch):
     model = trained().to(memory_format=torch.channels_last)
     fused, x = reparameterize_model(model), torch.randn(5, 3, 16, 16).contiguous(memory_format=torch.channels_last)

@@ -174,6 +174,13 @@ def test_a_run_that_started_from_another_one_counts_on(run_dir, data_dir, weight
     assert (checkpoint.epochs, checkpoint.base_model) == (11, None)
     log = tmp_path / 'reports' / 'training' / 'resnetlike146_1x1.test_noise.csv'
     assert log.read_text() == 'epoch,train_loss\n6,1.7\n7,1.6\n8,1.8\n9,1.4\n10,1.3\n'
+    resumed = {  # by the same command with --resume
+        'epochs': 3, 'initial_checkpoint': str(folders[0] / 'last.pth.tar'), 'resume': str(run_dir / 'last.pth.tar')}
+    (folders[2] / 'args.yaml').write_text(yaml.safe_dump({**args, **resumed}))
+    assert add_checkpoint(folders, 'test_noise', data_dir, **PROVENANCE).epochs == 11
+    with pytest.raises(ValueError, match='epoch 0 is not there, as the run goes on from .* give the folder'):
+        (folders[2] / 'args.yaml').write_text(yaml.safe_dump({**args, **resumed, 'initial_checkpoint': ''}))
+        add_checkpoint(folders[2:], 'test_noise', data_dir, **PROVENANCE)
 
 
 def test_accuracy_without_inexact_images(run_dir, data_dir, weights_dir):
@@ -317,7 +324,7 @@ def test_hours_of_a_resumed_run_add_up(run_dir, data_dir, weights_dir, tmp_path)
     (parts[0] / 'args.yaml').write_bytes((run_dir / 'args.yaml').read_bytes())
     (parts[0] / 'summary.csv').write_text('epoch,train_loss\n6,1.5\n')
     for folder, started, ended in zip(parts, (0, 9000), (3600, 10800)):
-        for name, time in (('args.yaml', started), ('last.pth.tar', ended)):
+        for name, time in (('args.yaml', started), ('summary.csv', ended)):
             (folder / name).touch()
             os.utime(folder / name, (time, time))
     assert add_checkpoint(parts, 'test_noise', data_dir, **PROVENANCE).hours == 1.5
@@ -357,6 +364,11 @@ def test_images_are_prepared_as_the_configuration_says(tmp_path):
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
     expected = [transform(Image.open(tmp_path / name / '0.png')) for name in 'ab']
     assert torch.equal(images, torch.stack(expected))
+    model.pretrained_cfg.update(input_size=(1, 24, 24), mean=(0.1,), std=(0.4,), crop_mode='squash')
+    ((images, _),) = create_validation_loader(model, tmp_path, 2, 0)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    expected = [transform(Image.open(tmp_path / name / '0.png').convert('L')) for name in 'ab']
+    assert torch.equal(images, torch.stack(expected))
 
 
 def test_wrong_folders_are_named(data_dir):
@@ -365,6 +377,9 @@ def test_wrong_folders_are_named(data_dir):
         create_validation_loader(model, data_dir / 'absent', 4, 0)
     model.pretrained_cfg['label_names'] = ['class_0', 'class_5', 'zebra']
     with pytest.raises(ValueError, match='its 3 class folders are not the 3 classes .* such as class_10'):
+        create_validation_loader(model, data_dir / 'validation', 4, 0)
+    model.pretrained_cfg['label_names'] = ['class_0', 'class_10', 'class_5']
+    with pytest.raises(ValueError, match='numbers its classes in another order than timm does'):
         create_validation_loader(model, data_dir / 'validation', 4, 0)
     stray = data_dir / 'validation' / 'stray.png'
     stray.write_bytes((data_dir / 'validation' / 'class_0' / '0.png').read_bytes())
@@ -422,7 +437,8 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     refuse(ValueError, '8 of 9 epochs are done; resume', epochs=9)
     refuse(RuntimeError, 'Error.s. in loading state_dict', model='delugenet146')
     refuse(ValueError, 'absent: no such folder', val_split='absent')
-    refuse(FileNotFoundError, 'absent: no such folder, which the run was trained on', train_split='absent')
+    refuse(ValueError, 'absent: no such folder', train_split='absent')
+    refuse(ValueError, 'a run with gp: max, which cannot be published', gp='max')
     (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
     monkeypatch.setattr('timm_deluge.training_run.LOGS', data_dir / 'absent' / 'training')
     with pytest.raises(FileNotFoundError, match='publish from a checkout'):

@@ -203,7 +203,8 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
         ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epoch{"s" * (checkpoint.epochs != 1)} '
                      f'from {_start(checkpoint)}, '
                      f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; '
-                     + ('weights averaged with those it started from; ' if '_avg_' in checkpoint.tag else '')
+                     + ('weights averaged with those it started from; '
+                        if '_avg_' in checkpoint.tag and checkpoint.base_model else '')
                      + (f'weights averaged with decay {checkpoint.ema_decay}; ' if checkpoint.ema_decay else '')
                      + (f'BatchNorm statistics re-estimated on {checkpoint.settled_images:,} training images; '
                         if checkpoint.settled_images else '')

@@ -169,7 +169,7 @@ def report(
     kwargs = dict(map(_parse_model_kwarg, model_kwargs or []))
     try:
         text = format_reports([create_report(name, **kwargs) for name in models], fmt.value)
-    except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         _fail(error)
     print(text)
 
@@ -204,7 +204,9 @@ def connectivity(
         blocks = [] if is_run else block_connectivity(read_state_dict(source))
         if output is not None:
             draw_connectivity(blocks, Path(source).name).savefig(output, dpi=150)
-    except (ImportError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except (
+            AssertionError, ImportError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
+            ValueError) as error:
         _fail(f'{source}: {error}' if isinstance(error, (LookupError, TypeError, ValueError)) else error)
     if is_run:
         _print_training(epochs, as_json)
@@ -222,7 +224,7 @@ def connectivity(
 
 def _print_training(epochs: list[EpochConnectivity], as_json: bool) -> None:
     if as_json:
-        print(json.dumps([asdict(epoch) for epoch in epochs], indent=2))
+        print(json.dumps([epoch.as_dict() for epoch in epochs], indent=2))
         return
     table = Table('epoch', header_style='bold')
     for column in ('block', 'h_0', 'others', 'last', 'below 1/1000', 'gradient'):
@@ -272,7 +274,7 @@ def prune(
         pruned = prune_connections(model, fraction, by, batches, seed, unit)
         fused = reparameterize_model(pruned)
         save_pruned(pruned, output)
-    except (LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except (AssertionError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         _fail(error)
     before, after = ([m for m in network.modules() if isinstance(m, CrossLayerDepthwiseConv2d)]
                      for network in (model, pruned))

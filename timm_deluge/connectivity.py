@@ -93,13 +93,14 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
             pretrained weights.
 
     Returns:
-        The tensors by name; connections that were pruned from a model are zeros.
+        The tensors by name, of a run those trained, not their moving average; connections that were pruned from a model
+        are zeros.
 
     Raises:
         CheckpointError: If there is neither such a file nor such a model with weights, or the file is damaged.
     """
     if Path(source).is_file():
-        return read_tensors(source)
+        return read_tensors(source, use_ema=False)
     if Path(source).suffix in FILE_SUFFIXES:
         raise CheckpointError(f'{source}: no such file')
     if not source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(source.partition('.')[0]):
@@ -109,7 +110,8 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
     model = timm.create_model(source, pretrained=True)
     kernels = {
         f'{name}.weight': module.kernel()[0].detach()
-        for name, module in model.named_modules() if isinstance(module, CrossLayerDepthwiseConv2d)}
+        for name, module in model.named_modules() if isinstance(module, CrossLayerDepthwiseConv2d)
+        and (module.mask is not None or len(module.sources) < module.num_layers)}
     return {**model.state_dict(), **kernels}
 
 

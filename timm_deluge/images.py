@@ -92,7 +92,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(('I', 'F')):
         values = np.asarray(image, dtype=np.float64)
         largest = 255 if image.mode == 'F' else 65535
-        if values.min() < 0 or values.max() > largest:
+        if not (values.min() >= 0 and values.max() <= largest):  # nor is NaN
             raise ImageError(f'values from {values.min():g} to {values.max():g}, where 0 to {largest} is expected')
         if image.mode != 'F':
             values = values * (255 / 65535)

@@ -27,8 +27,9 @@ __all__ = [
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get the scale and the shift, ``[C]``, by which a batch normalisation acts in inference."""
-    scale = (norm.running_var + norm.eps).rsqrt()
+    """Get the scale and the shift, ``[C]``, in float32 or more, by which a batch normalisation acts in inference."""
+    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight
     shift = -norm.running_mean * scale
@@ -76,12 +77,13 @@ class InferenceConv2d(nn.Conv2d):
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             bias=False, device='meta')
         weight = conv.weight.detach()
-        self.weight = nn.Parameter(weight.clone() if scale is None else weight * scale[:, None, None, None])
+        folded = weight.clone() if scale is None else weight * scale[:, None, None, None]
+        self.weight = nn.Parameter(folded.to(weight.dtype))
         if conv.bias is not None:
             own_bias = conv.bias.detach().clone() if scale is None else conv.bias.detach() * scale
             bias = own_bias if bias is None else own_bias + bias
         if bias is not None:
-            self.bias = nn.Parameter(bias)
+            self.bias = nn.Parameter(bias.to(weight.dtype))
         self.relu = relu
         self._reordered: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
@@ -182,7 +184,7 @@ class ChannelAffine(nn.Module):
         self.act = act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(torch.addcmul(self.bias, x, self.weight))
+        return self.act(torch.addcmul(self.bias, x, self.weight).to(x.dtype))
 
 
 class FoldedCompositeLayer(nn.Module):
@@ -232,6 +234,7 @@ class FoldedCrossLayer(nn.Module):
         x: torch.Tensor = self.bias
         for i, source in enumerate(self.sources):
             x = torch.addcmul(x, layers[source], self.weight[i])
+        x = x.to(layers[0].dtype)
         return torch.relu(x) if self.relu else x
 
     @torch.jit.ignore
@@ -292,9 +295,8 @@ class FoldedDelugeBlock(nn.Module):
     @torch.jit.ignore
     def forward_fast(self, x: torch.Tensor) -> torch.Tensor:
         """From h_0 on, the same with several sums from one pass over the layers."""
-        if x.device.type != 'cpu' or not x.is_contiguous(memory_format=torch.channels_last):
-            return self.combine_layers(x)
-        if any(has_hooks(module) for module in self.layers.modules()):  # hooks may keep what they see
+        in_place = x.device.type == 'cpu' and x.is_contiguous(memory_format=torch.channels_last)
+        if not in_place or any(has_hooks(module) for module in self.layers.modules()):  # hooks may keep what they see
             return self.combine_layers(x)
         results = []
         for h in split_batch(x, len(self.layers)):

@@ -35,6 +35,13 @@ class EpochConnectivity:
     weights: list[BlockConnectivity]
     gradients: list[BlockConnectivity] | None
 
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            'epoch': self.epoch,
+            'weights': [block.as_dict() for block in self.weights],
+            'gradients': self.gradients and [block.as_dict() for block in self.gradients],
+        }
+
 
 def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
     """Measure the connections of each checkpoint that a run of train.py has left.

@@ -11,11 +11,19 @@ import timm
 import torch
 import yaml
 from huggingface_hub import save_torch_state_dict
-from timm.data import create_dataset, resolve_data_config
+from timm.data import resolve_data_config
 
 from .recipes import recipe_path
 from .settle import settle_on_folder
-from .validate import BATCH_SIZE, accuracy, create_validation_loader, image_names, list_classes, rank_targets
+from .validate import (
+    BATCH_SIZE,
+    accuracy,
+    create_validation_loader,
+    image_names,
+    list_classes,
+    open_folder,
+    rank_targets,
+)
 from .weights import (
     Checkpoint,
     find_checkpoint,
@@ -96,6 +104,9 @@ def add_checkpoint(
     if model_name not in timm.list_models(module='delugenet') or args.get('model_kwargs'):
         raise ValueError(f'{run_dir}: a run of {args["model"]} with model_kwargs {args.get("model_kwargs")}; only '
                          f'models of this package, without further arguments, can be published')
+    for option in ('gp', 'pretrained_path'):
+        if args.get(option) not in (None, '', 'avg'):
+            raise ValueError(f'{run_dir}: a run with {option}: {args[option]}, which cannot be published')
     base = find_checkpoint(model_name, base_tag) if args.get('pretrained') else None
     if base_model:
         _check_made_of(find_checkpoint(*base_model.split('.', 1)), _read_args(run_dirs[0]).get('initial_checkpoint'))
@@ -106,9 +117,7 @@ def add_checkpoint(
 
     ema_decay = args['model_ema_decay'] if args.get('model_ema') else None
     state_dict = read_tensors(str(run_dir / 'last.pth.tar'), use_ema=ema_decay is not None)
-    if not (data_dir / args['train_split']).is_dir():
-        raise FileNotFoundError(f'{data_dir / args["train_split"]}: no such folder, which the run was trained on')
-    train_set = create_dataset('', root=str(data_dir / args['train_split']))
+    train_set = open_folder(data_dir / args['train_split'])
     class_names = list_classes(train_set)
     model: Any = timm.create_model(
         model_name if base else args['model'], num_classes=len(class_names),
@@ -165,7 +174,7 @@ def add_checkpoint(
         settled_images=settled_images,
         hardware=hardware,
         hours=round(sum(
-            (d / 'last.pth.tar').stat().st_mtime - (d / 'args.yaml').stat().st_mtime for d in run_dirs) / 3600, 2),
+            (d / 'summary.csv').stat().st_mtime - (d / 'args.yaml').stat().st_mtime for d in run_dirs) / 3600, 2),
         metrics=metrics,
         command=f'timm-deluge validate {name} --data-dir DIR/{args["val_split"]}',
         hf_hub_id=None,
@@ -217,7 +226,9 @@ def _read_args(run_dir: Path) -> dict[str, Any]:
 def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
     """Hold what a run started from against the checkpoint of which it was made: they begin and end alike."""
     if not initial_checkpoint:
-        raise ValueError(f'the run had no --initial-checkpoint that could have been made of {base.name}')
+        raise ValueError(
+            f'the run had no --initial-checkpoint that could have been made of {base.name}; if it was resumed without '
+            f'that option, write initial_checkpoint into its args.yaml')
     if not Path(initial_checkpoint).is_file():
         raise FileNotFoundError(f'{initial_checkpoint}: the run started from this file, which is not there; make it of '
                                 f'{base.name} again, or go to the folder in which the run was started')
@@ -240,26 +251,31 @@ def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[in
         did.
 
     Raises:
-        ValueError: If a run started from a checkpoint that is in none of the folders before it, or no epoch is done.
+        ValueError: If a run started from a checkpoint that is in none of the folders before it, no epoch is done, or
+            those before are missing.
     """
     log: dict[int, dict[str, str]] = {}
     before = 0
     for i, run_dir in enumerate(run_dirs):
-        start = _read_args(run_dir).get('initial_checkpoint')
-        if start and not (starts_elsewhere and i == 0):
+        args = _read_args(run_dir)
+        start, resumed = args.get('initial_checkpoint'), args.get('resume')
+        goes_on = resumed and Path(resumed).resolve().parent in [folder.resolve() for folder in run_dirs[:i]]
+        if start and not goes_on and not (starts_elsewhere and i == 0):
             if not Path(start).exists() or not any(Path(start).samefile(d / 'last.pth.tar') for d in run_dirs[:i]):
                 raise ValueError(f'{run_dir}: the run started from {start}, which is not published; give the folder of '
                                  f'the run that left it, too, or publish it, and start from it with --pretrained, or '
                                  f'name the published one that it was made of (--base-model)')
             before = 1 + max(log)
         with (run_dir / 'summary.csv').open(newline='') as f:
-            for row in csv.DictReader(f):
-                if row['epoch'] == 'epoch':  # a run that was resumed in its folder begins with the header again
-                    continue
-                epoch = before + int(row['epoch'])
-                log[epoch] = {**row, 'epoch': str(epoch)}
+            # a run that was resumed in its folder begins with the header again
+            rows = {before + int(row['epoch']): row for row in csv.DictReader(f) if row['epoch'] != 'epoch'}
+        log.update({epoch: {**row, 'epoch': str(epoch)} for epoch, row in rows.items()})
         if not log:
             raise ValueError(f'{run_dir / "summary.csv"}: no epoch is done yet')
+        last_before = min(rows, default=0) - args.get('val_interval', 1)
+        if resumed and last_before >= before and last_before not in log:
+            raise ValueError(f'{run_dir}: epoch {last_before} is not there, as the run goes on from {resumed}; give '
+                             f'the folder of the run that left this, too')
     return log, 1 + max(log) - before
 
 

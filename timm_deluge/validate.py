@@ -9,7 +9,8 @@ from timm.data import ImageDataset, create_loader, resolve_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
-__all__ = ['BATCH_SIZE', 'accuracy', 'create_validation_loader', 'image_names', 'list_classes', 'rank_targets']
+__all__ = [
+    'BATCH_SIZE', 'accuracy', 'create_validation_loader', 'image_names', 'list_classes', 'open_folder', 'rank_targets']
 
 BATCH_SIZE = 50  # larger tensors go back to the system each time, and their pages are cleared anew
 
@@ -21,10 +22,33 @@ class _EveryImage(ImageDataset):
         path, target = self.reader.samples[index]
         try:
             with Image.open(path) as file:
-                image: Any = file.convert('RGB')
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                image: Any = file.convert(self.input_img_mode)
+        except Exception as error:  # Pillow's decoders raise whatever damaged data leads them to
             raise ValueError(f'{path}: cannot be read ({error})') from error
         return (image if self.transform is None else self.transform(image)), target
+
+
+def open_folder(folder: Path, mode: str = 'RGB') -> ImageDataset:
+    """Open a folder that holds one folder of images per class.
+
+    Args:
+        folder: The images.
+        mode: To convert them to, 'RGB' or 'L'.
+
+    Returns:
+        timm's data set of ``(image, class index)``. It raises a ValueError where an image cannot be read.
+
+    Raises:
+        ValueError: If the folder is missing, or an image does not lie in the folder of its class.
+    """
+    if not folder.is_dir():
+        raise ValueError(f'{folder}: no such folder; it should hold one folder of images per class')
+    dataset = _EveryImage(str(folder), input_img_mode=mode)  # type: ignore[no-untyped-call]
+    stray = next((path for path, _ in dataset.reader.samples if Path(path).parent.parent != folder), None)
+    if stray:
+        raise ValueError(f'{folder}: {stray} is not in the folder of its class; name the folder that holds one folder '
+                         f'of images per class, such as {folder / "validation"}')
+    return dataset
 
 
 def list_classes(dataset: ImageDataset) -> list[str]:
@@ -57,37 +81,24 @@ def create_validation_loader(
         ValueError: If the folder is missing, its classes are not the model's, or an image does not lie in the folder of
             its class.
     """
-    if not folder.is_dir():
-        raise ValueError(f'{folder}: no such folder; it should hold one folder of images per class')
     config = resolve_data_config(model=model)
-    dataset = _EveryImage(str(folder))  # type: ignore[no-untyped-call]
-    stray = next((path for path, _ in dataset.reader.samples if Path(path).parent.parent != folder), None)
-    if stray:
-        raise ValueError(f'{folder}: {stray} is not in the folder of its class; name the folder that holds one folder '
-                         f'of images per class, such as {folder / "validation"}')
+    dataset = open_folder(folder, 'RGB' if config['input_size'][0] == 3 else 'L')
     pretrained_cfg: Any = model.pretrained_cfg
     found, expected = list_classes(dataset), pretrained_cfg.get('label_names')
     if expected is None and len(found) != model.num_classes:
         raise ValueError(f'{folder}: it has {len(found)} class folders, and the model {model.num_classes} classes')
     if expected is not None and found != list(expected):
         differing = sorted(set(found) ^ set(expected))
+        if not differing:
+            raise ValueError(f'{folder}: the model numbers its classes in another order than timm does, which begins '
+                             f'with {found[0]}, not {expected[0]}')
         raise ValueError(f'{folder}: its {len(found)} class folders are not the {len(expected)} classes that the model '
                          f'knows; {len(differing)} are only on one side, such as {differing[0]}')
     if num_images is not None and num_images < len(dataset):
         samples = dataset.reader.samples
         dataset.reader.samples = [samples[i * len(samples) // num_images] for i in range(num_images)]
     return create_loader(
-        dataset,
-        input_size=config['input_size'],
-        batch_size=batch_size,
-        interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        crop_pct=config['crop_pct'],
-        num_workers=workers,
-        use_prefetcher=False,
-        persistent_workers=False,
-    )
+        dataset, batch_size=batch_size, num_workers=workers, use_prefetcher=False, persistent_workers=False, **config)
 
 
 def image_names(loader: DataLoader[Any]) -> list[str]:

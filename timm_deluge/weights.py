@@ -386,9 +386,14 @@ def load_download(
     path = Path(hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache_dir))
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
-    expected = next((c.sha256 for c in list_checkpoints() if c.hf_hub_id == repo_id), path.resolve().name)
-    if not re.fullmatch('[0-9a-f]{64}', expected):  # the cache names files by their hash where it can make links
-        expected = str(get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision or None)).etag)
+    blob = path.readlink().name if path.is_symlink() else ''  # its hash; it may be a link itself, to what is shared
+    expected = next((c.sha256 for c in list_checkpoints() if c.hf_hub_id == repo_id), blob)
+    if not re.fullmatch('[0-9a-f]{64}', expected):
+        try:
+            expected = str(get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision or None)).etag)
+        except OSError as error:
+            raise CheckpointError(f'{path}: without links in its cache, only the Hub can tell whether this is whole, '
+                                  f'and it does not: {error}') from error
     if sha256 != expected:
         raise CheckpointError(f'{path}: SHA-256 {sha256} instead of {expected}. This is not what was published as '
                               f'{repo_id}: do not use it, delete {path.resolve()} and load the model again.')

@@ -1,4 +1,6 @@
 """Gradient checkpointing of a block's layers: a layer runs again in the backward pass, on an input computed again."""
+import copy
+
 import torch
 from torch import nn
 
@@ -43,7 +45,15 @@ class _Checkpoint(torch.autograd.Function):
             tensor if not need else stand_in(tensor) if create_graph else tensor.detach().requires_grad_()
             for tensor, need in zip((x, *ctx.parameters.values()), needed)]
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            y = torch.func.functional_call(ctx.layer, dict(zip(ctx.parameters, inputs[1:])), inputs[0])
+            y = torch.func.functional_call(_twin(ctx.layer), dict(zip(ctx.parameters, inputs[1:])), inputs[0])
         wanted = [tensor for tensor, need in zip(inputs, needed) if need]
         grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph))
         return None, None, *(next(grads) if need else None for need in needed)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Copy a module, but not its tensors: other parameters can take their place, unseen by other threads."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    twin._modules = {name: part if part is None else _twin(part) for name, part in module._modules.items()}
+    return twin

@@ -17,7 +17,7 @@ pass.
 Where a backward pass is to be differentiated itself (``create_graph=True``), it follows the same order by the
 definition, in operators that autograd records.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from .implementation import choose_backend
-from .layout import same_layout
+from .layout import fast_memory_format, same_layout
 from .norm_act_conv import Recompute, begin_norm, normalize, refuse_batched, stand_in, statistics
 from .running_sums import running_sums
 
@@ -48,15 +48,10 @@ class FusedCrossLayers:
             weights: Of the cross-layer convolutions in their order, each ``[C, 1, l, 1]``.
             biases: Of the same, ``[C, 1, l, 1]``.
         """
-        self._weights = [_by_layer(weight.detach()) for weight in weights]
         self._outputs: list[torch.Tensor] = []
-        self._statistics: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._layers: list[_Layer] = []
-        self._num_results = 0
-        folded_weights = partial(
-            _folded_weights, self._weights, [_by_layer(bias.detach()) for bias in biases], self._statistics)
-        self._block = _Block(weights, biases, folded_weights)
-        self._sums = running_sums(self._outputs, len(self._weights), folded_weights)
+        self._block = _Block(weights, biases)
+        self._sums = running_sums(self._outputs, len(weights), self._block.folded_weights)
 
     def append(
             self,
@@ -75,13 +70,16 @@ class FusedCrossLayers:
             The output, to be used from here on.
         """
         index = len(self._outputs)
+        num_above = len(self._block.parameters) // 2 - index
         parameters = [] if index else self._block.parameters
-        begins = (len(self._weights) - index) % LAYERS_PER_PASS == 0
+        below = self._layers[::-1]
+        if num_above:  # the topmost layer has all of them, for what is to be computed again
+            below = below[:LAYERS_PER_PASS - 1] if num_above % LAYERS_PER_PASS == 0 else []
         _, _, training, _, eps = args = begin_norm(norm)
         scaled, mean, invstd = _LayerOutput.apply(
-            self._block, index, self._layers[::-1] if begins else [], output, sample_scale, *args, *parameters)
+            self._block, index, below, output, sample_scale, *args, *parameters)
         self._outputs.append(scaled)
-        self._statistics.append((mean, invstd))
+        self._block.statistics.append((mean, invstd))
         self._layers.append(_Layer(output, sample_scale, mean, invstd, training, eps))
         return scaled
 
@@ -95,21 +93,20 @@ class FusedCrossLayers:
         Returns:
             The next layer's input ``[N, C, H, W]``.
         """
-        index, weight = self._num_results, self._weights[self._num_results]
-        self._num_results += 1
+        index = len(self._block.scales)
         if scale is not None:
-            scale = scale.to(weight.dtype).t().contiguous()
+            scale = scale.to(self._block.weight(index).dtype).t().contiguous()
         self._block.scales.append(scale)
-        return _CrossLayer.apply(self._block, self._sums, index, weight, scale, *self._outputs)
+        return _CrossLayer.apply(self._block, self._sums, index, *self._outputs)
 
     def recompute(self) -> Recompute | None:
         """Get what gives the last result again in the backward pass, for the one that takes it, and would keep it.
 
         None if there is no result yet, or with stochastic depth, where all layers would have to be scaled again.
         """
-        if not self._num_results or any(layer.sample_scale is not None for layer in self._layers):
+        if not self._block.scales or any(layer.sample_scale is not None for layer in self._layers):
             return None
-        return _Recompute(self._block, self._num_results - 1)
+        return _Recompute(self._block, len(self._block.scales) - 1)
 
 
 class _Layer(NamedTuple):
@@ -126,18 +123,6 @@ class _Layer(NamedTuple):
         return normalized if self.sample_scale is None else normalized * self.sample_scale
 
 
-def _folded_weights(
-        weights, biases, statistics, index, numbers, begins, scales=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get the weights and the bias of normalised layers for layers that are not: see `running_sums`, `Backend`."""
-    of_layers = slice(numbers.start, numbers.stop)
-    means, invstds = map(torch.stack, zip(*statistics[of_layers]))
-    scale = weights[index][of_layers] * invstds
-    shifts = biases[index][of_layers] - scale * means
-    # autocast would round a product of matrices
-    shift = shifts.sum(0) if scales is None else (scales[..., None] * shifts[:, None]).sum(0)
-    return scale[..., None, None], shift[..., None, None]
-
-
 class _Recompute:
     """Gives a convolution's result again.
 
@@ -152,7 +137,10 @@ class _Recompute:
         block.recomputes.add(self)
 
     def __call__(self) -> torch.Tensor:
-        return self._block.current_pass().result(self.index, self.layers)
+        result = self._block.current_pass().result(self.index, self.layers)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.layers = []  # as autograd frees what it has saved
+        return result
 
     def leave_sum(self, total: torch.Tensor) -> None:
         """Say what the gradient of the result sums to over images and positions, ``[C]``."""
@@ -162,17 +150,37 @@ class _Recompute:
 class _Block:
     """What the convolutions and layers of a block share, and what each backward pass through them has left behind."""
 
-    def __init__(
-            self,
-            weights: Sequence[torch.Tensor],
-            biases: Sequence[torch.Tensor],
-            folded_weights: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    ) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
         self.parameters = [*weights, *biases]
+        self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: see `statistics`
         self.scales: list[torch.Tensor | None] = []  # of each convolution's connections, [l, N]
-        self.folded_weights = folded_weights
         self.recomputes: WeakSet[_Recompute] = WeakSet()
+        self._copies = [_by_layer(parameter) for parameter in self.parameters]
         self._passes: dict[int, _Backward] = {}
+
+    def weight(self, index: int) -> torch.Tensor:
+        """Get a convolution's weight ``[l, C]`` as it was in the forward pass."""
+        return self._copies[index]
+
+    def bias(self, index: int) -> torch.Tensor:
+        """Get a convolution's bias ``[l, C]`` as it was in the forward pass."""
+        return self._copies[len(self._copies) // 2 + index]
+
+    def folded_weights(
+            self,
+            index: int,
+            numbers: Any,
+            begins: bool,
+            scale: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Get the weights and the bias of normalised layers for layers that are not: see `running_sums`, `Backend`."""
+        of_layers = slice(numbers.start, numbers.stop)
+        means, invstds = map(torch.stack, zip(*self.statistics[of_layers]))
+        weights = self.weight(index).detach()[of_layers] * invstds
+        shifts = self.bias(index).detach()[of_layers] - weights * means
+        # autocast would round a product of matrices
+        shift = shifts.sum(0) if scale is None else (scale[..., None] * shifts[:, None]).sum(0)
+        return weights[..., None, None], shift[..., None, None]
 
     def current_pass(self) -> '_Backward':
         """Get what the backward pass that is running has left behind; other threads may run others."""
@@ -220,8 +228,7 @@ class _Backward:
         """Convolve again, ``[N, C, H, W]``, and at once for the three before; of the layers that were kept, if any."""
         layers = (kept or self.layers)[:index + 2]
         if torch.is_grad_enabled():
-            weight, bias = map(_by_layer, self.block.parameters[index::len(self.block.parameters) // 2])
-            scale = self.block.scales[index]
+            weight, bias, scale = self.block.weight(index), self.block.bias(index), self.block.scales[index]
             if scale is not None:
                 weight, bias = scale[..., None] * weight[:, None], scale[..., None] * bias[:, None]
             pairs = zip(weight[..., None, None], layers)
@@ -277,7 +284,7 @@ class _LayerOutput(torch.autograd.Function):
         layers = [_Layer(*islice(tensors, 4), *norm) for norm in ctx.norms]  # this one, and those below
         if not state.grads:  # a pass through the graph of a gradient may come from layer 1 alone
             return None, None, None, direct_grad, *[None] * (len(ctx.needs_input_grad) - 4)
-        if len(layers) > len(state.layers):
+        if ctx.index + 1 == len(layers) > len(state.layers):  # all that are below
             state.take_layers(layers[::-1])
         get_grads = _differentiable_grads if torch.is_grad_enabled() else _grads
         grad, weight_grad = get_grads(state, ctx.index, layers[:LAYERS_PER_PASS])
@@ -374,9 +381,9 @@ def _scale_samples(output, sample_scale, mean) -> torch.Tensor:
 class _CrossLayer(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, block, sums, index, weight, scale, *outputs):
-        ctx.block, ctx.index = block, index
-        ctx.save_for_backward(weight, outputs[0], scale)
+    def forward(ctx, block, sums, index, *outputs):
+        ctx.block, ctx.index, ctx.memory_format = block, index, fast_memory_format(outputs[0])
+        scale = block.scales[index]
         if scale is None:
             return next(sums)
         weights, bias = block.folded_weights(index, range(len(outputs)), True, scale)
@@ -385,12 +392,11 @@ class _CrossLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         refuse_batched(grad)
-        weight, output, scale = ctx.saved_tensors
         state = ctx.block.current_pass()
-        if grad.stride() != output.stride():  # sums over mixed memory formats are several times slower
-            grad = torch.empty_like(output).copy_(grad)
-        if torch.is_grad_enabled():
-            weight = _by_layer(ctx.block.parameters[ctx.index])
+        weight, scale = ctx.block.weight(ctx.index), ctx.block.scales[ctx.index]
+        if not torch.is_grad_enabled():
+            weight = weight.detach()
+        grad = grad.contiguous(memory_format=ctx.memory_format)  # sums over mixed ones are several times slower
         if scale is not None:
             bias_grad = (scale[..., None] * grad.sum((2, 3), dtype=weight.dtype)).sum(1)
         elif torch.is_grad_enabled():
@@ -409,5 +415,6 @@ class _CrossLayer(torch.autograd.Function):
 
 
 def _by_layer(parameter: torch.Tensor) -> torch.Tensor:
-    """``[C, 1, l, 1]`` as ``[l, C]``, in float32 or more."""
-    return parameter[:, 0, :, 0].t().to(torch.promote_types(parameter.dtype, torch.float32)).contiguous()
+    """Copy ``[C, 1, l, 1]`` as ``[l, C]``, in float32 or more, differentiably."""
+    by_layer = parameter[:, 0, :, 0].t().to(torch.promote_types(parameter.dtype, torch.float32))
+    return by_layer.clone(memory_format=torch.contiguous_format)

@@ -75,10 +75,15 @@ def statistics(
     Args:
         x: ``[N, C, H, W]``.
         running_mean, running_var, training, momentum, eps: See `begin_norm`.
+
+    Raises:
+        ValueError: If x has but one value for each channel, in training.
     """
     if training:
-        mean, var = choose_backend(x).moments(x)
         count = x.numel() / x.shape[1]
+        if count == 1:
+            raise ValueError(f'Expected more than 1 value per channel when training, got input size {list(x.shape)}')
+        mean, var = choose_backend(x).moments(x)
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
     else:
