@@ -171,7 +171,8 @@ def _performance_summary() -> str:
     machines = _machines()
     lines = _performance_lines(machines)
     chosen = {f'{subject.partition(":")[0]}: {what}': line for subject, of_subject in lines.items()
-              for what, line in of_subject.items() if what.startswith('`') and what.endswith(', of R')}
+              for what, line in of_subject.items()
+              if what.startswith('`') and what.endswith((', of R', 'time, of fused R'))}
     cells = [(line['goal'], line[machine['machine']]) for of_subject in lines.values()
              for line in of_subject.values() for machine in machines if machine['machine'] in line]
     with_goal = [cell for goal, cell in cells if goal]
@@ -180,7 +181,7 @@ def _performance_summary() -> str:
         _performance_table('', chosen, machines),
         f'Of the {len(with_goal)} goals here and in [all that was measured](benchmarks/README.md), {len(missed)} are '
         'missed.',
-        *map(_conditions, machines)))
+        *(_conditions(machine) + _doubts(machine) for machine in machines)))
 
 
 def _performance_lines(machines: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, str]]]:
@@ -243,7 +244,8 @@ def _pruning() -> str:
         f'as a multiple of the whole network\'s:',
         tables[0],
         *(['After one epoch of training by the recipe `cifar100_fine_tuning`, and with BatchNorm statistics '
-           're-estimated, which those above are not, `python benchmarks/fine_tuning.py taylor 0.3 …`:',
+           're-estimated on training images, which those above are not, '
+           '`python benchmarks/fine_tuning.py taylor 0.3 …`:',
            tables[1]] if after else []),
         f'Spearman\'s rank correlation of a connection\'s score with the loss on {importance["num_images"]} training '
         f'images when that connection alone is gone:',

@@ -21,7 +21,8 @@ the cross-layer convolution x_{L+1} and that strided one.
 
 A network is named after its depth, three convolutions for each composite layer, and the stem and the classifier:
 122 = 3 * (7 + 9 + 11 + 13) + 2, transitions not counted. In the CIFAR networks the first composite layer gives the
-first block's h_0, so that delugenet146, 3 * (8 + 16 + 24) + 2, has 47 layers that take a cross-layer convolution.
+first block's h_0, so that delugenet146, 3 * (8 + 16 + 24) + 2, has 47 layers in its blocks, and as many
+cross-layer convolutions.
 
 Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows`
     - https://arxiv.org/abs/1611.05552 (Kuen, Kong, Wang and Tan, ICCV workshops 2017)
@@ -127,7 +128,7 @@ class CompositeLayer(FusedModule):
 
     @torch.jit.ignore
     def forward_fused(self, x: torch.Tensor, recompute: Recompute | None = None) -> torch.Tensor:
-        """The same, keeping only x, unless it can be recomputed, and the first two outputs for the backward pass."""
+        """The same; for the backward pass it keeps the outputs of two convolutions, and x unless that is recomputed."""
         x = norm_act_conv(x, self.norm1, self.conv1, recompute)
         x = norm_act_conv(x, self.norm2, self.conv2)
         return norm_act_conv(x, self.norm3, self.conv3)
@@ -390,7 +391,7 @@ class DelugeNet(nn.Module):
             drop_rate: Dropout rate before the classifier.
             drop_path_rate: Stochastic depth rate of the last composite layer; grows linearly from 0.
             connection_drop_rate: In training, share of all connections between layers that are dropped, drawn for each
-                image; what is left of a connection's images is scaled up, so that its mean stays.
+                image; the others are scaled up, so that the mean stays.
 
         Raises:
             ValueError: If `depths` and `widths` differ in length or name no block, the layer that gives h_0 is missing,
@@ -634,6 +635,7 @@ def _check_option(name: str, value: int | str, choices: tuple[int | str, ...]) -
 
 
 def _check_size(depths: Sequence[int], widths: Sequence[int], num_classes: int, in_chans: int) -> None:
+    # the classifier, the stem, three convolutions a layer, cross-layer weights and biases; transitions are not counted
     params = 2 * num_classes * widths[-1] + 49 * in_chans * widths[0] + sum(
         13 * depth * width ** 2 + 2 * width * depth * (depth + 3) for depth, width in zip(depths, widths))
     if params > MAX_PARAMS:
@@ -643,7 +645,7 @@ def _check_size(depths: Sequence[int], widths: Sequence[int], num_classes: int, 
 
 
 def _check_has_connections(option: str, aggregation: str) -> None:
-    if aggregation not in ('cross_layer', 'scalar'):
+    if aggregation in ('last', 'residual'):
         raise ValueError(f'{option}: aggregation={aggregation!r} has no connections across layers')
 
 

@@ -241,10 +241,10 @@ class FoldedCrossLayer(nn.Module):
     def folded_weights(self, numbers: Sequence[int], begins: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Get the weights of some layers, zero for those that are no sources: see `running_sums`."""
         bias = self.bias if begins else torch.zeros_like(self.bias)
-        if isinstance(numbers, range):
+        if isinstance(numbers, range):  # nothing is pruned: a weight's number is its layer's
             return self.weight[numbers.start:numbers.stop], bias
-        rows, zeros = dict(zip(self.sources, self.weight.split(1))), torch.zeros_like(self.weight[:1])
-        return torch.cat([self.weight[:0], *(rows.get(number, zeros) for number in numbers)]), bias
+        of_source, zeros = dict(zip(self.sources, self.weight.split(1))), torch.zeros_like(self.weight[:1])
+        return torch.cat([self.weight[:0], *(of_source.get(number, zeros) for number in numbers)]), bias
 
 
 class FoldedDelugeBlock(nn.Module):

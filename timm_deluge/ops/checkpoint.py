@@ -16,7 +16,7 @@ def checkpoint_layer(layer: nn.Module, x: torch.Tensor, recompute: Recompute | N
         layer: The layer. Its batch normalisation counts a batch again when it runs again, as under
             `torch.utils.checkpoint`.
         x: ``[N, C, H, W]``.
-        recompute: Gives x in the backward pass; it is kept if None. Nothing else may take x.
+        recompute: Gives x in the backward pass; it is kept if None.
 
     Returns:
         ``layer(x)``.
@@ -27,7 +27,7 @@ def checkpoint_layer(layer: nn.Module, x: torch.Tensor, recompute: Recompute | N
 class _Checkpoint(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, layer, recompute, x, *parameters):
+    def forward(ctx, layer, recompute, x, *parameters):  # named, for autograd to know that they are used
         ctx.layer, ctx.recompute, ctx.parameters = layer, recompute, dict(layer.named_parameters())
         ctx.autocast = dict(
             device_type=x.device.type, dtype=torch.get_autocast_dtype(x.device.type),
@@ -41,9 +41,9 @@ class _Checkpoint(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         x = ctx.recompute() if ctx.recompute else ctx.saved_tensors[0]
         needed = ctx.needs_input_grad[2:]
+        renew = stand_in if create_graph else lambda tensor: tensor.detach().requires_grad_()
         inputs = [
-            tensor if not need else stand_in(tensor) if create_graph else tensor.detach().requires_grad_()
-            for tensor, need in zip((x, *ctx.parameters.values()), needed)]
+            renew(tensor) if need else tensor for tensor, need in zip((x, *ctx.parameters.values()), needed)]
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             y = torch.func.functional_call(_twin(ctx.layer), dict(zip(ctx.parameters, inputs[1:])), inputs[0])
         wanted = [tensor for tensor, need in zip(inputs, needed) if need]

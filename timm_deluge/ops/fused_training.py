@@ -8,11 +8,11 @@ into each consumer's weights, and the normalised layer is never written down. An
 is itself a sum over layers: the consumers leave their dx_l behind, and layer i adds them up when its turn comes,
 instead of L times adding to a sum. The same pass over them gives the gradients of layer i's weights,
 ``sum dx_l * norm(h_i)``, and with these what batch normalisation takes from a gradient: its mean and its projection
-on the normalised layer. Every fourth pass begins with the next three layers, too, which later add only the dx_l that
-were not there yet. Layer 0, whose turn comes last, hands all weights their gradients.
+on the normalised layer. Every fourth pass also begins the sums of the next three layers, to which they later add only
+the dx_l that were not there yet. Layer 0, whose turn comes last, hands all weights their gradients.
 
-The results x_l need not be kept either: where the backward pass wants one, it convolves again, for four layers from one
-pass.
+The results x_l need not be kept either: where the backward pass wants one, it convolves again, for four of them from
+one pass.
 
 Where a backward pass is to be differentiated itself (``create_graph=True``), it follows the same order by the
 definition, in operators that autograd records.
@@ -29,7 +29,7 @@ from torch import nn
 from .implementation import choose_backend
 from .layout import fast_memory_format, same_layout
 from .norm_act_conv import Recompute, begin_norm, normalize, refuse_batched, stand_in, statistics
-from .running_sums import running_sums
+from .running_sums import SUMS_PER_PASS, running_sums
 
 __all__ = ['FusedCrossLayers']
 
@@ -67,10 +67,11 @@ class FusedCrossLayers:
             sample_scale: What stochastic depth multiplies each normalised image by, ``[N, 1, 1, 1]``.
 
         Returns:
-            The output, to be used from here on.
+            The output in the block's graph: h_0 goes to the first layer as this, all others only through
+            `cross_layer_depthwise_conv`.
         """
         index = len(self._outputs)
-        num_above = len(self._block.parameters) // 2 - index
+        num_above = len(self._block.weights) - index
         parameters = [] if index else self._block.parameters
         below = self._layers[::-1]
         if num_above:  # the topmost layer has all of them, for what is to be computed again
@@ -95,7 +96,7 @@ class FusedCrossLayers:
         """
         index = len(self._block.scales)
         if scale is not None:
-            scale = scale.to(self._block.weight(index).dtype).t().contiguous()
+            scale = scale.to(self._block.weights[index].dtype).t().contiguous()
         self._block.scales.append(scale)
         return _CrossLayer.apply(self._block, self._sums, index, *self._outputs)
 
@@ -126,8 +127,9 @@ class _Layer(NamedTuple):
 class _Recompute:
     """Gives a convolution's result again.
 
-    For passes through the graph of a gradient, which pass by the layers that would say what they are, it keeps its own.
-    These come from before it, so that nothing refers in a circle.
+    Its layers come from the backward pass, where the topmost layer hands them over (`take_layers`). A pass through the
+    graph of a gradient may not come by that layer, and takes those kept here. They are older than the result, so that
+    no reference is circular.
     """
 
     def __init__(self, block: '_Block', index: int) -> None:
@@ -142,7 +144,7 @@ class _Recompute:
             self.layers = []  # as autograd frees what it has saved
         return result
 
-    def leave_sum(self, total: torch.Tensor) -> None:
+    def take_grad_sum(self, total: torch.Tensor) -> None:
         """Say what the gradient of the result sums to over images and positions, ``[C]``."""
         self._block.current_pass().grad_sums[self.index] = total
 
@@ -152,41 +154,34 @@ class _Block:
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
         self.parameters = [*weights, *biases]
+        self.weights = [_by_layer(weight) for weight in weights]  # as they are in the forward pass, [l, C]
+        self.biases = [_by_layer(bias) for bias in biases]
         self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: see `statistics`
         self.scales: list[torch.Tensor | None] = []  # of each convolution's connections, [l, N]
         self.recomputes: WeakSet[_Recompute] = WeakSet()
-        self._copies = [_by_layer(parameter) for parameter in self.parameters]
-        self._passes: dict[int, _Backward] = {}
-
-    def weight(self, index: int) -> torch.Tensor:
-        """Get a convolution's weight ``[l, C]`` as it was in the forward pass."""
-        return self._copies[index]
-
-    def bias(self, index: int) -> torch.Tensor:
-        """Get a convolution's bias ``[l, C]`` as it was in the forward pass."""
-        return self._copies[len(self._copies) // 2 + index]
+        self._passes: dict[int, _Pass] = {}
 
     def folded_weights(
             self,
             index: int,
-            numbers: Any,
+            numbers: Any,  # a range: these sums have all layers as sources
             begins: bool,
             scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Get the weights and the bias of normalised layers for layers that are not: see `running_sums`, `Backend`."""
         of_layers = slice(numbers.start, numbers.stop)
         means, invstds = map(torch.stack, zip(*self.statistics[of_layers]))
-        weights = self.weight(index).detach()[of_layers] * invstds
-        shifts = self.bias(index).detach()[of_layers] - weights * means
+        weights = self.weights[index].detach()[of_layers] * invstds
+        shifts = self.biases[index].detach()[of_layers] - weights * means
         # autocast would round a product of matrices
         shift = shifts.sum(0) if scale is None else (scale[..., None] * shifts[:, None]).sum(0)
         return weights[..., None, None], shift[..., None, None]
 
-    def current_pass(self) -> '_Backward':
+    def current_pass(self) -> '_Pass':
         """Get what the backward pass that is running has left behind; other threads may run others."""
         number = torch._C._current_graph_task_id()
         if number not in self._passes:
-            self._passes[number] = _Backward(self)
+            self._passes[number] = _Pass(self)
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, number))
         return self._passes[number]
 
@@ -194,7 +189,7 @@ class _Block:
         self._passes.pop(number, None)
 
 
-class _Backward:
+class _Pass:
     """What convolutions and layers have left behind in a backward pass through a block, the last one first.
 
     A pass may begin below the last convolution, where its result takes no part, and may end above layer 0.
@@ -228,14 +223,14 @@ class _Backward:
         """Convolve again, ``[N, C, H, W]``, and at once for the three before; of the layers that were kept, if any."""
         layers = (kept or self.layers)[:index + 2]
         if torch.is_grad_enabled():
-            weight, bias, scale = self.block.weight(index), self.block.bias(index), self.block.scales[index]
+            weight, bias, scale = self.block.weights[index], self.block.biases[index], self.block.scales[index]
             if scale is not None:
                 weight, bias = scale[..., None] * weight[:, None], scale[..., None] * bias[:, None]
             pairs = zip(weight[..., None, None], layers)
             x = sum((factor * layer.normalized() for factor, layer in pairs), bias.sum(0)[..., None, None])
             return x.to(layers[0].output.dtype)
         if index not in self._results:
-            group = range(index, max(index - LAYERS_PER_PASS, -1), -1)
+            group = range(index, max(index - SUMS_PER_PASS, -1), -1)
             all_scales = self.block.scales
             scales = None if all_scales[index] is None else [self._padded(all_scales[i], index) for i in group]
             weights, biases = zip(*(self.block.folded_weights(i, range(i + 2), True, all_scales[i]) for i in group))
@@ -259,7 +254,7 @@ class _Backward:
             weight_grad = torch.stack([grads[i] for grads in reversed(self.weight_grads) if i < len(grads)], 1)
             weight_grads.append(weight_grad[:, None, :, None])
             bias_grads.append(bias_grad.t().contiguous()[:, None, :, None])
-        others: list[torch.Tensor | None] = [None] * (len(self.block.parameters) // 2 - len(weight_grads))
+        others: list[torch.Tensor | None] = [None] * (len(self.block.weights) - len(weight_grads))
         return [*weight_grads, *others, *bias_grads, *others]
 
 
@@ -279,43 +274,44 @@ class _LayerOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, direct_grad, *_):
-        state = ctx.block.current_pass()
+        current = ctx.block.current_pass()
         tensors = iter(ctx.saved_tensors)
         layers = [_Layer(*islice(tensors, 4), *norm) for norm in ctx.norms]  # this one, and those below
-        if not state.grads:  # a pass through the graph of a gradient may come from layer 1 alone
+        if not current.grads:  # a pass through the graph of a gradient may come from layer 1 alone
             return None, None, None, direct_grad, *[None] * (len(ctx.needs_input_grad) - 4)
-        if ctx.index + 1 == len(layers) > len(state.layers):  # all that are below
-            state.take_layers(layers[::-1])
+        has_all_below = len(layers) == ctx.index + 1
+        if has_all_below and len(current.layers) < len(layers):
+            current.take_layers(layers[::-1])
         get_grads = _differentiable_grads if torch.is_grad_enabled() else _grads
-        grad, weight_grad = get_grads(state, ctx.index, layers[:LAYERS_PER_PASS])
-        state.weight_grads.append(weight_grad.unbind())
+        grad, weight_grad = get_grads(current, ctx.index, layers[:LAYERS_PER_PASS])
+        current.weight_grads.append(weight_grad.unbind())
         if direct_grad is not None:
             grad = grad + direct_grad if torch.is_grad_enabled() else grad.add_(direct_grad)
         parameter_grads = []
         if ctx.index == 0:
-            parameter_grads = state.parameter_grads()
-            state.clear()
+            parameter_grads = current.parameter_grads()
+            current.clear()
         return None, None, None, grad, *[None] * 6, *parameter_grads
 
 
-def _grads(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
+def _grads(current, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the gradients of a layer's output and of its weights ``[l, C]`` in the convolutions above.
 
     Args:
-        state: Of the pass.
+        current: Of the pass.
         index: The layer's.
         layers: The layer, and perhaps those below.
     """
     output, sample_scale, mean, invstd, training, _ = layers[0]
-    grad, weight_grad = _combine_backward(state, index, layers)
+    grad, weight_grad = _combine_backward(current, index, layers)
     if sample_scale is not None:
         grad *= sample_scale
     weight_grad = weight_grad * invstd
     if training:
         count = output.numel() / output.shape[1]
-        weight = torch.stack([weight[index] for weight in state.weights])
+        weight = torch.stack([weight[index] for weight in current.weights])
         if sample_scale is None:
-            total = invstd / count * (weight * torch.stack([grad[index] for grad in state.bias_grads])).sum(0)
+            total = invstd / count * (weight * torch.stack([grad[index] for grad in current.bias_grads])).sum(0)
         else:
             total, _ = choose_backend(grad).moments(grad)
         projection = invstd ** 2 / count * (weight * weight_grad).sum(0)
@@ -326,7 +322,7 @@ def _grads(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     return grad, weight_grad
 
 
-def _combine_backward(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
+def _combine_backward(current, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum what the convolutions above have left behind for a layer, or what is new since its sum was begun.
 
     Returns:
@@ -334,38 +330,38 @@ def _combine_backward(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]
         ``sum dx_l * (output - mean)`` over images and positions, ``[l, C]``.
     """
     begun, num_known = None, 0
-    if index in state.begun:
-        partial_grad, known = state.begun.pop(index)
+    if index in current.begun:
+        partial_grad, known = current.begun.pop(index)
         layers, begun, num_known = layers[:1], [partial_grad], len(known)
-        if num_known == len(state.grads):
+        if num_known == len(current.grads):
             return partial_grad, known
     weights = [
-        (torch.stack([weight[index - i] for weight in state.weights[num_known:]]) * layer.invstd)[..., None, None]
+        (torch.stack([weight[index - i] for weight in current.weights[num_known:]]) * layer.invstd)[..., None, None]
         for i, layer in enumerate(layers)]
     means = [layer.mean for layer in layers]
     outputs = [_scale_samples(layer.output, layer.sample_scale, layer.mean) for layer in layers]
-    outputs = same_layout([state.grads[0], *outputs])[0][1:]  # in that of what was begun
+    outputs = same_layout([current.grads[0], *outputs])[0][1:]  # in that of what was begun
     scales = None
-    if state.grad_scales[0] is not None:
-        new_scales = state.grad_scales[num_known:]
+    if current.grad_scales[0] is not None:
+        new_scales = current.grad_scales[num_known:]
         scales = [torch.stack([scale[index - i] for scale in new_scales]) for i in range(len(layers))]
     grads, dots = choose_backend(outputs[0]).combine_backward(
-        state.grads[num_known:], weights, outputs, means, begun, scales)
+        current.grads[num_known:], weights, outputs, means, begun, scales)
     if begun:
         return grads[0], torch.cat([known, dots[0]])
-    state.begun.update((index - i, (grads[i], dots[i])) for i in range(1, len(layers)))
+    current.begun.update((index - i, (grads[i], dots[i])) for i in range(1, len(layers)))
     return grads[0], dots[0]
 
 
-def _differentiable_grads(state, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
+def _differentiable_grads(current, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the same by the definition: they can be differentiated again."""
     output = stand_in(layers[0].output)
     normalized = layers[0]._replace(output=output).normalized()
     grads = [
         grad if scale is None else scale[index][:, None, None, None] * grad
-        for scale, grad in zip(state.grad_scales, state.grads)]
+        for scale, grad in zip(current.grad_scales, current.grads)]
     weight_grad = torch.stack([(grad * normalized).sum((0, 2, 3)) for grad in grads])
-    combined = sum(weight[index][:, None, None] * grad for weight, grad in zip(state.weights, grads))
+    combined = sum(weight[index][:, None, None] * grad for weight, grad in zip(current.weights, grads))
     [grad] = torch.autograd.grad(normalized, [output], combined, create_graph=True)
     return grad, weight_grad
 
@@ -392,8 +388,8 @@ class _CrossLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         refuse_batched(grad)
-        state = ctx.block.current_pass()
-        weight, scale = ctx.block.weight(ctx.index), ctx.block.scales[ctx.index]
+        current = ctx.block.current_pass()
+        weight, scale = ctx.block.weights[ctx.index], ctx.block.scales[ctx.index]
         if not torch.is_grad_enabled():
             weight = weight.detach()
         grad = grad.contiguous(memory_format=ctx.memory_format)  # sums over mixed ones are several times slower
@@ -402,15 +398,16 @@ class _CrossLayer(torch.autograd.Function):
         elif torch.is_grad_enabled():
             bias_grad = grad.sum((0, 2, 3), dtype=weight.dtype).expand_as(weight)
         else:
-            total = state.grad_sums.pop(ctx.index, None)
+            total = current.grad_sums.pop(ctx.index, None)
             if total is None:
                 mean, _ = choose_backend(grad).moments(grad)
                 total = mean * (grad.numel() / grad.shape[1])
             bias_grad = total.expand_as(weight)
-        state.grads.append(grad)
-        state.weights.append(weight)
-        state.grad_scales.append(scale)
-        state.bias_grads.append(bias_grad)
+        current.grads.append(grad)
+        current.weights.append(weight)
+        current.grad_scales.append(scale)
+        current.bias_grads.append(bias_grad)
+        # no gradients: autograd runs each layer's backward after those of all its consumers, which is all this is for
         return (None,) * len(ctx.needs_input_grad)
 
 

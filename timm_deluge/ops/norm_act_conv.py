@@ -18,8 +18,8 @@ class Recompute(Protocol):
         """Compute it, ``[N, C, H, W]``."""
         ...
 
-    def leave_sum(self, total: torch.Tensor) -> None:
-        """Take the sum of its gradient over images and positions, ``[C]``."""
+    def take_grad_sum(self, total: torch.Tensor) -> None:
+        """Take the sum of that input's whole gradient over images and positions, ``[C]``: the biases' gradient."""
         ...
 
 
@@ -35,7 +35,8 @@ def norm_act_conv(
         x: ``[N, C, H, W]``.
         norm: BN with affine parameters and running statistics, and ReLU where it has one, as timm's `BatchNormAct2d`.
         conv: Convolution without bias.
-        recompute: Gives x in the backward pass, so that it is not kept either. Nothing else may take x.
+        recompute: Gives x in the backward pass, so that it is not kept either; nothing else may take x, as it is told
+            x's whole gradient.
 
     Returns:
         ``[N, C', H', W']``.
@@ -68,9 +69,9 @@ def statistics(
         momentum: float,
         eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get the mean and 1 / standard deviation, ``[C]``, that a batch normalisation uses; in training, update its own.
+    """Get the mean and 1 / standard deviation, ``[C]``, that a batch normalisation uses, in float32 or more.
 
-    Both are in float32 or more.
+    In training they are those of x, with which the running ones are updated.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -112,7 +113,7 @@ def normalize(
 
 
 def stand_in(tensor: torch.Tensor) -> torch.Tensor:
-    """Get what to differentiate by in a tensor's place, whose own hooks must not be called within a backward pass."""
+    """Get the same values as another tensor to differentiate by, so that hooks of the first are not called."""
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
@@ -151,7 +152,7 @@ class _NormActConv(torch.autograd.Function):
         grad_x, grad_norm_weight, grad_norm_bias = choose_backend(x).norm_act_backward(
             grad_y, x, y, norm_weight, norm_bias, mean, invstd, ctx.training, ctx.relu)
         if ctx.recompute:  # in training, a gradient through a batch normalisation has no mean
-            ctx.recompute.leave_sum(
+            ctx.recompute.take_grad_sum(
                 torch.zeros_like(mean) if ctx.training else norm_weight * invstd * grad_norm_bias)
         return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 8
 

@@ -11,14 +11,14 @@ def cross_layer_depthwise_conv(
 ) -> torch.Tensor:
     """Convolve across layers: one weight per source layer and channel, no mixing of channels or positions.
 
-    ``x[n, c] = sum_i weight[c, i] * layers[i][n, c] + bias[c, i]``: the paper's Eq. 1 with its bias spread over the
-    source layers, as in the released code. Every layer in ``layers`` is taken as already normalised.
+    ``x[n, c] = sum_i scale[n, i] * (weight[c, i] * layers[i][n, c] + bias[c, i])``: the paper's Eq. 1 with its bias
+    spread over the source layers, as in the released code. Every layer in ``layers`` is taken as already normalised.
 
     Args:
         layers: The l preceding layers' outputs, each ``[N, C, H, W]``, the block's first one first.
         weight: Scale of each source layer's channels, ``[C, 1, l, 1]``: the kernel of a depthwise convolution.
         bias: Shift of each source layer's channels, ``[C, 1, l, 1]``.
-        scale: What each image's source layers are multiplied by when they are shifted and scaled, ``[N, l]``.
+        scale: Factor of each image's term for each source layer, ``[N, l]``; 1 if None.
 
     Returns:
         The next layer's input, ``[N, C, H, W]``, in the layers' dtype; the sum runs in that dtype, too.

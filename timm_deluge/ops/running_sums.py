@@ -18,7 +18,7 @@ def running_sums(
         relu: bool = False,
         sources: Sequence[Collection[int]] | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Sum over all layers there are, each time one more is there.
+    """Yield weighted sums, each over all layers that the caller has appended by then.
 
     Every sum by itself would read all layers again, L²/2 of them in a block. Instead, a pass over the layers begins
     the next sums, too, each of which later adds only the layers that were not there yet.
@@ -46,7 +46,7 @@ def running_sums(
         known = entering(range(num_known), group)
         weights, biases = zip(*(folded_weights(i, known, True) for i in group))
         sums = combine([layers[n] for n in known], weights, biases, outs and outs[first:group.stop], relu)
-        yield sums.pop(0)  # nor is one kept that was handed out
+        yield sums.pop(0)  # popped: what was handed out is not kept here
         for i in group[1:]:
             new = entering(range(num_known, len(layers)), [i])
             weight, bias = folded_weights(i, new, False)
