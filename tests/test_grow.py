@@ -199,3 +199,12 @@ def test_networks_that_differ_in_more_than_widths_are_refused():
     for pair in (model, wider(global_pool='catavgmax')), (model, torch.nn.Identity()), (torch.nn.Identity(), wider()):
         with pytest.raises(ValueError, match='expected two DelugeNets whose pooling gives each channel once, got a'):
             widen_layers(*pair)
+
+
+def test_a_wider_network_prepares_images_as_the_trained_one():
+    model = timm.create_model('delugenet146', depths=(2, 2), widths=(2, 4), num_classes=10, pretrained_cfg_overlay=dict(
+        mean=(0.1, 0.2, 0.3), label_names=tuple('abcdefghij')))
+    grown = widen_layers(model, timm.create_model('wide_delugenet146', depths=(2, 2), widths=(4, 6), num_classes=10))
+    assert timm.data.resolve_data_config(model=grown)['mean'] == (0.1, 0.2, 0.3)
+    assert grown.pretrained_cfg['label_names'] == tuple('abcdefghij')
+    assert grown.default_cfg['architecture'] == 'wide_delugenet146'

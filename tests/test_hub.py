@@ -197,6 +197,19 @@ def test_blobs_may_be_links_to_what_other_repositories_share(tmp_path, monkeypat
         weights.load_download('a/b')
 
 
+def test_the_manifest_knows_the_published_revision_alone(tmp_path, monkeypatch):
+    content = safetensors.torch.save({'x': torch.ones(2)})
+    blob = tmp_path / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(content)
+    (tmp_path / 'model.safetensors').symlink_to(blob)
+    monkeypatch.setattr(weights, 'hf_hub_download', lambda *args, **kwargs: str(tmp_path / 'model.safetensors'))
+    checkpoints = [replace(list_checkpoints()[0], hf_hub_id='a/b')]
+    monkeypatch.setattr(weights, 'list_checkpoints', lambda: checkpoints)
+    assert weights.load_download('a/b@v1')['x'].tolist() == [1, 1]
+    with pytest.raises(CheckpointError, match='not what was published as a/b'):
+        weights.load_download('a/b')
+
+
 def test_a_cache_without_links_needs_the_hub(tmp_path, monkeypatch):
     path = tmp_path / 'model.safetensors'
     path.write_bytes(safetensors.torch.save({'x': torch.ones(2)}))

@@ -332,7 +332,7 @@ def test_onnx(tmp_path, reparameterized):
     assert_same_function(lambda _: y, model, x)
 
 
-@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'fx', 'getter'])
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'fx', 'getter', 'hook'])
 def test_features(feature_cls):
     torch.manual_seed(0)
     model = timm.create_model('delugenet92', features_only=True, feature_cls=feature_cls, out_indices=(1, 2)).eval()

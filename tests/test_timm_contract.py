@@ -153,6 +153,39 @@ def test_channels_last_gives_the_same_and_stays_channels_last(aggregation):
     assert features.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_reset_classifier_keeps_the_head():
+    model = tiny()
+    head, model.head.drop.p = model.head, 0.5
+    model.reset_classifier(7)
+    assert model.head is head and model.head.drop.p == 0.5
+
+
+@pytest.mark.parametrize('aggregation', [*AGGREGATIONS, 'residual'])
+def test_weights_of_a_network_that_was_made_without_memory_are_initialised(aggregation):
+    model = tiny(aggregation=aggregation, channel_masks=aggregation == 'cross_layer')
+    empty = tiny(aggregation=aggregation, channel_masks=aggregation == 'cross_layer').to('meta').to_empty(device='cpu')
+    with torch.no_grad():
+        for tensor in (*empty.parameters(), *empty.buffers()):
+            tensor.zero_()
+    empty.init_weights()
+    for name, tensor in empty.state_dict().items():
+        expected = model.state_dict()[name]
+        if 'conv' in name or name == 'head.fc.weight':
+            assert tensor.std() == pytest.approx(expected.std(), rel=0.5), name
+        else:
+            assert torch.equal(tensor, expected), name
+
+
+def test_a_frozen_network_comes_back_from_its_folder(tmp_path):
+    model = timm.create_model('delugenet146', pretrained=True).eval()
+    timm.utils.freeze(model)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_reset_classifier_keeps_or_replaces_pooling():
     model = tiny(global_pool='max')
     x = torch.randn(2, 3, 16, 16)

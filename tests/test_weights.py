@@ -367,3 +367,4 @@ def test_the_wheel_has_the_smaller_checkpoints_and_fits_into_pypi(tmp_path, monk
     assert shipped == {checkpoint.file for checkpoint in list_checkpoints() if checkpoint.model in smaller}
     monkeypatch.setattr(weights, 'weights_dirs', lambda: {'package': tmp_path / 'empty'})
     assert {checkpoint.model for checkpoint in list_checkpoints() if not checkpoint.is_elsewhere} == set(smaller)
+    assert {checkpoint.model for checkpoint in list_checkpoints() if checkpoint.pretrained_cfg()['file']} == set(smaller)

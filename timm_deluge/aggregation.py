@@ -59,6 +59,8 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         """Start from the mean of the source layers."""
         nn.init.constant_(self.weight, 1 / len(self.sources))
         nn.init.zeros_(self.bias)
+        if self.mask is not None:
+            self.mask.fill_(True)
 
     def masked_weight(self) -> torch.Tensor:
         """Get the weight, ``[C, 1, number of sources, 1]``, with zeros for what is gone."""

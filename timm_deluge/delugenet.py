@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import BatchNormAct2d, ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.layers import BatchNormAct2d, ClassifierHead, DropPath, calculate_drop_path_rates, get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
@@ -52,6 +52,7 @@ from .reparameterize import (
     check_relu,
     fold_into_conv,
     fuse_block,
+    keep_hooks,
 )
 from .weights import list_checkpoints
 
@@ -67,7 +68,7 @@ class FinalNorm(BatchNormAct2d):
 
     def fuse(self) -> ChannelAffine:
         """Get what it does in inference, for `timm.utils.reparameterize_model`."""
-        return ChannelAffine(self, self.act)
+        return keep_hooks(self, ChannelAffine(self, self.act))
 
 
 class Stem(nn.Sequential):
@@ -77,7 +78,7 @@ class Stem(nn.Sequential):
         """Fold the BN into the convolution, for `timm.utils.reparameterize_model`."""
         layers: Any = self
         if 'norm' in self._modules and not isinstance(layers.norm, nn.Identity):
-            layers.conv, layers.norm = fold_into_conv(layers.conv, layers.norm), nn.Identity()
+            layers.conv, layers.norm = fold_into_conv(layers.conv, layers.norm), keep_hooks(layers.norm, nn.Identity())
 
 
 class CompositeLayer(FusedModule):
@@ -314,6 +315,8 @@ class DelugeBlock(FusedModule, ResidualBlock):
 
     @torch.jit.ignore
     def why_not_fused(self, x: torch.Tensor) -> str | None:
+        if reason := super().why_not_fused(x):
+            return reason
         if not len(self.layers):
             return 'there are no layers'
         if len({bool(c.training and c.drop_rate) for c in self.cross_layers}) == 2:
@@ -322,7 +325,7 @@ class DelugeBlock(FusedModule, ResidualBlock):
                 'weight' in part._parameters for part in self.layers.modules()
                 if isinstance(part, (nn.Conv2d, nn.BatchNorm2d))):
             return "gradient checkpointing needs the layers' parameters, which are kept elsewhere (FSDP, DataParallel)"
-        return super().why_not_fused(x)
+        return None
 
     @torch.jit.ignore
     def forward_fused(self, x: torch.Tensor) -> torch.Tensor:
@@ -344,7 +347,7 @@ class DelugeBlock(FusedModule, ResidualBlock):
     @torch.jit.ignore
     def fuse(self) -> FoldedDelugeBlock:
         """Get the block for inference, for `timm.utils.reparameterize_model`."""
-        return fuse_block(self)
+        return keep_hooks(self, fuse_block(self))
 
 
 class DelugeNet(nn.Module):
@@ -478,12 +481,19 @@ class DelugeNet(nn.Module):
         self.head = ClassifierHead(prev_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = prev_chs * self.head.global_pool.feat_mult()
 
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initialise as the released code does: He's normal distribution over each convolution's fan-out."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as the released code does: He's normal distribution over each convolution's fan-out.
+
+        Args:
+            needs_reset: Also initialise what modules do themselves when they are made, as after `to_empty`.
+        """
         for module in self.modules():
+            reset: Any = getattr(module, 'reset_parameters', None)
+            if needs_reset and reset:
+                reset()
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
             elif isinstance(module, nn.Linear):
@@ -521,16 +531,8 @@ class DelugeNet(nn.Module):
             global_pool: Global pooling type, unchanged if None.
         """
         self.num_classes = num_classes
-        parameter = next(self.parameters())
-        self.head = ClassifierHead(
-            self.num_features,
-            num_classes,
-            pool_type=self.head.global_pool.pool_type if global_pool is None else global_pool,
-            drop_rate=self.drop_rate,
-            device=parameter.device,
-            dtype=parameter.dtype,
-        ).train(self.training)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(
             self,

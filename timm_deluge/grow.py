@@ -122,8 +122,11 @@ def widen_layers(model: DelugeNet, wider: DelugeNet) -> DelugeNet:
         raise ValueError(
             'wider: expected a network that differs in its widths alone; a stride, a dilation, the pooling or the '
             'sources of a cross-layer convolution differ')
-    grown = copy.deepcopy(wider).to(next(model.parameters())).train(model.training)
+    grown: Any = copy.deepcopy(wider).to(next(model.parameters())).train(model.training)
     grown.load_state_dict(tensors)
+    cfg: Any = getattr(model, 'pretrained_cfg', None)
+    if cfg and hasattr(grown, 'pretrained_cfg'):  # the same classes and input
+        grown.pretrained_cfg = grown.default_cfg = {**cfg, 'architecture': grown.pretrained_cfg['architecture']}
     return grown
 
 

@@ -75,6 +75,15 @@ def _say_what_it_is(name: str) -> None:
         checkpoint.metrics['top1'], checkpoint.metrics['num_images'], checkpoint.dataset['split'])
 
 
+def _without_neutral(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Leave out the ones and zeros that `timm.utils.freeze` gives a batch normalisation which has no parameters."""
+    without = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.affine}
+    return {
+        k: v for k, v in state_dict.items()
+        if not (k.endswith(('.weight', '.bias')) and k.rpartition('.')[0] in without
+                and bool((v == k.endswith('.weight')).all()))}
+
+
 def checkpoint_filter_fn(
         state_dict: dict[str, torch.Tensor],
         model: nn.Module,
@@ -100,6 +109,7 @@ def checkpoint_filter_fn(
         state_dict = verified
     elif cfg.get('file'):
         state_dict = join_parts(state_dict, cfg['file'])
+    state_dict = _without_neutral(state_dict, model)
     other_head = model.num_classes != len(state_dict.get('head.fc.weight', ()))
 
     def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int | str, ...]]:

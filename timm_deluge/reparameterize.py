@@ -23,7 +23,8 @@ from .ops import (
 )
 
 __all__ = [
-    'ChannelAffine', 'FoldedDelugeBlock', 'InferenceConv2d', 'affine_of', 'check_relu', 'fold_into_conv', 'fuse_block']
+    'ChannelAffine', 'FoldedDelugeBlock', 'InferenceConv2d', 'affine_of', 'check_relu', 'fold_into_conv', 'fuse_block',
+    'keep_hooks']
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -318,6 +319,22 @@ class FoldedDelugeBlock(nn.Module):
         for layer, x in zip(self.layers, inputs):
             layers.append(layer(x, None if outs is None else x))
         return choose_backend(h).combine([layers[source] for source in last.sources], [last.weight], [last.bias])[0]
+
+
+def keep_hooks(module: nn.Module, replacement: Any) -> Any:
+    """Let those who watch a module's calls watch those of what takes its place.
+
+    Args:
+        module: The module.
+        replacement: The other one.
+
+    Returns:
+        The other one.
+    """
+    for name in ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
+                 '_forward_pre_hooks_with_kwargs'):
+        setattr(replacement, name, getattr(module, name))
+    return replacement
 
 
 @torch.no_grad()

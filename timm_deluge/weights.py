@@ -150,7 +150,7 @@ class Checkpoint:
     def pretrained_cfg(self) -> dict[str, Any]:
         """The part of timm's pretrained configuration that the checkpoint decides."""
         return dict(
-            file=str(self.path),
+            file=None if self.is_elsewhere and not self.hf_hub_id else str(self.path),  # timm lists those with one
             num_classes=len(self.class_names),
             label_names=tuple(self.class_names),
             label_descriptions=self.class_descriptions,
@@ -387,7 +387,8 @@ def load_download(
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     blob = path.readlink().name if path.is_symlink() else ''  # its hash; it may be a link itself, to what is shared
-    expected = next((c.sha256 for c in list_checkpoints() if c.hf_hub_id == repo_id), blob)
+    is_published = filename == HUB_FILE and not revision
+    expected = next((c.sha256 for c in list_checkpoints() if is_published and c.hf_hub_id == repo_id), blob)
     if not re.fullmatch('[0-9a-f]{64}', expected):
         try:
             expected = str(get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision or None)).etag)
