@@ -366,5 +366,6 @@ def test_the_wheel_has_the_smaller_checkpoints_and_fits_into_pypi(tmp_path, monk
     smaller = 'delugenet146', 'resnetlike146_1x1', 'resnetlike146_3x3'
     assert shipped == {checkpoint.file for checkpoint in list_checkpoints() if checkpoint.model in smaller}
     monkeypatch.setattr(weights, 'weights_dirs', lambda: {'package': tmp_path / 'empty'})
-    assert {checkpoint.model for checkpoint in list_checkpoints() if not checkpoint.is_elsewhere} == set(smaller)
-    assert {checkpoint.model for checkpoint in list_checkpoints() if checkpoint.pretrained_cfg()['file']} == set(smaller)
+    checkpoints = list_checkpoints()
+    assert {checkpoint.model for checkpoint in checkpoints if not checkpoint.is_elsewhere} == set(smaller)
+    assert {checkpoint.model for checkpoint in checkpoints if checkpoint.pretrained_cfg()['file']} == set(smaller)
