@@ -57,7 +57,7 @@ def start_from_latest(self: CrossLayerDepthwiseConv2d) -> None:
 
 def main(
         context: typer.Context,
-        lr_scale: Annotated[float, typer.Option(help="Of their learning rate, to what is no matrix's.")] = 1.,
+        lr_scale: Annotated[float, typer.Option(help='Multiplies their learning rate.')] = 1.,
         weight_decay: Annotated[float | None, typer.Option(help="Of them alone; the recipe's by default.")] = None,
         start: Annotated[Start, typer.Option(help='From the mean of the layers or from the latest one.')] = Start.mean,
         optimizer: Annotated[Optimizer, typer.Option(help="What timm's Muon does with them.")] = Optimizer.fallback,

@@ -58,7 +58,10 @@ def main(
         num_test: Annotated[int | None, typer.Option(help='Test images; all by default.')] = None,
 ) -> None:
     """Classify frozen features of MODEL on another data set."""
-    classes = [set(list_classes(open_folder(data_dir))) for data_dir in (train_dir, test_dir)]
+    try:
+        classes = [set(list_classes(open_folder(data_dir))) for data_dir in (train_dir, test_dir)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     differing = sorted(classes[0] ^ classes[1])
     if differing:
         raise typer.BadParameter(

@@ -18,7 +18,7 @@ import timm
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from timm_deluge.card import best_table, checkpoint_table, model_card, model_table
+from timm_deluge.card import DATA_SETS, best_table, checkpoint_table, model_card, model_table
 from timm_deluge.connectivity import block_connectivity, draw_connectivity
 from timm_deluge.paper import PUBLISHED
 from timm_deluge.prune import CRITERIA
@@ -103,7 +103,7 @@ def draw_learning_curves(path: Path) -> Figure:
     Returns:
         What was drawn.
     """
-    figure, (loss, error) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+    figure, (loss, error) = plt.subplots(1, 2, figsize=(9, 4.2), layout='constrained')
     dark, light = (plt.get_cmap('tab20').colors[i::2] for i in (0, 1))
     for axis in (loss, error):
         axis.set_prop_cycle(color=dark + light)
@@ -117,7 +117,8 @@ def draw_learning_curves(path: Path) -> Figure:
     error.set(title='error on the test or validation images, %', xlabel='epoch')
     for axis in (loss, error):
         axis.set_ylim(bottom=0)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xscale('log', base=2)
+        axis.xaxis.set_major_formatter('{x:.0f}')
     figure.legend(*error.get_legend_handles_labels(), loc='outside lower center', ncols=2)
     figure.savefig(path, dpi=150)
     return figure
@@ -140,17 +141,19 @@ def draw_accuracies(path: Path) -> None:
         path: PNG file to write.
     """
     points = accuracies()
-    data_sets = sorted({point['data'] for point in points})
+    data_sets = {**DATA_SETS, **{c.data_set: c.dataset['name'] for c in list_checkpoints()}}
     figure, axes = plt.subplots(1, len(data_sets), figsize=(9, 3.6), layout='constrained')
-    for axis, data in zip(axes, data_sets):
-        for source, marker, colour in (('paper', 'o', '#0072B2'), ('ours', '*', '#D55E00')):
-            chosen = [point for point in points if (point['data'], point['source']) == (data, source)]
-            axis.scatter([p['gflops'] for p in chosen], [p['top1'] for p in chosen], marker=marker, color=colour,
-                         s=90 if source == 'ours' else 30, label=source)
-        axis.set(title=data, xlabel='GFLOPs', ylim=(0, 100))
-        axis.set_xlim(0, 1.15 * axis.get_xlim()[1])
+    for axis, (data, title) in zip(axes, data_sets.items()):
+        for source, marker, size, colour in (('paper', 'o', 30, '#0072B2'), ('ours', '*', 90, '#D55E00')):
+            for network, face in (('DelugeNets', colour), ('ResNet-like', 'none')):
+                chosen = [p for p in points if (p['data'], p['source']) == (data, source)
+                          and ('resnetlike' in p['name']) == (network == 'ResNet-like')]
+                axis.scatter([p['gflops'] for p in chosen], [p['top1'] for p in chosen], size, facecolors=face,
+                             edgecolors=colour, marker=marker, label=f'{network}, {source}')
+        axis.set(title=title, xlabel='GFLOPs, paper’s way')
+        axis.margins(0.15)
     axes[0].set_ylabel('top-1 accuracy, %')
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     figure.savefig(path, dpi=150)
 
 
@@ -245,7 +248,7 @@ def _pruning() -> str:
         tables[0],
         *(['After one epoch of training by the recipe `cifar100_fine_tuning`, and with BatchNorm statistics '
            're-estimated on training images, which those above are not, '
-           '`python benchmarks/fine_tuning.py taylor 0.3 …`:',
+           '`TIMM_SCRIPTS=… python benchmarks/fine_tuning.py taylor 0.3 …`:',
            tables[1]] if after else []),
         f'Spearman\'s rank correlation of a connection\'s score with the loss on {importance["num_images"]} training '
         f'images when that connection alone is gone:',
@@ -349,7 +352,8 @@ def _goal(figure: dict[str, Any]) -> str:
 def _cell(figure: dict[str, Any]) -> str:
     value = figure['value']
     missed = value > (figure['at_most'] or math.inf) or value < (figure['at_least'] or 0)
-    return f'{value:.2f} ×' + (', missed' if missed else '')
+    digits = 3 if missed and round(value, 2) in (figure['at_most'], figure['at_least']) else 2
+    return f'{value:.{digits}f} ×' + (', missed' if missed else '')
 
 
 def _conditions(machine: dict[str, Any]) -> str:

@@ -117,7 +117,7 @@ def test_a_report_may_be_cut_off():
     with subprocess.Popen(
             [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
-        assert 'error:' not in process.stderr.read()
+        assert 'rror' not in process.stderr.read()  # an error of ours, or a traceback
 
 
 def test_predict_on_a_device_that_is_not_there(photos):

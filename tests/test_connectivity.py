@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import CheckpointSaver
 
 from timm_deluge.connectivity import block_connectivity, draw_connectivity, read_state_dict
+from timm_deluge.prune import prune_connections, save_pruned
 from timm_deluge.training_connectivity import training_connectivity
 from timm_deluge.weights import CheckpointError
 
@@ -66,7 +67,12 @@ def test_one_weight_for_all_channels_has_one_norm_wherever_it_comes_from(tmp_pat
     options = dict(depths=[2, 2], widths=[2, 4], aggregation='scalar')
     model = timm.create_model('delugenet146', **options)
     timm.models.save_for_hf(model, str(tmp_path), model_args=options)
-    assert block_connectivity(read_state_dict(f'local-dir:{tmp_path}')) == block_connectivity(model.state_dict())
+    blocks = block_connectivity(model.state_dict())
+    assert block_connectivity(read_state_dict(f'local-dir:{tmp_path}')) == blocks
+    save_pruned(prune_connections(model, 0.2, 'norm', unit='connection'), tmp_path / 'pruned')
+    for before, after in zip(blocks, block_connectivity(read_state_dict(f'local-dir:{tmp_path / "pruned"}'))):
+        for norms, left in zip(before.norms, after.norms):
+            assert all(norm in (0, expected) for norm, expected in zip(left, norms))
 
 
 @pytest.mark.parametrize('name, content', [

@@ -84,6 +84,7 @@ def test_accuracy_is_drawn_for_every_checkpoint_and_every_figure_of_the_paper(ge
 
 @pytest.mark.parametrize('value, limits, cell', [
     (1.04, {'at_most': 1.05}, '1.04 ×'), (1.06, {'at_most': 1.05}, '1.06 ×, missed'),
+    (1.0521, {'at_most': 1.05}, '1.052 ×, missed'),
     (1.9, {'at_least': 2.}, '1.90 ×, missed'), (2.1, {'at_least': 2.}, '2.10 ×'), (9., {}, '9.00 ×')])
 def test_performance_table_says_what_is_missed(generator, value, limits, cell):
     figure = {'at_most': None, 'at_least': None, **limits, 'value': value}

@@ -210,11 +210,17 @@ def test_the_manifest_knows_the_published_revision_alone(tmp_path, monkeypatch):
         weights.load_download('a/b')
 
 
-def test_a_cache_without_links_needs_the_hub(tmp_path, monkeypatch):
+@pytest.mark.parametrize('offline', [True, False])
+def test_a_cache_without_links_needs_the_hub(offline, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise huggingface_hub.errors.HTTPError('no route to the Hub')
     path = tmp_path / 'model.safetensors'
     path.write_bytes(safetensors.torch.save({'x': torch.ones(2)}))
     monkeypatch.setattr(weights, 'hf_hub_download', lambda *args, **kwargs: str(path))
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    if offline:
+        monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    else:
+        monkeypatch.setattr(weights, 'get_hf_file_metadata', refuse)
     with pytest.raises(CheckpointError, match='model.safetensors: without links in its cache, only the Hub can tell'):
         weights.load_download('a/b')
 

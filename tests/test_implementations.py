@@ -113,7 +113,7 @@ def fused_calls(monkeypatch) -> list:
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('num_layers, shape', [
-    (1, (2, 3, 5, 7)), (2, (1, 64, 1, 1)), (5, (3, 70, 4, 6)), (64, (2, 6, 3, 3))])
+    (1, (2, 3, 5, 7)), (2, (1, 64, 1, 1)), (5, (3, 70, 4, 6)), (64, (2, 6, 3, 3)), (2, (2, 70, 9, 8))])
 def test_operator_gives_values_and_gradients_of_the_reference(implementation, layout, dtype, num_layers, shape):
     set_implementation(implementation)
     torch.manual_seed(0)
@@ -269,15 +269,16 @@ def test_gradient_checkpointing(options, monkeypatch):
             assert_near(actual[name], expected[name], 1e-9, name)
 
 
-def test_gradient_checkpointing_with_parameters_kept_elsewhere():
-    """As in a replica of DataParallel, and under the first FSDP, where they are attributes as any other."""
+@pytest.mark.parametrize('kept_here', [False, True])
+def test_gradient_checkpointing_with_parameters_kept_elsewhere(kept_here):
+    """As in a replica of DataParallel, and under the first FSDP, where they are attributes as any other, or also."""
     module, x = block().double().train(), torch.randn(4, 6, 5, 7).double()
     expected = differentiate(module, x, 'reference')
     module.grad_checkpointing = True
     parameters = dict(module.named_parameters())
     for part in module.modules():
         for name in list(part._parameters):
-            part.__dict__[name] = part._parameters.pop(name)
+            part.__dict__[name] = part._parameters[name] if kept_here else part._parameters.pop(name)
     set_implementation('auto')
     assert 'kept elsewhere' in module.why_not_fused(x)
     y = module(x)

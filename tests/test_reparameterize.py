@@ -179,6 +179,14 @@ def test_hooks_of_sums_are_called():
     assert seen == [fused.stages[0].last_cross_layer, fused.stages[1].cross_layers[0]]
 
 
+def test_hooks_of_stem_and_norm_are_called():
+    model, seen = trained('imagenet'), []
+    for name in ('stem.norm', 'norm'):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    reparameterize_model(model)(torch.randn(1, 3, 32, 32))
+    assert seen == ['stem.norm', 'norm']
+
+
 def test_reordered_weights_follow_the_parameters(tmp_path):
     model = reparameterize_model(trained()).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)

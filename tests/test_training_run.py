@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +23,13 @@ from timm_deluge.training_run import add_checkpoint
 from timm_deluge.validate import accuracy, create_validation_loader, rank_targets
 
 PROVENANCE = dict(recipe='cifar100_delugenet146', dataset_name='Noise', provenance='numpy', hardware='none')
+
+
+def write_args(folder, args):
+    """Write a run's options, as if an hour ago, when it was started."""
+    path = folder / 'args.yaml'
+    path.write_text(yaml.safe_dump(args))
+    os.utime(path, (time.time() - 3600,) * 2)
 
 
 @pytest.fixture
@@ -45,7 +53,7 @@ def run_dir(tmp_path):
     folder.mkdir()
     args = dict(model='resnetlike146_1x1', train_split='train', val_split='validation', epochs=8, seed=42,
                 input_size=None, mean=[0.4, 0.4, 0.4], std=[0.2, 0.2, 0.2], interpolation='bilinear', crop_pct=1.0)
-    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    write_args(folder, args)
     (folder / 'summary.csv').write_text('epoch,train_loss\n6,1.5\n7,1.4\n')
     torch.save({'state_dict': model.state_dict()}, folder / 'last.pth.tar')
     return folder
@@ -120,7 +128,7 @@ def test_a_run_resumed_in_its_own_folder_has_two_headers(run_dir, data_dir, weig
 @pytest.mark.parametrize('model_ema', [True, False])
 def test_the_moving_average_is_published_where_there_is_one(run_dir, data_dir, weights_dir, model_ema):
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
-    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'model_ema': model_ema, 'model_ema_decay': 0.99}))
+    write_args(run_dir, {**args, 'model_ema': model_ema, 'model_ema_decay': 0.99})
     trained = torch.load(run_dir / 'last.pth.tar')['state_dict']
     average = {name: tensor + 1 for name, tensor in trained.items()}
     torch.save({'state_dict': trained, 'state_dict_ema': average}, run_dir / 'last.pth.tar')
@@ -163,7 +171,7 @@ def test_a_run_that_started_from_another_one_counts_on(run_dir, data_dir, weight
             {}, {'epochs': 3, 'initial_checkpoint': str(folders[0] / 'last.pth.tar')}, {'epochs': 3},
     ), ('6,1.7\n7,1.6\n', '0,1.8\n1,1.5\n', '1,1.4\n2,1.3\n')):
         folder.mkdir(exist_ok=True)
-        (folder / 'args.yaml').write_text(yaml.safe_dump({**args, **arguments}))
+        write_args(folder, {**args, **arguments})
         (folder / 'summary.csv').write_text(f'epoch,train_loss\n{rows}')
         (folder / 'last.pth.tar').write_bytes((run_dir / 'last.pth.tar').read_bytes())
     with pytest.raises(ValueError, match='give the folder of the run that left it'):
@@ -176,10 +184,10 @@ def test_a_run_that_started_from_another_one_counts_on(run_dir, data_dir, weight
     assert log.read_text() == 'epoch,train_loss\n6,1.7\n7,1.6\n8,1.8\n9,1.4\n10,1.3\n'
     resumed = {  # by the same command with --resume
         'epochs': 3, 'initial_checkpoint': str(folders[0] / 'last.pth.tar'), 'resume': str(run_dir / 'last.pth.tar')}
-    (folders[2] / 'args.yaml').write_text(yaml.safe_dump({**args, **resumed}))
+    write_args(folders[2], {**args, **resumed})
     assert add_checkpoint(folders, 'test_noise', data_dir, **PROVENANCE).epochs == 11
     with pytest.raises(ValueError, match='epoch 0 is not there, as the run goes on from .* give the folder'):
-        (folders[2] / 'args.yaml').write_text(yaml.safe_dump({**args, **resumed, 'initial_checkpoint': ''}))
+        write_args(folders[2], {**args, **resumed, 'initial_checkpoint': ''})
         add_checkpoint(folders[2:], 'test_noise', data_dir, **PROVENANCE)
 
 
@@ -222,7 +230,7 @@ def test_checkpoint_that_training_started_from_is_recorded(run_dir, data_dir, we
     base = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert base.base_model is None
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
-    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': base.name, 'pretrained': True}))
+    write_args(run_dir, {**args, 'model': base.name, 'pretrained': True})
     tuned = add_checkpoint([run_dir], 'test_noise_ft_noise', data_dir, **PROVENANCE)
     assert (tuned.model, tuned.base_model) == ('resnetlike146_1x1', 'resnetlike146_1x1.test_noise')
 
@@ -234,7 +242,7 @@ def test_a_run_may_start_from_what_was_made_of_a_published_checkpoint(run_dir, d
     safetensors.torch.save_file(weights.load_checkpoint(base), start)
     with pytest.raises(ValueError, match='the run had no --initial-checkpoint'):
         add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model=base.name)
-    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'initial_checkpoint': str(start)}))
+    write_args(run_dir, {**args, 'initial_checkpoint': str(start)})
     with pytest.raises(ValueError, match='name the published one that it was made of'):
         add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE)
     with pytest.raises(weights.CheckpointError, match="resnetlike146_1x1 has no checkpoint with the tag 'absent'"):
@@ -260,7 +268,7 @@ def test_a_run_may_start_from_what_was_made_of_a_published_checkpoint(run_dir, d
 
 def test_statistics_are_taken_anew_at_the_size_it_is_for(run_dir, data_dir, weights_dir):
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
-    (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, 'input_size': [3, 32, 32]}))
+    write_args(run_dir, {**args, 'input_size': [3, 32, 32]})
     plain = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     settled = add_checkpoint([run_dir], 'test_settled', data_dir, **PROVENANCE, img_size=24, settled_images=5)
     assert (settled.input_size, settled.settled_images) == ([3, 24, 24], 5)
@@ -324,10 +332,31 @@ def test_hours_of_a_resumed_run_add_up(run_dir, data_dir, weights_dir, tmp_path)
     (parts[0] / 'args.yaml').write_bytes((run_dir / 'args.yaml').read_bytes())
     (parts[0] / 'summary.csv').write_text('epoch,train_loss\n6,1.5\n')
     for folder, started, ended in zip(parts, (0, 9000), (3600, 10800)):
-        for name, time in (('args.yaml', started), ('summary.csv', ended)):
+        for name, seconds in (('args.yaml', started), ('summary.csv', ended)):
             (folder / name).touch()
-            os.utime(folder / name, (time, time))
+            os.utime(folder / name, (seconds, seconds))
     assert add_checkpoint(parts, 'test_noise', data_dir, **PROVENANCE).hours == 1.5
+    (parts[0] / 'args.yaml').touch()
+    with pytest.raises(ValueError, match='first/args.yaml: was written after summary.csv, so that the hours'):
+        add_checkpoint(parts, 'test_noise', data_dir, **PROVENANCE)
+
+
+@pytest.mark.parametrize('rows, resumed_rows, val_interval', [
+    ('0,1.8\n1,1.7\n', '3,1.5\n', 1),  # resumed from a recovery checkpoint of epoch 2
+    ('2,1.8\n5,1.7\n', '6,1.5\n', 3),  # the last epoch is measured whatever its number
+])
+def test_a_resumed_run_may_lack_epochs(rows, resumed_rows, val_interval, run_dir, data_dir, weights_dir, tmp_path):
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    resumed = tmp_path / 'resumed'
+    resumed.mkdir()
+    (resumed / 'last.pth.tar').write_bytes((run_dir / 'last.pth.tar').read_bytes())
+    goes_on = {'resume': str(run_dir / 'last.pth.tar')}
+    for folder, text, changes in (run_dir, rows, {}), (resumed, resumed_rows, goes_on):
+        write_args(folder, {**args, 'epochs': 1 + int(resumed_rows[0]), 'val_interval': val_interval, **changes})
+        (folder / 'summary.csv').write_text(f'epoch,train_loss\n{text}')
+    assert add_checkpoint([run_dir, resumed], 'test_noise', data_dir, **PROVENANCE).epochs == 1 + int(resumed_rows[0])
+    with pytest.raises(ValueError, match=f'epoch {int(resumed_rows[0]) - 1} is not there, as the run goes on from'):
+        add_checkpoint([resumed], 'test_noise', data_dir, **PROVENANCE)
 
 
 def test_validate_command_compares_with_the_manifest(run_dir, data_dir, weights_dir, monkeypatch):
@@ -379,7 +408,7 @@ def test_wrong_folders_are_named(data_dir):
     with pytest.raises(ValueError, match='its 3 class folders are not the 3 classes .* such as class_10'):
         create_validation_loader(model, data_dir / 'validation', 4, 0)
     model.pretrained_cfg['label_names'] = ['class_0', 'class_10', 'class_5']
-    with pytest.raises(ValueError, match='numbers its classes in another order than timm does'):
+    with pytest.raises(ValueError, match='another order than timm does, and has class_10 in the place of class_5'):
         create_validation_loader(model, data_dir / 'validation', 4, 0)
     stray = data_dir / 'validation' / 'stray.png'
     stray.write_bytes((data_dir / 'validation' / 'class_0' / '0.png').read_bytes())
@@ -422,7 +451,7 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
 
     def refuse(error, match, data=data_dir, **changes):
-        (run_dir / 'args.yaml').write_text(yaml.safe_dump({**args, **changes}))
+        write_args(run_dir, {**args, **changes})
         with pytest.raises(error, match=match):
             add_checkpoint([run_dir], 'test_noise', data, **PROVENANCE)
         assert weights.list_checkpoints() == [published]
@@ -439,7 +468,8 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     refuse(ValueError, 'absent: no such folder', val_split='absent')
     refuse(ValueError, 'absent: no such folder', train_split='absent')
     refuse(ValueError, 'a run with gp: max, which cannot be published', gp='max')
-    (run_dir / 'args.yaml').write_text(yaml.safe_dump(args))
+    refuse(ValueError, 'a run with bn_eps: 0.001, which cannot be published', bn_eps=0.001)
+    write_args(run_dir, args)
     monkeypatch.setattr('timm_deluge.training_run.LOGS', data_dir / 'absent' / 'training')
     with pytest.raises(FileNotFoundError, match='publish from a checkout'):
         add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)

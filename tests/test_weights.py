@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -366,6 +367,7 @@ def test_the_wheel_has_the_smaller_checkpoints_and_fits_into_pypi(tmp_path, monk
     smaller = 'delugenet146', 'resnetlike146_1x1', 'resnetlike146_3x3'
     assert shipped == {checkpoint.file for checkpoint in list_checkpoints() if checkpoint.model in smaller}
     monkeypatch.setattr(weights, 'weights_dirs', lambda: {'package': tmp_path / 'empty'})
-    checkpoints = list_checkpoints()
+    checkpoints = [replace(checkpoint, hf_hub_id=None) for checkpoint in list_checkpoints()]
     assert {checkpoint.model for checkpoint in checkpoints if not checkpoint.is_elsewhere} == set(smaller)
     assert {checkpoint.model for checkpoint in checkpoints if checkpoint.pretrained_cfg()['file']} == set(smaller)
+    assert all(replace(checkpoint, hf_hub_id='a/b').pretrained_cfg()['file'] for checkpoint in checkpoints)

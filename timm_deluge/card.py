@@ -1,4 +1,5 @@
 """Text made from the manifest and the reports: the README's table of models and the Hugging Face model card."""
+import re
 from collections.abc import Sequence
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -124,7 +125,7 @@ def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> str:
         'started from': _start(c),
         'epochs since': c.epochs,
         'hours': c.hours,
-        'hardware': c.hardware,
+        'hardware': re.split(r' virtual machine| \(|,', c.hardware)[0],
     } for c in checkpoints], headers='keys', tablefmt='github', disable_numparse=True)
 
 

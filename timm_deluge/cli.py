@@ -16,7 +16,7 @@ import timm
 import torch
 import typer
 import yaml
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -47,6 +47,10 @@ console = Console(highlight=False, emoji=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 T = TypeVar('T')
+
+# what making a model and loading its weights may raise
+LOADING_ERRORS = (
+    AssertionError, HTTPError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
 
 
 class Format(str, Enum):
@@ -169,7 +173,7 @@ def report(
     kwargs = dict(map(_parse_model_kwarg, model_kwargs or []))
     try:
         text = format_reports([create_report(name, **kwargs) for name in models], fmt.value)
-    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except LOADING_ERRORS as error:
         _fail(error)
     print(text)
 
@@ -204,9 +208,7 @@ def connectivity(
         blocks = [] if is_run else block_connectivity(read_state_dict(source))
         if output is not None:
             draw_connectivity(blocks, Path(source).name).savefig(output, dpi=150)
-    except (
-            AssertionError, ImportError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
-            ValueError) as error:
+    except (ImportError, *LOADING_ERRORS) as error:
         _fail(f'{source}: {error}' if isinstance(error, (LookupError, TypeError, ValueError)) else error)
     if is_run:
         _print_training(epochs, as_json)
@@ -274,7 +276,7 @@ def prune(
         pruned = prune_connections(model, fraction, by, batches, seed, unit)
         fused = reparameterize_model(pruned)
         save_pruned(pruned, output)
-    except (AssertionError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except LOADING_ERRORS as error:
         _fail(error)
     before, after = ([m for m in network.modules() if isinstance(m, CrossLayerDepthwiseConv2d)]
                      for network in (model, pruned))
@@ -349,7 +351,7 @@ def weights_add(
                  'words.txt.')] = None,
         base_model: Annotated[str | None, typer.Option(
             help='Published checkpoint from which --initial-checkpoint of the run was made (remove_layers, '
-                 'insert_layers, widen_layers); of two, the one whose classifier it has.',
+                 'insert_layers, widen_layers); if two, the one that supplied the classifier.',
         )] = None,
         img_size: Annotated[int | None, typer.Option(
             help="Size of the images that it is for; the run's if not given.", min=1)] = None,
@@ -399,7 +401,7 @@ def weights_list() -> None:
 
 @weights_app.command('verify')
 def weights_verify() -> None:
-    """Hold the file of every checkpoint that is here against its SHA-256. Exits with 1 if any differs."""
+    """Verify the SHA-256 of every checkpoint that is here. Exits with 1 if any differs."""
     failed = False
     for checkpoint in list_checkpoints():
         if checkpoint.is_elsewhere:
@@ -421,7 +423,7 @@ def weights_download(
             help='Where from: USER/REPO on the Hugging Face Hub; by default what the manifest records.',
             show_default=False)] = None,
 ) -> None:
-    """Get a checkpoint that does not come with the package, unless it is here. What was cut off goes on."""
+    """Download a checkpoint that does not come with the package, unless it is here; resumes what was cut off."""
     checkpoint = _find(name)
     source = repo_id or checkpoint.hf_hub_id
     try:

@@ -109,7 +109,7 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
             f'hf-hub:USER/REPO or local-dir:FOLDER')
     model = timm.create_model(source, pretrained=True)
     kernels = {
-        f'{name}.weight': module.kernel()[0].detach()
+        f'{name}.weight': module.kernel()[0][:len(module.weight)].detach()  # one channel has all a scalar sum's weights
         for name, module in model.named_modules() if isinstance(module, CrossLayerDepthwiseConv2d)
         and (module.mask is not None or len(module.sources) < module.num_layers)}
     return {**model.state_dict(), **kernels}

@@ -322,7 +322,7 @@ class DelugeBlock(FusedModule, ResidualBlock):
         if len({bool(c.training and c.drop_rate) for c in self.cross_layers}) == 2:
             return 'only some of the cross-layer convolutions drop connections'
         if self.grad_checkpointing and not all(
-                'weight' in part._parameters for part in self.layers.modules()
+                'weight' in part._parameters and 'weight' not in vars(part) for part in self.layers.modules()
                 if isinstance(part, (nn.Conv2d, nn.BatchNorm2d))):
             return "gradient checkpointing needs the layers' parameters, which are kept elsewhere (FSDP, DataParallel)"
         return None
@@ -488,7 +488,8 @@ class DelugeNet(nn.Module):
         """Initialise as the released code does: He's normal distribution over each convolution's fan-out.
 
         Args:
-            needs_reset: Also initialise what modules do themselves when they are made, as after `to_empty`.
+            needs_reset: Also initialise what modules do themselves when they are made, as after `to_empty`; single
+                channels' connections that were pruned come back.
         """
         for module in self.modules():
             reset: Any = getattr(module, 'reset_parameters', None)

@@ -325,7 +325,7 @@ def keep_hooks(module: nn.Module, replacement: Any) -> Any:
     """Let those who watch a module's calls watch those of what takes its place.
 
     Args:
-        module: The module.
+        module: The module; from now on both have the same hooks, which their handles remove from both.
         replacement: The other one.
 
     Returns:

@@ -64,7 +64,7 @@ def add_checkpoint(
     Args:
         run_dirs: Output folder of train.py, with `args.yaml`, `summary.csv` and `last.pth.tar`; several, in order, for
             a run that was resumed, or that started (`--initial-checkpoint`) from what another one left. The hours are
-            those from when each one was started, or last resumed in its folder, to its last checkpoint.
+            those from when each one was started, or last resumed in its folder, to the last row of its summary.
         tag: Pretrained tag, `<recipe>_<dataset>`.
         data_dir: The data set, with train and validation folders as train.py read them.
         recipe: Name of the recipe it was trained with.
@@ -85,9 +85,10 @@ def add_checkpoint(
         The new entry, already written; one of the same name is replaced.
 
     Raises:
-        FileNotFoundError: If a file of the run or the data set is missing, or there is no checkout to publish to.
-        ValueError: If the run is not complete, or of a model that is not the package's as it stands, if a class has
-            no description, or if what the run started from was not made of the base model.
+        FileNotFoundError: If a file of the run is missing, or there is no checkout to publish to.
+        ValueError: If the run is not complete, or of a model that is not the package's as it stands, if the data set
+            is missing or cannot be read, if a class has no description, if what the run started from was not made of
+            the base model, or if a run's options were written after its summary, which hides its hours.
         LookupError: If there is no such recipe.
         CheckpointError: If there is no such base model.
     """
@@ -104,7 +105,7 @@ def add_checkpoint(
     if model_name not in timm.list_models(module='delugenet') or args.get('model_kwargs'):
         raise ValueError(f'{run_dir}: a run of {args["model"]} with model_kwargs {args.get("model_kwargs")}; only '
                          f'models of this package, without further arguments, can be published')
-    for option in ('gp', 'pretrained_path'):
+    for option in ('gp', 'pretrained_path', 'bn_eps'):
         if args.get(option) not in (None, '', 'avg'):
             raise ValueError(f'{run_dir}: a run with {option}: {args[option]}, which cannot be published')
     base = find_checkpoint(model_name, base_tag) if args.get('pretrained') else None
@@ -115,6 +116,7 @@ def add_checkpoint(
         raise ValueError(f'{run_dir}: {epochs_done} of {args["epochs"]} epochs are done; resume the run with '
                          f'train.py --resume {run_dir / "last.pth.tar"}')
 
+    hours = sum(map(_hours, run_dirs))
     ema_decay = args['model_ema_decay'] if args.get('model_ema') else None
     state_dict = read_tensors(str(run_dir / 'last.pth.tar'), use_ema=ema_decay is not None)
     train_set = open_folder(data_dir / args['train_split'])
@@ -173,8 +175,7 @@ def add_checkpoint(
         ema_decay=ema_decay,
         settled_images=settled_images,
         hardware=hardware,
-        hours=round(sum(
-            (d / 'summary.csv').stat().st_mtime - (d / 'args.yaml').stat().st_mtime for d in run_dirs) / 3600, 2),
+        hours=round(hours, 2),
         metrics=metrics,
         command=f'timm-deluge validate {name} --data-dir DIR/{args["val_split"]}',
         hf_hub_id=None,
@@ -223,12 +224,20 @@ def _read_args(run_dir: Path) -> dict[str, Any]:
     return args
 
 
+def _hours(run_dir: Path) -> float:
+    seconds = (run_dir / 'summary.csv').stat().st_mtime - (run_dir / 'args.yaml').stat().st_mtime
+    if seconds < 0:
+        raise ValueError(f'{run_dir / "args.yaml"}: was written after summary.csv, so that the hours of the run are '
+                         f'unknown; give it the time of the start (touch -d)')
+    return seconds / 3600
+
+
 def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
     """Hold what a run started from against the checkpoint of which it was made: they begin and end alike."""
     if not initial_checkpoint:
         raise ValueError(
             f'the run had no --initial-checkpoint that could have been made of {base.name}; if it was resumed without '
-            f'that option, write initial_checkpoint into its args.yaml')
+            f'that option, write initial_checkpoint into its args.yaml, and give this file its time back (touch -d)')
     if not Path(initial_checkpoint).is_file():
         raise FileNotFoundError(f'{initial_checkpoint}: the run started from this file, which is not there; make it of '
                                 f'{base.name} again, or go to the folder in which the run was started')
@@ -272,9 +281,9 @@ def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[in
         log.update({epoch: {**row, 'epoch': str(epoch)} for epoch, row in rows.items()})
         if not log:
             raise ValueError(f'{run_dir / "summary.csv"}: no epoch is done yet')
-        last_before = min(rows, default=0) - args.get('val_interval', 1)
-        if resumed and last_before >= before and last_before not in log:
-            raise ValueError(f'{run_dir}: epoch {last_before} is not there, as the run goes on from {resumed}; give '
+        first = min(rows, default=before)
+        if resumed and first >= before + args.get('val_interval', 1) and not any(before <= e < first for e in log):
+            raise ValueError(f'{run_dir}: epoch {first - 1} is not there, as the run goes on from {resumed}; give '
                              f'the folder of the run that left this, too')
     return log, 1 + max(log) - before
 

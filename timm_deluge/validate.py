@@ -1,5 +1,6 @@
 """Measure a checkpoint's accuracy on a labelled image folder."""
 from collections.abc import Collection, Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def open_folder(folder: Path, mode: str = 'RGB') -> ImageDataset:
     stray = next((path for path, _ in dataset.reader.samples if Path(path).parent.parent != folder), None)
     if stray:
         raise ValueError(f'{folder}: {stray} is not in the folder of its class; name the folder that holds one folder '
-                         f'of images per class, such as {folder / "validation"}')
+                         f'of images per class, such as the validation folder of a data set')
     return dataset
 
 
@@ -90,8 +91,9 @@ def create_validation_loader(
     if expected is not None and found != list(expected):
         differing = sorted(set(found) ^ set(expected))
         if not differing:
-            raise ValueError(f'{folder}: the model numbers its classes in another order than timm does, which begins '
-                             f'with {found[0]}, not {expected[0]}')
+            ours, its = next(pair for pair in zip_longest(found, expected) if pair[0] != pair[1])
+            raise ValueError(f'{folder}: the model numbers its classes in another order than timm does, and has {its} '
+                             f'in the place of {ours}')
         raise ValueError(f'{folder}: its {len(found)} class folders are not the {len(expected)} classes that the model '
                          f'knows; {len(differing)} are only on one side, such as {differing[0]}')
     if num_images is not None and num_images < len(dataset):

@@ -20,6 +20,7 @@ import timm
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.constants import HF_ASSETS_CACHE
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from timm.models import load_state_dict
@@ -392,7 +393,7 @@ def load_download(
     if not re.fullmatch('[0-9a-f]{64}', expected):
         try:
             expected = str(get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision or None)).etag)
-        except OSError as error:
+        except (HTTPError, OSError) as error:
             raise CheckpointError(f'{path}: without links in its cache, only the Hub can tell whether this is whole, '
                                   f'and it does not: {error}') from error
     if sha256 != expected:

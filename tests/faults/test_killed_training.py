@@ -1,4 +1,4 @@
-"""timm's train.py, killed at any moment and resumed, ends with the weights that it would have had, bit for bit."""
+"""timm's train.py without augmentation, killed at any moment and resumed, ends with the weights it would have had."""
 import os
 import random
 import shutil
