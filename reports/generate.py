@@ -34,6 +34,9 @@ CROSS_LAYER_WEIGHTS = {
     'as in the recipes': 'fallback', '`--optimizer muon`': 'muon', '`--lr-scale 10`': 'lr_10',
     '`--lr-scale 0.1`': 'lr_0.1', '`--weight-decay 0`': 'no_decay', '`--start latest`': 'latest'}
 RESULT_HEADERS = ('training loss', 'error %', 'epochs')
+COUNTS = (
+    'Of one image in inference, by `timm-deluge report`. A multiply-add is one FLOP to fvcore, two to the paper. The '
+    'last column is the share of cross-layer convolutions in parameters / GMACs / GFLOPs (fvcore) / GFLOPs (paper).')
 PEERS = ['resnetv2_101', 'resnetv2_152', 'resnet200', 'wide_resnet50_2', 'densenet161']
 
 
@@ -70,9 +73,11 @@ def generate() -> dict[Path, str]:
         for name, content in contents.items():
             text = _replace_block(text, name, content)
         texts[REPOSITORY / page] = text
-    for name, reports in (('zoo', zoo), ('peers', peers)):
+    titles = {'zoo': 'Counts of this package’s networks', 'peers': 'Counts of other networks, for comparison'}
+    for (name, title), reports in zip(titles.items(), (zoo, peers)):
         for fmt, suffix in (('markdown', 'md'), ('csv', 'csv'), ('json', 'json')):
-            texts[REPORTS / f'{name}.{suffix}'] = format_reports(reports, fmt) + '\n'
+            heading = f'# {title}\n\n{COUNTS}\n\n' if fmt == 'markdown' else ''
+            texts[REPORTS / f'{name}.{suffix}'] = heading + format_reports(reports, fmt) + '\n'
     for checkpoint in checkpoints:
         if checkpoint.has_connections:
             texts[REPORTS / 'connectivity' / f'{checkpoint.name}.json'] = _connectivity(checkpoint)
@@ -184,7 +189,7 @@ def _performance_summary() -> str:
         _performance_table('', chosen, machines),
         f'Of the {len(with_goal)} goals here and in [all that was measured](benchmarks/README.md), {len(missed)} are '
         'missed.',
-        *(_conditions(machine) + _doubts(machine) for machine in machines)))
+        *(_conditions(machine) + _doubts(machine, ('inference', 'training', 'autocast')) for machine in machines)))
 
 
 def _performance_lines(machines: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, str]]]:
@@ -212,6 +217,10 @@ def _machines() -> list[dict[str, Any]]:
     return [{**json.loads(path.read_text(encoding='utf-8')), 'figure': path.with_suffix('.png')} for path in files]
 
 
+def _by(criterion: str) -> str:
+    return 'at random' if criterion == 'random' else f'by {criterion}'
+
+
 def _pruning() -> str:
     """Show what connections are worth: accuracy and time without the weakest, and how well they can be guessed."""
     path = REPOSITORY / 'benchmarks' / 'pruning.json'
@@ -224,14 +233,14 @@ def _pruning() -> str:
         by = {row['by']: row for row in pruned if row['fraction'] == fraction}
         rows.append({
             'connections gone': f'{fraction:.0%}',
-            **{f'top-1, by {name}': f'{row["top1"]:.2f} %' for name, row in by.items()},
+            **{f'top-1, {_by(name)}': f'{row["top1"]:.2f} %' for name, row in by.items()},
             'layers left, by norm': f'{by["norm"]["layers"]} of {whole["layers"]}',
             **{f'time, batch {n}': f'{ratio:.2f} ×' for n, ratio in by['norm']['time'].items()}})
     files = (REPOSITORY / 'benchmarks' / 'fine_tuning').glob(f'{results["checkpoint"]}-*.json')
     trained = {(row['by'], row['fraction']): row['top1'] for row in (json.loads(file.read_text()) for file in files)}
     after = [
         {'connections gone': f'{fraction:.0%}', **{
-            f'top-1, by {by}': f'{trained[by, fraction]:.2f} %' for by in CRITERIA if (by, fraction) in trained}}
+            f'top-1, {_by(by)}': f'{trained[by, fraction]:.2f} %' for by in CRITERIA if (by, fraction) in trained}}
         for fraction in sorted({fraction for _, fraction in trained})]
     importance = results['importance']
     correlations = [
@@ -247,8 +256,7 @@ def _pruning() -> str:
         f'as a multiple of the whole network\'s:',
         tables[0],
         *(['After one epoch of training by the recipe `cifar100_fine_tuning`, and with BatchNorm statistics '
-           're-estimated on training images, which those above are not, '
-           '`TIMM_SCRIPTS=… python benchmarks/fine_tuning.py taylor 0.3 …`:',
+           're-estimated on training images, which those above are not:',
            tables[1]] if after else []),
         f'Spearman\'s rank correlation of a connection\'s score with the loss on {importance["num_images"]} training '
         f'images when that connection alone is gone:',
@@ -361,16 +369,24 @@ def _conditions(machine: dict[str, Any]) -> str:
     dates, torches, rounds = (sorted({row[key] for row in rows}) for key in ('date', 'torch', 'rounds'))
     return (
         f'{machine["machine"]}: {machine["threads"]} threads, channels_last, eager, torch {", ".join(torches)}, '
-        f'{", ".join(dates)}; medians of {", ".join(map(str, rounds))} interleaved rounds.')
+        f'{", ".join(dates)}; medians of {" or ".join(map(str, rounds))} interleaved rounds.')
 
 
-def _doubts(machine: dict[str, Any]) -> str:
-    rows = machine['rows'].items()
+def _doubts(machine: dict[str, Any], kinds: tuple[str, ...] = ('',)) -> str:
+    """Name the comparisons, of kinds that begin with these words, of which a figure may be off."""
+    rows = [(_comparison(name), row) for name, row in machine['rows'].items() if name.startswith(kinds)]
     disturbed = [name for name, row in rows if row.get('load', 1) > 1.15]
     unsteady = [f'{name} ({row["disagreement"]:.0%})' for name, row in rows if row.get('disagreement', 0) > 0.15]
     return (
         (f' Another load was present in: {", ".join(disturbed)}.' if disturbed else '')
         + (f' Rounds disagree (interquartile range, of the median) in: {", ".join(unsteady)}.' if unsteady else ''))
+
+
+def _comparison(name: str) -> str:
+    """Say in words which comparison of benchmarks/run.py has this name."""
+    kind, _, networks = name.partition(' ')
+    words = {'growth': f'a block of {networks} layers', 'peer': ' beside '.join(networks.split())}
+    return words.get(kind, name)
 
 
 def _predict() -> str:

@@ -152,6 +152,8 @@ def test_report_formats():
 def test_report_of_an_unknown_model_suggests_similar_names():
     result = invoke('report', 'delugenet1')
     assert result.exit_code == 2 and "no model 'delugenet1'" in result.stderr and 'delugenet104' in result.stderr
+    result = invoke('report', 'resnetlike146_1x1', '--model-kwargs', 'drop_rate=0.1', 'num_classes=10')
+    assert result.exit_code == 2 and 'num_classes=10: no model; --model-kwargs takes one KEY=VALUE' in result.stderr
 
 
 def test_report_of_an_unknown_tag():
@@ -175,6 +177,18 @@ def test_weights_commands(scratch_weights):
     scratch_weights.write_bytes(b'spoiled')
     result = invoke('weights', 'verify')
     assert result.exit_code == 1 and '7 bytes, but the manifest says' in result.stderr
+
+
+def test_weights_that_cannot_be_read(scratch_weights, monkeypatch):
+    def read_bytes(path, read_bytes=Path.read_bytes):
+        if path == scratch_weights:
+            raise PermissionError(13, 'Permission denied', str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, 'read_bytes', read_bytes)
+    for status, command in (1, ('weights', 'verify')), (2, ('predict',)):
+        result = invoke(*command)
+        assert result.exit_code == status and 'Permission denied' in result.stderr
 
 
 def test_recipes_are_listed_with_what_they_are():

@@ -42,6 +42,11 @@ def assert_blocks(blocks):
     assert second.dead_channels == pytest.approx([0, 3 / 24])
 
 
+def test_weights_that_are_all_zero_are_dead():
+    blocks = block_connectivity({'stages.0.cross_layers.0.weight': torch.zeros(8, 1, 2, 1)})
+    assert blocks[0].dead_channels == [1]
+
+
 def test_norms(state_dict):
     assert_blocks(block_connectivity(state_dict))
 
@@ -171,6 +176,7 @@ def test_training(tmp_path, opt):
     first, second = epochs[0].gradients
     assert first.last == pytest.approx([1 / 3, 2 / 3, 1], rel=1e-3)  # SGD's has weight decay in it
     assert second.last == pytest.approx([1 / 3, 2 / 3, 1], rel=1e-3)
+    assert first.norms[-1] == pytest.approx([0.1, 0.2, 0.3], rel=1e-2)  # 1 - 0.9 of the first gradient, none before
     assert epochs[0].weights == block_connectivity(read_state_dict(str(tmp_path / 'checkpoint-0.pth.tar')))
     result = invoke('connectivity', tmp_path)
     rows = [line.split('│') for line in result.stdout.splitlines() if '│' in line]
@@ -179,6 +185,8 @@ def test_training(tmp_path, opt):
     assert [cell.strip() for cell in rows[0]][4:6] == [f'{sum(others) / len(others):.2f}', f'{others[-1]:.2f}']
     shown = json.loads(invoke('connectivity', tmp_path, '--json').stdout)
     assert shown[1]['gradients'][0]['norms'] == first.norms
+    (tmp_path / 'checkpoint-1.pth.tar').unlink()  # as of an epoch that is not among the best
+    assert training_connectivity(tmp_path) == epochs
 
 
 def test_training_without_momentum(tmp_path):

@@ -353,7 +353,7 @@ def test_layers_go_from_a_pruned_network(tmp_path):
 
 def test_layers_that_cannot_go_are_named():
     model = network()
-    with pytest.raises(ValueError, match='expected those of each of 2 blocks of a DelugeNet, got 1'):
+    with pytest.raises(ValueError, match='expected those of each of 2 blocks, got 1'):
         remove_layers(model, [[1]])
     with pytest.raises(ValueError, match=r'stages.1.layers has the numbers 0 to 3, got \[4\]'):
         remove_layers(model, [[], [4]])
@@ -383,8 +383,9 @@ def test_what_is_wrong_is_said():
         prune_connections(network(aggregation='scalar'), 0.5, unit='channel')
     with pytest.raises(ValueError, match="only aggregation='cross_layer' takes them"):
         network(aggregation='last', channel_masks=True)
-    with pytest.raises(ValueError, match='needs batches'):
-        prune_connections(model, 0.5, 'taylor')
+    for batches in (None, iter([])):
+        with pytest.raises(ValueError, match='needs batches'):
+            prune_connections(model, 0.5, 'taylor', batches)
     for other in (network(aggregation='residual'), reparameterize_model(model)):
         with pytest.raises(ValueError, match='no cross-layer convolutions to prune'):
             prune_connections(other, 0.5)

@@ -191,6 +191,18 @@ def test_a_run_that_started_from_another_one_counts_on(run_dir, data_dir, weight
         add_checkpoint(folders[2:], 'test_noise', data_dir, **PROVENANCE)
 
 
+def test_runs_that_do_not_go_on_from_each_other_are_refused(run_dir, data_dir, weights_dir, tmp_path):
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    other = tmp_path / 'other'
+    other.mkdir()
+    for folder in (run_dir, other):
+        (folder / 'summary.csv').write_text('epoch,train_loss\n0,1.6\n1,1.5\n')
+    for arguments in ({}, {'resume': str(other / 'last.pth.tar')}):  # from scratch, or unknown from what
+        write_args(other, {**args, 'epochs': 2, **arguments})
+        with pytest.raises(ValueError, match='other: the run has a first epoch, as one of a folder before it has'):
+            add_checkpoint([run_dir, other], 'test_noise', data_dir, **PROVENANCE)
+
+
 def test_accuracy_without_inexact_images(run_dir, data_dir, weights_dir):
     inexact = ['class_5/3.png', 'class_0/0.png']
     checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE, inexact=inexact)
@@ -202,7 +214,7 @@ def test_accuracy_without_inexact_images(run_dir, data_dir, weights_dir):
 
 
 def test_the_command_takes_every_option(run_dir, data_dir, weights_dir, tmp_path):
-    (tmp_path / 'inexact.txt').write_text('class_5/3.png\n')
+    (tmp_path / 'inexact.txt').write_text('class_5/3.png\n\n')
     (tmp_path / 'words.txt').write_text('class_0\tzero\nclass_5\tfive\n\nclass_10\tten\n')
     result = add(run_dir, data_dir, **{
         'inexact': tmp_path / 'inexact.txt', 'class-descriptions': tmp_path / 'words.txt', 'img-size': 24,
@@ -226,13 +238,20 @@ def test_class_descriptions_are_taken_from_a_list_of_words(run_dir, data_dir, we
     assert weights.list_checkpoints() == [checkpoint]
 
 
-def test_checkpoint_that_training_started_from_is_recorded(run_dir, data_dir, weights_dir):
+def test_checkpoint_that_training_started_from_is_recorded(run_dir, data_dir, weights_dir, tmp_path):
     base = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert base.base_model is None
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
     write_args(run_dir, {**args, 'model': base.name, 'pretrained': True})
     tuned = add_checkpoint([run_dir], 'test_noise_ft_noise', data_dir, **PROVENANCE)
     assert (tuned.model, tuned.base_model) == ('resnetlike146_1x1', 'resnetlike146_1x1.test_noise')
+    further = tmp_path / 'further'
+    further.mkdir()
+    write_args(further, {**args, 'epochs': 2, 'initial_checkpoint': str(run_dir / 'last.pth.tar')})
+    (further / 'summary.csv').write_text('epoch,train_loss\n0,1.3\n1,1.2\n')
+    (further / 'last.pth.tar').write_bytes((run_dir / 'last.pth.tar').read_bytes())
+    on = add_checkpoint([run_dir, further], 'test_noise_on', data_dir, **PROVENANCE)
+    assert (on.base_model, on.epochs) == ('resnetlike146_1x1.test_noise', 10)
 
 
 def test_a_run_may_start_from_what_was_made_of_a_published_checkpoint(run_dir, data_dir, weights_dir, tmp_path):

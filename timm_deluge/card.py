@@ -203,7 +203,8 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
         ('architecture', f'`{checkpoint.model}`, {checkpoint.num_params:,} parameters'),
         ('data', f'{checkpoint.dataset["name"]}, {checkpoint.dataset["train_images"]:,} images; '
                  f'{checkpoint.dataset["provenance"]}'),
-        ('training', f'recipe `{checkpoint.recipe}`, {checkpoint.epochs} epoch{"s" * (checkpoint.epochs != 1)} '
+        ('training', f'recipe `{checkpoint.recipe}`, whose first lines have the commands, '
+                     f'{checkpoint.epochs} epoch{"s" * (checkpoint.epochs != 1)} '
                      f'from {_start(checkpoint)}, '
                      f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; '
                      + ('weights averaged with those it started from; '

@@ -104,7 +104,7 @@ def predict_command(
         _fail('standard input named no images')
     try:
         predictions = list(_show_progress(predict(paths, model, top, batch_size, device), len(paths), 'images'))
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         _fail(error)
     if as_json:
         print(json.dumps([_as_dict(p) for p in predictions], indent=2))
@@ -167,7 +167,9 @@ def report(
 ) -> None:
     """Parameters, multiply-adds and FLOPs, by fvcore's and by the paper's convention."""
     for name in models:
-        if not name.startswith(('hf-hub:', 'local-dir:')) and not timm.is_model(name):
+        if '=' in name:
+            _fail(f'{name}: no model; --model-kwargs takes one KEY=VALUE, and may be repeated')
+        if not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(name):
             close = timm.list_models(f'*{name[:6]}*')[:5]
             _fail(f'timm has no model {name!r}' + (f'; similar names: {", ".join(close)}' if close else ''))
     kwargs = dict(map(_parse_model_kwarg, model_kwargs or []))
@@ -195,8 +197,8 @@ def connectivity(
     The sources are batch-normalised, so that their norms can be compared.
 
     Of the folder of a run of train.py, the table has a row for each epoch and block: the norms of the first source, of
-    the others (their mean) and of the last in that convolution; the share of weights below a thousandth of the largest;
-    and the norm of the mean gradient that the optimizer keeps, of the weights' norm.
+    the others (their mean) and of the last in that convolution; the share of weights below a thousandth of the largest,
+    the mean of all convolutions; and the norm of the mean gradient that the optimizer keeps, of the weights' norm.
     """
     if output is not None and output.suffix not in ('.png', '.svg'):
         _fail(f'{output}: pictures are written as .png or .svg')
@@ -344,7 +346,7 @@ def weights_add(
         provenance: Annotated[str, typer.Option(help='Where exactly the images come from.')],
         hardware: Annotated[str, typer.Option(help='What it was trained on.')],
         inexact: Annotated[Path | None, typer.Option(
-            help='Text file: names of test images, one a line, that differ from the published ones.')] = None,
+            help='Text file: names of test images, one per line, that differ from the published ones.')] = None,
         descriptions: Annotated[Path | None, typer.Option(
             '--class-descriptions',
             help="Text file: a class folder's name, a tab and what it stands for on each line, as in WordNet's "
@@ -367,7 +369,7 @@ def weights_add(
     try:
         checkpoint = add_checkpoint(
             run_dirs, tag, data_dir, recipe_name, dataset_name, provenance, hardware,
-            inexact.read_text(encoding='utf-8').splitlines() if inexact else (),
+            list(filter(None, inexact.read_text(encoding='utf-8').splitlines())) if inexact else (),
             _read_descriptions(descriptions) if descriptions else None, base_model, img_size, settled_images, split)
     except (LookupError, OSError, RuntimeError, SafetensorError, ValueError, yaml.YAMLError) as error:
         _fail(error)
@@ -405,12 +407,12 @@ def weights_verify() -> None:
     failed = False
     for checkpoint in list_checkpoints():
         if checkpoint.is_elsewhere:
-            console.print(f'not here: {checkpoint.name}', highlight=False)
+            console.print(f'not here: {checkpoint.name}')
             continue
         try:
             verify_checkpoint(checkpoint)
             console.print(f'[green]ok[/]  {checkpoint.name}  {checkpoint.sha256}')
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             failed = True
             err_console.print(f'[bold red]bad[/] {checkpoint.name}: {escape(str(error))}')
     raise typer.Exit(int(failed))

@@ -33,7 +33,8 @@ class BlockConnectivity:
         block: Number of the block, the first is 1.
         norms: L2 norm of the weights of source h_i, in ``norms[k][i]`` for the convolution that gives x_{k+2}, which
             has k + 2 sources.
-        dead_channels: Share of the weights of each convolution that are below a thousandth of its largest.
+        dead_channels: Share of each convolution's weights, one for each source and channel, that are no more than a
+            thousandth of its largest.
     """
     block: int
     norms: list[list[float]]
@@ -72,13 +73,13 @@ def block_connectivity(state_dict: dict[str, torch.Tensor]) -> list[BlockConnect
         raise ValueError('there are cross-layer weights that are not finite: the training has diverged')
     if any(tensor.shape[1] != 2 + i for tensors in blocks.values() for i, tensor in tensors.items()):
         raise ValueError(
-            'a sum does not have all layers before it as its sources, and which it has is not in these tensors. Of a '
-            "pruned network, name the folder, local-dir:FOLDER; with aggregation='last' there is nothing to compare")
+            'a convolution has fewer sources than there are layers before it, and the file does not say which. For a '
+            "pruned network, name its folder, local-dir:FOLDER; with aggregation='last' there is nothing to compare")
     return [
         BlockConnectivity(
             block=1 + index,
             norms=[weights[i].norm(dim=0).tolist() for i in sorted(weights)],
-            dead_channels=[float((w.abs() < DEAD * w.abs().max()).float().mean()) for _, w in sorted(weights.items())],
+            dead_channels=[float((w.abs() <= DEAD * w.abs().max()).float().mean()) for _, w in sorted(weights.items())],
         )
         for index, weights in sorted(blocks.items())
     ]
@@ -93,8 +94,8 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
             pretrained weights.
 
     Returns:
-        The tensors by name, of a run those trained, not their moving average; connections that were pruned from a model
-        are zeros.
+        The tensors by name; of a run's checkpoint, the weights themselves, not their moving average. Connections that
+        were pruned from a model are zeros.
 
     Raises:
         CheckpointError: If there is neither such a file nor such a model with weights, or the file is damaged.
@@ -103,7 +104,7 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
         return read_tensors(source, use_ema=False)
     if Path(source).suffix in FILE_SUFFIXES:
         raise CheckpointError(f'{source}: no such file')
-    if not source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(source.partition('.')[0]):
+    if not source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(source):
         raise CheckpointError(
             f'{source}: neither a file nor a model of timm. Name a checkpoint file, a model such as delugenet146, '
             f'hf-hub:USER/REPO or local-dir:FOLDER')

@@ -398,7 +398,8 @@ class DelugeNet(nn.Module):
 
         Raises:
             ValueError: If `depths` and `widths` differ in length or name no block, the layer that gives h_0 is missing,
-                an option has none of the values above, or there would be more than a thousand million parameters.
+                an option has none of the values above, a rate is not within 0 and 1, `pruned_connections` do not fit,
+                or there would be more than a thousand million parameters.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}

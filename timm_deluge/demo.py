@@ -144,10 +144,10 @@ def create_page(default: str) -> gr.Blocks:
     Raises:
         CheckpointError: If there is no such checkpoint, or the file of any is not what the manifest says.
     """
+    answer(str(EXAMPLE_IMAGE), default, 10)  # may download it
     names = [c.name for c in list_checkpoints() if c.files and c.has_connections]
     for name in names:
         _network(name)
-    answer(str(EXAMPLE_IMAGE), default, 10)
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():

@@ -97,12 +97,15 @@ def widen_layers(model: DelugeNet, wider: DelugeNet) -> DelugeNet:
         things.
 
     Raises:
-        ValueError: If the networks differ in more than their widths, or if one of the wider network's is smaller.
+        ValueError: If the networks are no DelugeNets, pool so that each channel counts twice, differ in more than their
+            widths, or if one of the wider network's is smaller.
     """
     for network in model, wider:
-        if not isinstance(network, DelugeNet) or network.head.global_pool.feat_mult() != 1:
+        if not isinstance(network, DelugeNet):
+            raise ValueError(f'expected two DelugeNets, got a {type(network).__name__}')
+        if network.head.global_pool.feat_mult() != 1:
             raise ValueError(
-                f'expected two DelugeNets whose pooling gives each channel once, got a {type(network).__name__}')
+                f'expected a global pooling that gives each channel once, got {network.head.global_pool.pool_type!r}')
     for option in 'num_classes', 'in_chans':
         if getattr(model, option) != getattr(wider, option):
             raise ValueError(

@@ -24,7 +24,7 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
 
     Args:
         paths: Files, folders (searched for files with an image's extension), glob patterns, or '-' for paths on
-            standard input, one a line.
+            standard input, one per line.
 
     Yields:
         Paths of files, a folder's sorted by name. What does not exist and folders without images are yielded as they

@@ -147,12 +147,15 @@ def _taylor(
     model = copy.deepcopy(model).eval().requires_grad_()
     weights = [conv.weight for conv in find_cross_layers(model).values()]
     totals = [torch.zeros_like(weight) for weight in weights]
+    images = None
     for images, targets in batches:
         with torch.enable_grad():
             loss = F.cross_entropy(model(images).float(), targets, reduction='sum')
         gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         for total, gradient in zip(totals, gradients):
             total += gradient
+    if images is None:
+        raise ValueError("by='taylor' needs batches of images and targets, there is none: was an iterator used before?")
     return {
         name: (weight.detach() * total).float()[:, 0, :, 0]
         for name, weight, total in zip(consumers, weights, totals)}
@@ -244,8 +247,10 @@ def remove_layers(model: nn.Module, layers: Sequence[Collection[int]]) -> nn.Mod
     """
     shallower = copy.deepcopy(model)
     blocks: Any = {name: block for name, block in shallower.named_modules() if isinstance(block, DelugeBlock)}
-    if not blocks or len(blocks) != len(layers):
-        raise ValueError(f'layers: expected those of each of {len(blocks)} blocks of a DelugeNet, got {len(layers)}')
+    if not blocks:
+        raise ValueError('expected a DelugeNet that is not reparameterised: there is no Deluge block')
+    if len(blocks) != len(layers):
+        raise ValueError(f'layers: expected those of each of {len(blocks)} blocks, got {len(layers)}')
     for (name, block), removed in zip(blocks.items(), layers):
         depth = len(block.layers)
         missing = set(removed) - set(range(depth))

@@ -73,7 +73,7 @@ class InferenceConv2d(nn.Conv2d):
         """
         if conv.groups != 1 or conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
             raise ValueError(
-                f'cannot be reparameterised: no groups and a number of zeros to pad with expected, not {conv}')
+                f'cannot be reparameterised: expected groups=1 and a number of zeros as padding, not {conv}')
         super().__init__(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             bias=False, device='meta')

@@ -1,11 +1,10 @@
 """What becomes of the connections while a network trains: their norms and their gradients', epoch by epoch.
 
-train.py writes a checkpoint after each epoch, and keeps the best ones, with the optimizer's state. That has, for each
-weight, a mean of its gradients over the latest steps: the momentum.
+train.py writes a checkpoint after each epoch, and keeps the best ones and the last, with the optimizer's state. That
+has, for each weight, a mean of its gradients over the latest steps: the momentum.
 """
 from argparse import Namespace
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -47,7 +46,7 @@ def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
     """Measure the connections of each checkpoint that a run of train.py has left.
 
     Args:
-        run_dir: The run's folder. train.py keeps its `--checkpoint-hist` best checkpoints, ten by default.
+        run_dir: The run's folder. train.py keeps its best checkpoints, `--checkpoint-hist`, and the last one.
 
     Returns:
         The epochs in their order.
@@ -57,21 +56,21 @@ def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
         ValueError: If the network has no cross-layer convolutions.
     """
     torch.serialization.add_safe_globals([Namespace])
-    paths = list(run_dir.glob('checkpoint-*.pth.tar'))
+    paths = [*run_dir.glob('last.pth.tar'), *run_dir.glob('checkpoint-*.pth.tar')]
     if not paths:
         raise CheckpointError(
-            f'{run_dir}: there is no checkpoint-*.pth.tar; name the folder of a run of train.py, or, of a saved model, '
-            f'local-dir:{run_dir}')
-    epochs = []
+            f'{run_dir}: there is no last.pth.tar and no checkpoint-*.pth.tar; name the folder of a run of train.py, '
+            f'or, of a saved model, local-dir:{run_dir}')
+    epochs = {}
     for path in paths:
         checkpoint = _load(path)
         gradients = _mean_gradients(checkpoint)
-        epochs.append(EpochConnectivity(
+        epochs[checkpoint['epoch']] = EpochConnectivity(
             epoch=checkpoint['epoch'],
             weights=block_connectivity(checkpoint['state_dict']),
             gradients=block_connectivity(gradients) if gradients else None,
-        ))
-    return sorted(epochs, key=lambda epoch: epoch.epoch)
+        )
+    return [epochs[number] for number in sorted(epochs)]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -98,7 +97,9 @@ def _mean_gradients(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     if [len(group) for group in groups] != [len(saved) for saved in saved_groups]:
         return {}  # the run's own groups: which parameter has which number is not known
     gradients = {}
-    for parameter, number in zip(chain(*groups), chain(*saved_groups)):
-        state = checkpoint['optimizer']['state'].get(number, {})
-        gradients.update({names[id(parameter)]: state[key] for key in MOMENTA if key in state})
+    for parameters, saved in zip(groups, checkpoint['optimizer']['param_groups']):
+        share = 1 - saved['momentum'] if saved.get('dampening') == 0 else 1  # SGD keeps a sum, the others a mean
+        for parameter, number in zip(parameters, saved['params']):
+            state = checkpoint['optimizer']['state'].get(number, {})
+            gradients.update({names[id(parameter)]: share * state[key] for key in MOMENTA if key in state})
     return gradients

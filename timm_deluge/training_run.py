@@ -101,16 +101,18 @@ def add_checkpoint(
         raise FileNotFoundError(f'{LOGS.parent}: no such folder; publish from a checkout (`pip install -e .`)')
     run_dir = run_dirs[-1]
     args = _read_args(run_dir)
-    model_name, _, base_tag = args['model'].partition('.')
+    model_name = args['model'].partition('.')[0]
     if model_name not in timm.list_models(module='delugenet') or args.get('model_kwargs'):
         raise ValueError(f'{run_dir}: a run of {args["model"]} with model_kwargs {args.get("model_kwargs")}; only '
                          f'models of this package, without further arguments, can be published')
     for option in ('gp', 'pretrained_path', 'bn_eps'):
         if args.get(option) not in (None, '', 'avg'):
             raise ValueError(f'{run_dir}: a run with {option}: {args[option]}, which cannot be published')
-    base = find_checkpoint(model_name, base_tag) if args.get('pretrained') else None
+    base = _pretrained_checkpoint(args)
+    first_args = _read_args(run_dirs[0])
+    start = _pretrained_checkpoint(first_args)
     if base_model:
-        _check_made_of(find_checkpoint(*base_model.split('.', 1)), _read_args(run_dirs[0]).get('initial_checkpoint'))
+        _check_made_of(find_checkpoint(*base_model.split('.', 1)), first_args.get('initial_checkpoint'))
     log, epochs_done = _read_log(run_dirs, starts_elsewhere=base_model is not None)
     if epochs_done < args['epochs']:
         raise ValueError(f'{run_dir}: {epochs_done} of {args["epochs"]} epochs are done; resume the run with '
@@ -168,7 +170,7 @@ def add_checkpoint(
             provenance=provenance,
             **(dict(inexact=sorted(inexact)) if inexact else {}),
         ),
-        base_model=base.name if base else base_model,
+        base_model=start.name if start else base_model,
         recipe=recipe,
         epochs=1 + max(log),
         seed=args['seed'],
@@ -224,6 +226,11 @@ def _read_args(run_dir: Path) -> dict[str, Any]:
     return args
 
 
+def _pretrained_checkpoint(args: dict[str, Any]) -> Checkpoint | None:
+    """Get the published checkpoint that a run's `--pretrained` loaded, if it has that option."""
+    return find_checkpoint(*args['model'].split('.', 1)) if args.get('pretrained') else None
+
+
 def _hours(run_dir: Path) -> float:
     seconds = (run_dir / 'summary.csv').stat().st_mtime - (run_dir / 'args.yaml').stat().st_mtime
     if seconds < 0:
@@ -260,8 +267,8 @@ def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[in
         did.
 
     Raises:
-        ValueError: If a run started from a checkpoint that is in none of the folders before it, no epoch is done, or
-            those before are missing.
+        ValueError: If a run started from a checkpoint that is in none of the folders before it, or does not go on from
+            them, no epoch is done, or those before are missing.
     """
     log: dict[int, dict[str, str]] = {}
     before = 0
@@ -278,6 +285,11 @@ def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[in
         with (run_dir / 'summary.csv').open(newline='') as f:
             # a run that was resumed in its folder begins with the header again
             rows = {before + int(row['epoch']): row for row in csv.DictReader(f) if row['epoch'] != 'epoch'}
+        if before in rows.keys() & log.keys() and not goes_on:
+            raise ValueError(f'{run_dir}: the run has a first epoch, as one of a folder before it has, and its '
+                             f'args.yaml does not say that it goes on from there. If it started from what that left, '
+                             f'and was resumed without --initial-checkpoint, write initial_checkpoint into args.yaml, '
+                             f'and give this file its time back (touch -d)')
         log.update({epoch: {**row, 'epoch': str(epoch)} for epoch, row in rows.items()})
         if not log:
             raise ValueError(f'{run_dir / "summary.csv"}: no epoch is done yet')

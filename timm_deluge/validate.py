@@ -111,7 +111,7 @@ def image_names(loader: DataLoader[Any]) -> list[str]:
 
 @torch.inference_mode()
 def rank_targets(model: nn.Module, batches: Iterable[Any], device: str = 'cpu') -> torch.Tensor:
-    """Find how many classes the model holds for more probable than the right one.
+    """Count the classes that the model takes for more probable than the right one.
 
     Args:
         model: The model, in eval mode, on `device`.

@@ -1,8 +1,8 @@
 """The backend as C++ loops for a CPU: a layer is read once, and all arithmetic is in float32.
 
-`kernels.cpp` is compiled for the processor at hand, in some seconds, by the C++ compiler that `torch.compile` would
-take: when this module is imported, and for bfloat16 at its first use. `compile.py` keeps the libraries for later
-processes. The loops run in PyTorch's own threads.
+`kernels.cpp` is compiled for the processor at hand, in some seconds, by the compiler that the environment variable CXX
+names, or `c++`: when this module is imported, and for bfloat16 at its first use. `compile.py` keeps the libraries for
+later processes. The loops run in PyTorch's own threads.
 """
 import ctypes
 from collections.abc import Sequence

@@ -32,7 +32,8 @@ def set_implementation(name: str) -> None:
               by Triton's kernels on a CUDA device and by C++ loops on a CPU, where these compile, else by ATen's
               operators. The default.
             * 'reference': differentiable operators only, layer by layer: for debugging.
-            * 'aten', 'cpp', 'triton': as 'auto', with this backend wherever it can run.
+            * 'aten', 'cpp', 'triton': as 'auto', with this backend wherever it can run, and elsewhere, but for 'triton'
+              on a CPU, ATen's operators.
 
     Raises:
         ValueError: If there is no such implementation.
