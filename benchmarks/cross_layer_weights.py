@@ -1,4 +1,4 @@
-"""Train by timm's train.py with other rules for the cross-layer weights: how fast they learn, and from where.
+"""Train by timm's train.py with other rules for cross-layer weights and biases: how fast they learn, and from where.
 
     TIMM_SCRIPTS=path/to/pytorch-image-models python benchmarks/cross_layer_weights.py --lr-scale 0.1 \
         --config $(timm-deluge recipe cifar100_connections) --data-dir cifar100 --epochs 1
@@ -58,7 +58,7 @@ def start_from_latest(self: CrossLayerDepthwiseConv2d) -> None:
 def main(
         context: typer.Context,
         lr_scale: Annotated[float, typer.Option(help='Multiplies their learning rate.')] = 1.,
-        weight_decay: Annotated[float | None, typer.Option(help="Of them alone; the recipe's by default.")] = None,
+        weight_decay: Annotated[float | None, typer.Option(help="Of both alone; the recipe's by default.")] = None,
         start: Annotated[Start, typer.Option(help='From the mean of the layers or from the latest one.')] = Start.mean,
         optimizer: Annotated[Optimizer, typer.Option(help="What timm's Muon does with them.")] = Optimizer.fallback,
 ) -> None:

@@ -48,7 +48,7 @@ def main(
         by: Annotated[str, typer.Argument(help='Criterion: norm, taylor or random.')],
         fraction: Annotated[float, typer.Argument(help='Share of all connections that goes.')],
         data_dir: Annotated[Path, typer.Option(help='CIFAR-100: train/ and validation/, a folder for each class.')],
-        model_name: Annotated[str, typer.Option('--model', help='Model, or model.tag.')] = 'delugenet146',
+        model_name: Annotated[str, typer.Option('--model', help='Model, or model.tag, of CIFAR-100.')] = 'delugenet146',
         num_images: Annotated[int, typer.Option(help='Training images for the first-order estimate.')] = 1000,
         dtype_name: Annotated[str, typer.Option('--dtype', help='In the test.')] = 'float32',
         threads: Annotated[int, typer.Option(help='Threads of all but the training.')] = 2,

@@ -82,6 +82,7 @@ def main(
         threads: Annotated[int, typer.Option(help='Threads.')] = 2,
 ) -> None:
     """Measure every kernel on this machine's CPU, in both types and both layouts."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     size = [int(n) for n in shape.split()]
     rows = []

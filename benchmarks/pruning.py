@@ -126,19 +126,20 @@ def main(
         output: Annotated[Path, typer.Option(help='JSON file.')] = run.FOLDER / 'pruning.json',
 ) -> None:
     """Measure one checkpoint's connections on this machine."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     run.rounds = rounds
     dtype = getattr(torch, dtype_name)
     model = timm.create_model(model_name, pretrained=True).eval()
     name = f'{model.pretrained_cfg["architecture"]}.{model.pretrained_cfg["tag"]}'
 
+    test = list(test_batches(model, test_dir, dtype, num_test_images))
     batches = list(create_validation_loader(model, train_dir, 100, 1, num_images))
     scores = {by: connection_scores(model, by, batches) for by in CRITERIA}
     (images, targets), = create_validation_loader(model, train_dir, num_loss_images, 1, num_loss_images)
     importance = measure_importance(
         model.to(memory_format=torch.channels_last), as_input(images, torch.float32), targets, scores)
 
-    test = list(test_batches(model, test_dir, dtype, num_test_images))
     whole = inference_model(model, dtype)
     rows = []
     for by, fraction in track([(None, 0.), *((by, fraction) for by in CRITERIA for fraction in FRACTIONS)]):

@@ -33,20 +33,21 @@ from torch import nn
 import timm_deluge  # noqa: F401 registers the models
 from timm_deluge.validate import list_classes, open_folder
 
+TRIES = 10  # of timm's 'rrc' to find a crop that fits into the image
 EAGER_STEPS = 3  # before a step is captured: they compile kernels and create the optimizer's state
 DEFAULTS = dict(
     model_kwargs={}, pretrained=False, train_split='train', val_split='validation',
     batch_size=512, validation_batch_size=500, opt='muon', momentum=0.95, weight_decay=0.05, opt_kwargs={},
     sched='cosine', warmup_epochs=0., warmup_lr=0., min_lr=0., train_crop_mode='rrc', scale=(0.08, 1.0),
-    ratio=(3 / 4, 4 / 3), hflip=0.5, reprob=0., smoothing=0.1, seed=42)
+    ratio=(3 / 4, 4 / 3), hflip=0.5, reprob=0., smoothing=0.1, seed=42, val_interval=5)
 FIXED = dict(  # what other options are here
     device_modules=['timm_deluge'], initial_checkpoint='', crop_pct=1.0, amp=True, amp_dtype='bfloat16',
     channels_last=True, color_jitter=0.0, remode='const', train_interpolation='bilinear', sched_on_updates=True,
     train_size_schedule='progressive', train_size_schedule_spread=0.0, train_size_random_mix=0.0)
 
-NEEDED = {
-    'amp', 'amp_dtype', 'batch_size', 'color_jitter', 'epochs', 'lr', 'momentum', 'opt', 'sched_on_updates',
-    'train_img_sizes', 'train_interpolation', 'warmup_epochs', 'weight_decay'}
+NEEDED = {  # for train.py's defaults are others
+    'batch_size', 'epochs', 'lr', 'momentum', 'opt', 'train_img_sizes', 'warmup_epochs', 'warmup_lr', 'weight_decay',
+    *FIXED.keys() - {'channels_last', 'device_modules', 'initial_checkpoint'}}
 
 
 def read_recipe(path: Path) -> dict[str, object]:
@@ -63,7 +64,7 @@ def read_recipe(path: Path) -> dict[str, object]:
     if missing:
         raise ValueError(f'{path}: says nothing of {min(missing)}, where train.py does something else than this script')
     known = {*DEFAULTS, 'model', 'num_classes', 'input_size', 'mean', 'std', 'epochs', 'train_img_sizes', 'lr',
-             'interpolation', 'device', 'workers', 'val_interval'}
+             'interpolation', 'device', 'workers'}
     for name, value in recipe.items():
         if name not in known and FIXED.get(name) != value:
             raise ValueError(f'{path}: {name}: {value} is not known here; train by timm\'s train.py')
@@ -108,15 +109,18 @@ def augment(images: torch.Tensor, size: int, args: Namespace) -> torch.Tensor:
     Returns:
         ``[N, 3, size, size]`` between 0 and 255.
     """
-    def uniform(low, high):
-        return torch.empty(len(images), device=images.device).uniform_(low, high)
+    def uniform(low, high, *tries):
+        return torch.empty(*tries, len(images), device=images.device).uniform_(low, high)
 
-    area, aspect = uniform(*args.scale), uniform(*map(math.log, args.ratio)).exp()
+    tries = TRIES if args.train_crop_mode == 'rrc' else 1
+    area, aspect = uniform(*args.scale, tries), uniform(*map(math.log, args.ratio), tries).exp()
     if args.train_crop_mode == 'rkrr':
         area, aspect = (factor.masked_fill(uniform(0, 1) < 0.5, 1.) for factor in (area, aspect))
-    extent = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 1)  # parts of width and height
+    extent = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], -1)  # parts of width and height
+    first = (extent <= 1).all(-1).int().argmax(0)  # that fits
+    extent = extent[first, torch.arange(len(images), device=images.device)]
     if args.train_crop_mode == 'rrc':
-        extent = extent.clamp(max=1)
+        extent = extent.clamp(max=1)  # where none fits
     centre = torch.stack([uniform(-1, 1), uniform(-1, 1)], 1) * (1 - extent)
     extent[:, 0] *= 1 - 2. * (uniform(0, 1) < args.hflip)
     oversampling = math.ceil(images.shape[1] / size)  # so that a smaller image sees every pixel
@@ -369,7 +373,7 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=SUPPRESS)
     parser.add_argument('--lr', type=float, default=SUPPRESS)
     parser.add_argument('--val-split', default=SUPPRESS, help='name of a folder')
-    parser.add_argument('--val-interval', type=int, default=5, help='epochs between two validations')
+    parser.add_argument('--val-interval', type=int, default=SUPPRESS, help='epochs between two validations')
     given = vars(parser.parse_args())
     train(Namespace(**{**read_recipe(given['recipe']), **given}))
 

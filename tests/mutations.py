@@ -135,12 +135,14 @@ def first_failure(checkout: Path, tests: str) -> str | None:
     if process.returncode == 0:
         return None
     failure = re.search(r'^(?:FAILED|ERROR) tests/(\S+)', process.stdout, re.MULTILINE)
-    assert failure and '::' in failure[1], process.stdout + process.stderr
-    return failure[1]
+    return failure[1] if failure else f'{tests}: exit status {process.returncode}'
 
 
 def main() -> int:
     chosen = [m for m in MUTATIONS if not sys.argv[1:] or any(part in m[0] for part in sys.argv[1:])]
+    for file, old, *_ in chosen:
+        count = (REPOSITORY / 'timm_deluge' / file).read_text().count(old)
+        assert count == 1, f'{file}: {count} times {old!r}'
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     rows = []
     with TemporaryDirectory() as folder:
@@ -152,7 +154,6 @@ def main() -> int:
         for number, (file, old, new, tests) in enumerate(chosen, start=1):
             path = checkout / 'timm_deluge' / file
             source = path.read_text()
-            assert source.count(old) == 1, f'{file}: {source.count(old)} times {old!r}'
             path.write_text(source.replace(old, new))
             caught_by = first_failure(checkout, tests)
             path.write_text(source)

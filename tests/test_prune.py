@@ -357,7 +357,7 @@ def test_layers_that_cannot_go_are_named():
         remove_layers(model, [[1]])
     with pytest.raises(ValueError, match=r'stages.1.layers has the numbers 0 to 3, got \[4\]'):
         remove_layers(model, [[], [4]])
-    with pytest.raises(ValueError, match='got 1'):
+    with pytest.raises(ValueError, match='nor of residual sums, got a DelugeNet without Deluge blocks'):
         remove_layers(network(aggregation='residual'), [[1]])
     only_first = DelugeNet(
         DEPTHS, (4, 8), num_classes=5, stem_type='cifar', pruned_connections=[[[], [], []], [[], [0, 2], [], []]])

@@ -1,12 +1,15 @@
 """Training on one GPU, tried on a processor: timm's Muon, timm's crops, and what a checkpoint is made of."""
 import csv
+import math
 import os
+import random
 import runpy
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -113,14 +116,20 @@ def test_crops_are_as_large_as_timms(example, mode):
     gradient = torch.arange(32, dtype=torch.uint8).view(1, 1, 32, 1).expand(2000, 32, 32, 3)
     cropped = example['augment'](gradient, 32, Namespace(train_crop_mode=mode, **CROPS))
     width = (cropped[..., 16, 20] - cropped[..., 16, 12])[:, 0].abs() / 8  # of the crop, as a part of the image's
-    expected = torch.empty(20000).uniform_(0.5, 1.).sqrt().mean()
-    if mode == 'rkrr':  # every other image
-        expected = (1 + expected) / 2
-    assert width.mean().item() == pytest.approx(expected.item(), abs=0.02)
-    assert width.max() <= 1.13  # sqrt(1.25)
+    if mode == 'rrc':
+        random.seed(0)
+        image = Image.new('RGB', (320, 320))
+        get_params = timm.data.transforms.RandomResizedCropAndInterpolation.get_params
+        expected = mean(get_params(image, CROPS['scale'], CROPS['ratio'])[3] / 320 for _ in range(20000))
+        largest = 1.
+    else:  # every other image
+        expected = (1 + torch.empty(20000).uniform_(0.5, 1.).sqrt().mean().item()) / 2
+        largest = math.sqrt(1.25)
+    assert width.mean().item() == pytest.approx(expected, abs=0.01)
+    assert width.max() <= largest + 0.01
     turned = example['augment'](gradient.transpose(1, 2), 32, Namespace(train_crop_mode=mode, **CROPS))
     height = (turned[..., 20, 16] - turned[..., 12, 16])[:, 0].abs() / 8
-    assert height.mean().item() == pytest.approx(expected.item(), abs=0.02) and height.max() <= 1.13
+    assert height.mean().item() == pytest.approx(expected, abs=0.01) and height.max() <= largest + 0.01
     for centre in cropped[..., 16, 15:17], turned[..., 15:17, 16]:
         offset = centre.mean((1, 2)) - 15.5
         assert offset.min() < -3 and offset.max() > 3 and abs(offset.mean()) < 0.3
@@ -186,6 +195,12 @@ def test_an_unknown_option_is_refused_by_name(example, tmp_path):
         example['read_recipe'](recipe(tmp_path, epochs=3))
     with pytest.raises(ValueError, match='says nothing of amp, where train.py does something else'):
         example['read_recipe'](Path(recipe_path('cifar10_delugenet146')))
+    path = recipe(tmp_path, val_interval=1)
+    assert example['read_recipe'](path)['val_interval'] == 1
+    for name in 'remode', 'train_size_schedule', 'warmup_lr', 'crop_pct':
+        path.write_text(''.join(line for line in recipe(tmp_path).open() if not line.startswith(f'{name}:')))
+        with pytest.raises(ValueError, match=f'says nothing of {name}, where train.py does something else'):
+            example['read_recipe'](path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -248,7 +248,8 @@ def remove_layers(model: nn.Module, layers: Sequence[Collection[int]]) -> nn.Mod
     shallower = copy.deepcopy(model)
     blocks: Any = {name: block for name, block in shallower.named_modules() if isinstance(block, DelugeBlock)}
     if not blocks:
-        raise ValueError('expected a DelugeNet that is not reparameterised: there is no Deluge block')
+        raise ValueError(f'expected a DelugeNet, neither reparameterised nor of residual sums, got a '
+                         f'{type(model).__name__} without Deluge blocks')
     if len(blocks) != len(layers):
         raise ValueError(f'layers: expected those of each of {len(blocks)} blocks, got {len(layers)}')
     for (name, block), removed in zip(blocks.items(), layers):
