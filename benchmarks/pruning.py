@@ -140,9 +140,11 @@ def main(
     importance = measure_importance(
         model.to(memory_format=torch.channels_last), as_input(images, torch.float32), targets, scores)
 
+    consumers = {connection.consumer for connection in scores['norm']}  # each keeps one connection
+    fractions = [fraction for fraction in FRACTIONS if fraction <= 1 - len(consumers) / len(scores['norm'])]
     whole = inference_model(model, dtype)
     rows = []
-    for by, fraction in track([(None, 0.), *((by, fraction) for by in CRITERIA for fraction in FRACTIONS)]):
+    for by, fraction in track([(None, 0.), *((by, fraction) for by in CRITERIA for fraction in fractions)]):
         pruned = whole if by is None else inference_model(prune_connections(model, fraction, by, batches), dtype)
         rows.append({
             'by': by, 'fraction': fraction, **accuracy(rank_targets(pruned, test)),

@@ -159,12 +159,6 @@ def kept_bytes(model: nn.Module, x: torch.Tensor, implementation: str = 'auto', 
     return sum(storages.values())
 
 
-def peak_bytes(step: Callable[[], Any]) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated()
-
-
 def measure_inference(name: str) -> dict[str, Any]:
     x = images(BATCH['inference'][name], SIZE[name])
     sides = {
@@ -204,11 +198,10 @@ def measure_training(name: str, autocast: bool = False) -> dict[str, Any]:
     }
     kept = {side: kept_bytes(*arguments) for side, arguments in sides.items()}
     steps = {side: training_step(*arguments) for side, arguments in sides.items()}
-    peak = {side: peak_bytes(step) for side, step in steps.items()} if DEVICE == 'cuda' else None
     seconds = median_seconds(steps)
     what = f'training, `{name}`, {describe(x)}, {"bf16 autocast" if autocast else "fp32"}'
     bars = {'delugenet122': (1.05 if autocast else 1.25, 1.15), 'delugenet146': (1.10 if autocast else 1.30, 1.25)}
-    return {'seconds': seconds, 'kept_bytes': kept, 'peak_bytes': peak, 'figures': [
+    return {'seconds': seconds, 'kept_bytes': kept, 'figures': [
         figure(f'{what}: time, of R', seconds['fused'] / seconds['R'], at_most=bars[name][0]),
         figure(f'{what}: time, of fused R', seconds['fused'] / seconds['fused R'], at_most=bars[name][1]),
         figure(f'{what}: bytes kept for the backward pass, of R', kept['fused'] / kept['R'], at_most=1.),

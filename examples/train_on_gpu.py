@@ -46,8 +46,8 @@ FIXED = dict(  # what other options are here
     train_size_schedule='progressive', train_size_schedule_spread=0.0, train_size_random_mix=0.0)
 
 NEEDED = {  # for train.py's defaults are others
-    'batch_size', 'epochs', 'lr', 'momentum', 'opt', 'train_img_sizes', 'warmup_epochs', 'warmup_lr', 'weight_decay',
-    *FIXED.keys() - {'channels_last', 'device_modules', 'initial_checkpoint'}}
+    'batch_size', 'epochs', 'lr', 'model', 'momentum', 'num_classes', 'opt', 'train_img_sizes', 'warmup_epochs',
+    'warmup_lr', 'weight_decay', *FIXED.keys() - {'channels_last', 'device_modules', 'initial_checkpoint'}}
 
 
 def read_recipe(path: Path) -> dict[str, object]:
@@ -167,9 +167,10 @@ class BatchedMuon:
         others = []
         for group, lr in zip(optimizer.param_groups, self.lrs):
             if (group['nesterov'] or group['algo'] != 'muon' or group['conv_mode'] != 'flatten'
-                    or group['safety_factor'] != 1 or group['scale_eps']):
-                raise ValueError(
-                    'opt_kwargs: nesterov, algo, conv_mode, safety_factor and scale_eps are not known here')
+                    or group['safety_factor'] != 1 or group['scale_eps'] or group['adjust_lr_fn'] is None
+                    or not isinstance(group['ns_coefficients'], str)):
+                raise ValueError('opt_kwargs: nesterov, algo, conv_mode, safety_factor, scale_eps, no adjust_lr_fn and '
+                                 'ns_coefficients of your own are not known here')
             shapes = defaultdict(list)
             for parameter in group['params']:
                 suits = not group.get('use_fallback') and _is_suitable_for_muon(parameter)
@@ -280,6 +281,8 @@ def train(args: Namespace) -> dict[str, float]:
         raise ValueError(
             f'{args.data_dir}: {args.train_split} and {args.val_split} must have images of the same classes; only one '
             f'has any in {min(set(classes) ^ set(test_classes))}')
+    if len(classes) != args.num_classes:
+        raise ValueError(f'{args.data_dir}: {len(classes)} classes; the recipe is for {args.num_classes}')
     if len(images) < args.batch_size:
         raise ValueError(f'{args.data_dir}: {len(images)} training images, fewer than a batch of {args.batch_size}')
     images, targets, *test_set = (tensor.to(device) for tensor in (images, targets, *test_set))

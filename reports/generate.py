@@ -37,7 +37,7 @@ RESULT_HEADERS = ('training loss', 'error %', 'epochs')
 COUNTS = (
     'Of one image in inference, by `timm-deluge report`. A multiply-add is one FLOP to fvcore, two to the paper. The '
     'last column is the share of cross-layer convolutions in parameters / GMACs / GFLOPs (fvcore) / GFLOPs (paper).')
-PEERS = ['resnetv2_101', 'resnetv2_152', 'resnet200', 'wide_resnet50_2', 'densenet161']
+PEERS = ['resnetv2_101', 'resnetv2_152', 'resnet152', 'resnet200', 'wide_resnet50_2', 'densenet161']
 
 
 def generate() -> dict[Path, str]:

@@ -147,6 +147,14 @@ def test_a_block_without_layers(training):
     assert reason == 'there are no layers'
 
 
+def test_an_explanation_leaves_other_devices_alone(monkeypatch):
+    touched = []
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'get_rng_state', touched.append)
+    explain_implementation(block(), torch.randn(4, 6, 5, 7))
+    assert not touched
+
+
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('of_weights, of_images', [
     (torch.channels_last, 'channels_last'), (torch.channels_last, 'contiguous'),

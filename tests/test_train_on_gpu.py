@@ -60,6 +60,9 @@ def test_data_that_cannot_be_trained_on_leave_nothing_behind(images, tmp_path):
         return subprocess.run(command, capture_output=True, text=True).stderr
 
     assert '32 training images, fewer than a batch of 64' in errors(images, batch_size=64)
+    assert '2 classes; the recipe is for 100' in errors(images, num_classes=100)
+    assert 'no adjust_lr_fn and ns_coefficients of your own' in errors(images, opt_kwargs={'adjust_lr_fn': None})
+    assert 'ns_coefficients of your own' in errors(images, opt_kwargs={'ns_coefficients': [3.4445, -4.775, 2.0315]})
     copy = tmp_path / 'copy'
     shutil.copytree(images, copy)
     shutil.rmtree(copy / 'validation' / 'bright')
@@ -197,7 +200,7 @@ def test_an_unknown_option_is_refused_by_name(example, tmp_path):
         example['read_recipe'](Path(recipe_path('cifar10_delugenet146')))
     path = recipe(tmp_path, val_interval=1)
     assert example['read_recipe'](path)['val_interval'] == 1
-    for name in 'remode', 'train_size_schedule', 'warmup_lr', 'crop_pct':
+    for name in 'remode', 'train_size_schedule', 'warmup_lr', 'crop_pct', 'num_classes':
         path.write_text(''.join(line for line in recipe(tmp_path).open() if not line.startswith(f'{name}:')))
         with pytest.raises(ValueError, match=f'says nothing of {name}, where train.py does something else'):
             example['read_recipe'](path)

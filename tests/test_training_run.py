@@ -482,10 +482,15 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     refuse(ValueError, 'started from mine.pth', initial_checkpoint='mine.pth')
     refuse(weights.CheckpointError, "no checkpoint with the tag 'absent'",
            model='resnetlike146_1x1.absent', pretrained=True)
+    refuse(ValueError, 'the checkpoint of resnetlike146_1x1 that was the default then', pretrained=True)
     refuse(ValueError, '8 of 9 epochs are done; resume', epochs=9)
+    for option in ({'cooldown_epochs': 2}, {'warmup_prefix': True}, {'lr_cycle_limit': 2}):
+        refuse(ValueError, 'how many epochs it was to have is not known', **option)
     refuse(RuntimeError, 'Error.s. in loading state_dict', model='delugenet146')
     refuse(ValueError, 'absent: no such folder', val_split='absent')
     refuse(ValueError, 'absent: no such folder', train_split='absent')
+    (data_dir / 'empty').mkdir()
+    refuse(ValueError, 'empty: there are no images', train_split='empty')
     refuse(ValueError, 'a run with gp: max, which cannot be published', gp='max')
     refuse(ValueError, 'a run with bn_eps: 0.001, which cannot be published', bn_eps=0.001)
     write_args(run_dir, args)

@@ -28,7 +28,8 @@ class EpochConnectivity:
     Attributes:
         epoch: Number of the epoch, from 0 on as train.py counts.
         weights: Norms of the weights, for each block.
-        gradients: Norms of the weights' mean gradients, for each block; None if the optimizer has no momentum.
+        gradients: Norms of the weights' mean gradients, for each block; None if the optimizer has no momentum. SGD's
+            include the weight decay, which it adds to the gradients.
     """
     epoch: int
     weights: list[BlockConnectivity]

@@ -108,6 +108,9 @@ def add_checkpoint(
     for option in ('gp', 'pretrained_path', 'bn_eps'):
         if args.get(option) not in (None, '', 'avg'):
             raise ValueError(f'{run_dir}: a run with {option}: {args[option]}, which cannot be published')
+    if args.get('cooldown_epochs') or args.get('warmup_prefix') or args.get('lr_cycle_limit', 1) != 1:
+        raise ValueError(f'{run_dir}: a run with cooldown_epochs, warmup_prefix or lr_cycle_limit: how many epochs it '
+                         f'was to have is not known, so that it cannot be published')
     base = _pretrained_checkpoint(args)
     first_args = _read_args(run_dirs[0])
     start = _pretrained_checkpoint(first_args)
@@ -228,7 +231,14 @@ def _read_args(run_dir: Path) -> dict[str, Any]:
 
 def _pretrained_checkpoint(args: dict[str, Any]) -> Checkpoint | None:
     """Get the published checkpoint that a run's `--pretrained` loaded, if it has that option."""
-    return find_checkpoint(*args['model'].split('.', 1)) if args.get('pretrained') else None
+    if not args.get('pretrained'):
+        return None
+    model_name, _, tag = args['model'].partition('.')
+    if not tag:
+        raise ValueError(f'the run started from the checkpoint of {model_name} that was the default then; write which '
+                         f'that was, {model_name}.TAG, as the model into its args.yaml, and give this file its time '
+                         f'back (touch -d)')
+    return find_checkpoint(model_name, tag)
 
 
 def _hours(run_dir: Path) -> float:

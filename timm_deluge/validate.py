@@ -40,11 +40,14 @@ def open_folder(folder: Path, mode: str = 'RGB') -> ImageDataset:
         timm's data set of ``(image, class index)``. It raises a ValueError where an image cannot be read.
 
     Raises:
-        ValueError: If the folder is missing, or an image does not lie in the folder of its class.
+        ValueError: If the folder is missing or without images, or an image does not lie in the folder of its class.
     """
     if not folder.is_dir():
         raise ValueError(f'{folder}: no such folder; it should hold one folder of images per class')
-    dataset = _EveryImage(str(folder), input_img_mode=mode)  # type: ignore[no-untyped-call]
+    try:
+        dataset = _EveryImage(str(folder), input_img_mode=mode)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ValueError(f'{folder}: there are no images; it should hold one folder of images per class') from error
     stray = next((path for path, _ in dataset.reader.samples if Path(path).parent.parent != folder), None)
     if stray:
         raise ValueError(f'{folder}: {stray} is not in the folder of its class; name the folder that holds one folder '

@@ -66,7 +66,7 @@ class Checkpoint:
             pixel by pixel what they published.
         base_model: Name of the checkpoint that training started from, or None.
         recipe: Name of the recipe, see `timm-deluge recipe`.
-        epochs: Passes over the training images.
+        epochs: Passes over the training images, since `base_model`.
         seed: Random seed.
         ema_decay: Decay of the moving average of the weights, if that was published, or None.
         settled_images: Number of training images from which the running statistics were taken after training, or None.

@@ -1,4 +1,4 @@
-"""timm's train.py without augmentation, killed at any moment and resumed, ends with the weights it would have had."""
+"""timm's train.py, two processes without augmentation, killed and resumed, ends with the weights it would have had."""
 import os
 import random
 import shutil

@@ -59,10 +59,11 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
         The decision of each module that has a fast path, by the module's name.
     """
     model = copy.deepcopy(model)
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     decisions: dict[nn.Module, Decision] = {}
     token = _decisions.set(decisions)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             model(x)
     finally:
         _decisions.reset(token)
