@@ -134,11 +134,14 @@ def test_unknown_sources(scratch_weights, source, message):
     assert result.exit_code == 2 and message in result.stderr
 
 
-@pytest.mark.parametrize('aggregation, message', [
-    ('residual', 'no cross-layer depthwise convolutions'), ('last', 'nothing to compare')])
-def test_networks_without_connections(tmp_path, aggregation, message):
+@pytest.mark.parametrize('aggregation, reparameterised, message', [
+    ('residual', False, 'no cross-layer depthwise convolutions'), ('last', False, 'nothing to compare'),
+    ('cross_layer', True, 'or one that was reparameterised')])
+def test_networks_without_connections(tmp_path, aggregation, reparameterised, message):
     path = tmp_path / f'{aggregation}.safetensors'
     model = timm.create_model('delugenet146', depths=(2, 2), widths=(2, 4), aggregation=aggregation)
+    if reparameterised:
+        model = timm.utils.reparameterize_model(model.eval())
     safetensors.torch.save_file(model.state_dict(), path)
     result = invoke('connectivity', path)
     assert result.exit_code == 2 and message in ' '.join(result.stderr.split())

@@ -210,3 +210,4 @@ def test_a_wider_network_prepares_images_as_the_trained_one():
     assert timm.data.resolve_data_config(model=grown)['mean'] == (0.1, 0.2, 0.3)
     assert grown.pretrained_cfg['label_names'] == tuple('abcdefghij')
     assert grown.default_cfg['architecture'] == 'wide_delugenet146'
+    assert not grown.pretrained_cfg.keys() & {'tag', 'file'}

@@ -61,6 +61,8 @@ def test_config_and_card_are_those_of_the_checkpoint(scratch_weights):
     assert config['label_names'] == checkpoint.class_names and config['pretrained_cfg']['tag'] == 'test_random'
     assert config['label_descriptions'] == checkpoint.class_descriptions
     assert not config['pretrained_cfg'].keys() & {'file', 'url'}
+    of_larger_images = hub_files(replace(checkpoint, input_size=[3, 64, 64]), REPO)['config.json']
+    assert json.loads(of_larger_images)['pretrained_cfg']['pool_size'] == [16, 16]
     assert 'model_args' not in config  # transformers' wrapper of timm would pass them twice
     card = ModelCard(files['README.md'].decode())
     assert card.data.library_name == 'timm' and f"'hf-hub:{REPO}', pretrained=True" in card.text

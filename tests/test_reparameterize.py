@@ -239,6 +239,7 @@ def test_training_mode_and_twice(kind):
     lambda layer: setattr(layer.conv2, 'padding_mode', 'circular'),
     lambda layer: setattr(layer.conv2, 'padding', 'same'),
     lambda layer: setattr(layer, 'conv2', nn.Conv2d(4, 4, 3, padding=1, groups=2)),
+    lambda layer: setattr(layer, 'conv2', timm.layers.StdConv2d(4, 4, 3, padding=1)),
 ])
 @pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
 def test_what_cannot_be_folded_is_refused(change, aggregation):

@@ -326,6 +326,16 @@ def test_verify_passes_over_what_the_package_leaves_out(split_weights):
     assert result.exit_code == 0 and 'not here: delugenet146.test_random' in result.stdout
 
 
+def test_scripts_that_take_the_configuration_from_the_registry_are_told_the_same(tmp_path, monkeypatch):
+    name = 'delugenet122'
+    cfg = replace(timm.models.get_pretrained_cfg(name), file=None)  # of a package without the larger checkpoints
+    for key in name, f'{name}.{cfg.tag}':
+        monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, key, cfg)
+    monkeypatch.setattr(weights, 'weights_dirs', lambda: {'package': tmp_path})
+    with pytest.raises(CheckpointError, match=f'the file of {name}.{cfg.tag} is missing. Looked in package'):
+        timm.create_model(**timm.models.resolve_model_input_args(name), pretrained=True)
+
+
 def test_the_places_are_looked_through_in_order(scratch_weights, split_weights, tmp_path, monkeypatch):
     folders = {name: tmp_path / name for name in ('package', 'checkout', 'cache')}
     monkeypatch.setattr(weights, 'weights_dirs', lambda: folders)

@@ -59,11 +59,13 @@ def block_connectivity(state_dict: dict[str, torch.Tensor]) -> list[BlockConnect
         The blocks in their order.
 
     Raises:
-        ValueError: If there are no cross-layer convolutions, or their weights are not finite.
+        ValueError: If there are no cross-layer convolutions, their weights are not finite, or some have no weights for
+            some of their sources.
     """
     blocks: dict[int, dict[int, torch.Tensor]] = {}
     for name, tensor in state_dict.items():
-        if found := re.search(r'(?:^|\.)stages\.(\d+)\.cross_layers\.(\d+)\.weight$', name):
+        found = re.search(r'(?:^|\.)stages\.(\d+)\.cross_layers\.(\d+)\.weight$', name)
+        if found and tensor.shape[1] == 1:  # depthwise; reparameterised ones are not
             blocks.setdefault(int(found[1]), {})[int(found[2])] = tensor.detach().float()[:, 0, :, 0]
     if not blocks:
         raise ValueError(

@@ -54,7 +54,7 @@ from .reparameterize import (
     fuse_block,
     keep_hooks,
 )
-from .weights import list_checkpoints
+from .weights import Checkpoint, list_checkpoints
 
 __all__ = ['DelugeNet']
 
@@ -379,7 +379,8 @@ class DelugeNet(nn.Module):
             num_classes: Number of classification classes, 0 for none.
             in_chans: Number of input channels.
             global_pool: Global pooling type, see `timm.layers.SelectAdaptivePool2d`.
-            output_stride: Stride of the features to the input, 8, 16 or 32; dilation replaces what is left out.
+            output_stride: Largest stride of the features to the input, 8, 16 or 32; dilation replaces what is left out.
+                With the CIFAR stem and three blocks it is 4 in any case.
             stem_type: 'imagenet' (7x7 convolution and max pooling, stride 4) or 'cifar' (3x3 convolution; the first
                 composite layer of `depths` gives h_0).
             aggregation: What gives a layer's input: 'cross_layer' depthwise convolutions; with only one weight for each
@@ -398,8 +399,8 @@ class DelugeNet(nn.Module):
 
         Raises:
             ValueError: If `depths` and `widths` differ in length or name no block, the layer that gives h_0 is missing,
-                an option has none of the values above, a rate is not within 0 and 1, `pruned_connections` do not fit,
-                or there would be more than a thousand million parameters.
+                an option has none of the values above, a rate is not from 0 to 1 (`connection_drop_rate`: less than
+                1), `pruned_connections` do not fit, or there would be more than a thousand million parameters.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -438,6 +439,8 @@ class DelugeNet(nn.Module):
             d - int(transition_type == '1x1' or (i == 0 and stem_type == 'cifar')) for i, d in enumerate(depths)]
         if min(block_depths) < 0:
             raise ValueError(f'depths {tuple(depths)}: expected at least one layer where it gives h_0')
+        if not 0 <= drop_path_rate <= 1:
+            raise ValueError(f'drop_path_rate={drop_path_rate}: must be from 0 to 1')
         block_dprs: Any = calculate_drop_path_rates(drop_path_rate, block_depths, stagewise=True)
         block_fn: type[ResidualBlock] = ResidualBlock
         block_args: dict[str, Any] = {}
@@ -701,8 +704,15 @@ _CFG_FNS = {
 }
 _CHECKPOINTS = list_checkpoints()
 
+
+
+def checkpoint_cfg(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Get timm's pretrained configuration of a checkpoint: its network's, with what the checkpoint decides."""
+    return _CFG_FNS[checkpoint.model](**checkpoint.pretrained_cfg())
+
+
 default_cfgs = generate_default_cfgs({
-    **{c.name: _CFG_FNS[c.model](**c.pretrained_cfg()) for c in _CHECKPOINTS},
+    **{c.name: checkpoint_cfg(c) for c in _CHECKPOINTS},
     **{name: cfg() for name, cfg in _CFG_FNS.items() if name not in {c.model for c in _CHECKPOINTS}},
 })
 

@@ -129,7 +129,10 @@ def widen_layers(model: DelugeNet, wider: DelugeNet) -> DelugeNet:
     grown.load_state_dict(tensors)
     cfg: Any = getattr(model, 'pretrained_cfg', None)
     if cfg and hasattr(grown, 'pretrained_cfg'):  # the same classes and input
-        grown.pretrained_cfg = grown.default_cfg = {**cfg, 'architecture': grown.pretrained_cfg['architecture']}
+        source = 'tag', 'source', 'file', 'url', 'hf_hub_id', 'hf_hub_filename'
+        grown.pretrained_cfg = grown.default_cfg = {
+            **{name: value for name, value in cfg.items() if name not in source},
+            'architecture': grown.pretrained_cfg['architecture']}
     return grown
 
 

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import save_config_for_hf
 
 from .card import model_card
+from .delugenet import checkpoint_cfg
 from .weights import (
     HUB_FILE,
     Checkpoint,
@@ -51,7 +52,7 @@ def hub_files(checkpoint: Checkpoint, repo_id: str) -> dict[str, bytes | Path]:
     weights = _one_file(checkpoint)
     model = timm.create_model(
         checkpoint.model, num_classes=len(checkpoint.class_names),
-        pretrained_cfg_overlay={**checkpoint.pretrained_cfg(), 'tag': checkpoint.tag})
+        pretrained_cfg_overlay={**checkpoint_cfg(checkpoint), 'tag': checkpoint.tag})
     with TemporaryDirectory() as folder:
         path: Any = Path(folder, 'config.json')  # timm says a string, and some of its versions open a path
         save_config_for_hf(model, path, model_config={

@@ -69,11 +69,14 @@ class InferenceConv2d(nn.Conv2d):
             relu: Whether a ReLU follows.
 
         Raises:
-            ValueError: If the convolution has groups, or does not pad with a number of zeros.
+            ValueError: If the convolution has groups, does not pad with a number of zeros, or is of a class that
+                computes something else.
         """
         if conv.groups != 1 or conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
             raise ValueError(
                 f'cannot be reparameterised: expected groups=1 and a number of zeros as padding, not {conv}')
+        if type(conv).forward is not nn.Conv2d.forward:
+            raise ValueError(f'cannot be reparameterised: expected what nn.Conv2d computes, not {conv}')
         super().__init__(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             bias=False, device='meta')

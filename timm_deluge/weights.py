@@ -348,7 +348,7 @@ def join_parts(state_dict: dict[str, torch.Tensor], path: str | Path) -> dict[st
             weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f'{index}: not an index of {path.name} and its other parts ({error}). '
-                                  f'{REMEDY}') from error
+                                  f'It has to lie beside them.') from error
         for file in sorted({file for name, file in weight_map.items() if name not in state_dict}):
             state_dict.update(load_file(path.with_name(file)))
     return state_dict
