@@ -393,15 +393,11 @@ def weights_list() -> None:
     table = Table(header_style='bold', box=None, padding=(0, 1, 0, 0))
     table.add_column('checkpoint', no_wrap=True)
     table.add_column('data')
-    for column in ('top-1 %', 'top-5 %'):
-        table.add_column(column, justify='right')
-    table.add_column('started from')
-    for column in ('epochs since', 'MB'):
+    for column in ('top-1 %', 'top-5 %', 'epochs', 'MB'):
         table.add_column(column, justify='right')
     for c in list_checkpoints():
         top1, top5 = (f'{c.metrics[key]:.2f}' for key in ('top1', 'top5'))
-        table.add_row(
-            c.name, c.dataset['name'], top1, top5, c.base_model or 'scratch', str(c.epochs), f'{c.bytes / 1e6:.0f}')
+        table.add_row(c.name, c.dataset['name'], top1, top5, str(c.epochs), f'{c.bytes / 1e6:.0f}')
     console.print(table, soft_wrap=False)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError
-from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models import get_arch_pretrained_cfgs, resolve_pretrained_cfg
 from torch import nn
 
 from .download import download_checkpoint
@@ -41,8 +41,8 @@ def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
     own_source = overlay.keys() & {'file', 'url', 'hf_hub_id', 'state_dict'}
     if cfg and not isinstance(cfg, str):
         given = resolve_pretrained_cfg(variant, cfg)
-        if given.tag and given == get_pretrained_cfg(f'{variant}.{given.tag}'):
-            cfg = given.tag  # the registry's: newer scripts of timm take it there
+        if given in get_arch_pretrained_cfgs(variant).values():
+            cfg = given.tag or ''  # the registry's: newer scripts of timm take it there
     checkpoint: Checkpoint | None
     if isinstance(cfg, str) and not own_source:
         checkpoint = find_checkpoint(variant, cfg)
