@@ -68,6 +68,9 @@ def main(
     create_optimizer = timm.optim.create_optimizer_v2
 
     def create(model: nn.Module, **kwargs: Any) -> torch.optim.Optimizer:
+        for name, default in (('filter_bias_and_bn', True), ('layer_decay', None), ('fallback_list', ())):
+            if kwargs.get(name, default) != default:
+                raise typer.BadParameter(f'{name}: {kwargs[name]} would have no effect on the groups made here')
         groups = list(parameter_groups(model, kwargs['weight_decay'], lr_scale, weight_decay))
         return create_optimizer(model, **kwargs, param_group_fn=lambda _: groups)
 

@@ -3,7 +3,8 @@
     TIMM_SCRIPTS=path/to/pytorch-image-models python benchmarks/fine_tuning.py taylor 0.3 --data-dir cifar100
 
 The network is pruned, trained by the recipe cifar100_fine_tuning, given the statistics of training images as they are
-in inference, and tested on all test images. `benchmarks/pruning.py` draws what there is beside its own curve.
+in inference, and tested on all test images. What there is of the checkpoint is drawn beside the curve of
+`benchmarks/pruning.py`, if that is of the same one.
 """
 import json
 import os
@@ -70,6 +71,9 @@ def main(
         'date': str(date.today()), 'machine': run.cpu_name(), 'torch': torch.__version__}
     pruning.FINE_TUNED.mkdir(exist_ok=True)
     (pruning.FINE_TUNED / f'{checkpoint}-{by}-{fraction}.json').write_text(json.dumps(row, indent=2) + '\n')
+    results = json.loads(pruning.RESULTS.read_text())
+    if results['checkpoint'] == checkpoint:
+        pruning.draw(results, pruning.RESULTS.with_suffix('.png'))
 
 
 if __name__ == '__main__':

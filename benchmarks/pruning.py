@@ -30,6 +30,7 @@ from timm_deluge.validate import accuracy, create_validation_loader, rank_target
 FRACTIONS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 BATCHES = (1, 64)
 FINE_TUNED = run.FOLDER / 'fine_tuning'
+RESULTS = run.FOLDER / 'pruning.json'
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
@@ -123,7 +124,7 @@ def main(
         dtype_name: Annotated[str, typer.Option('--dtype', help='Of pruned networks in inference.')] = 'float32',
         rounds: Annotated[int, typer.Option(help='Timed rounds of each side.')] = 15,
         threads: Annotated[int, typer.Option(help='Threads.')] = 2,
-        output: Annotated[Path, typer.Option(help='JSON file.')] = run.FOLDER / 'pruning.json',
+        output: Annotated[Path, typer.Option(help='JSON file.')] = RESULTS,
 ) -> None:
     """Measure one checkpoint's connections on this machine."""
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -304,8 +304,7 @@ def measure(name: str, number_of_rounds: int, threads: int) -> dict[str, Any]:
     }[kind](*subject)
     return {
         'date': str(date.today()), 'torch': torch.__version__, 'timm': timm.__version__, 'rounds': rounds,
-        'disagreement': max(spreads, default=0.), 'reference_seconds': probes, 'load': max(probes) / min(probes),
-        **result,
+        'disagreement': max(spreads, default=0.), 'reference_seconds': probes, **result,
     }
 
 
@@ -380,7 +379,7 @@ def main(
             f'{output} is of {before["threads"]} threads: name another --output', param_hint='--threads')
     load = os.getloadavg()[0]
     measured: dict[str, dict[str, Any]] = {}
-    output.parent.mkdir(exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     for name in track(chosen, description='Measuring'):
         measured[name] = measure_calmly(name, rounds, threads)
         fastest = min(min(row['reference_seconds']) for row in measured.values())

@@ -37,8 +37,7 @@ TRIES = 10  # of timm's 'rrc' to find a crop that fits into the image
 EAGER_STEPS = 3  # before a step is captured: they compile kernels and create the optimizer's state
 DEFAULTS = dict(
     model_kwargs={}, pretrained=False, train_split='train', val_split='validation',
-    batch_size=512, validation_batch_size=500, opt='muon', momentum=0.95, weight_decay=0.05, opt_kwargs={},
-    sched='cosine', warmup_epochs=0., warmup_lr=0., min_lr=0., train_crop_mode='rrc', scale=(0.08, 1.0),
+    validation_batch_size=500, opt_kwargs={}, sched='cosine', min_lr=0., train_crop_mode='rrc', scale=(0.08, 1.0),
     ratio=(3 / 4, 4 / 3), hflip=0.5, reprob=0., smoothing=0.1, seed=42, val_interval=5)
 FIXED = dict(  # what other options are here
     device_modules=['timm_deluge'], initial_checkpoint='', crop_pct=1.0, amp=True, amp_dtype='bfloat16',
@@ -63,14 +62,15 @@ def read_recipe(path: Path) -> dict[str, object]:
     missing = NEEDED - recipe.keys()
     if missing:
         raise ValueError(f'{path}: says nothing of {min(missing)}, where train.py does something else than this script')
-    known = {*DEFAULTS, 'model', 'num_classes', 'input_size', 'mean', 'std', 'epochs', 'train_img_sizes', 'lr',
-             'interpolation', 'device', 'workers'}
+    known = {*DEFAULTS, *NEEDED - FIXED.keys(), 'input_size', 'mean', 'std', 'interpolation', 'device', 'workers'}
     for name, value in recipe.items():
         if name not in known and FIXED.get(name) != value:
             raise ValueError(f'{path}: {name}: {value} is not known here; train by timm\'s train.py')
     recipe = {**DEFAULTS, **recipe}
     if recipe['opt'] != 'muon' or recipe['train_crop_mode'] not in ('rrc', 'rkrr'):
         raise ValueError(f'{path}: only opt: muon, and train_crop_mode: rrc or rkrr, are known here')
+    if (recipe.get('input_size') or [3])[0] != 3:
+        raise ValueError(f'{path}: input_size: expected 3 channels, as all images have here')
     if len(recipe['train_img_sizes']) != recipe['epochs']:
         raise ValueError(f'{path}: train_img_sizes: expected one for each of {recipe["epochs"]} epochs')
     return recipe

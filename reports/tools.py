@@ -82,18 +82,22 @@ def result(outcome: Outcome) -> str:
     return 'works' if outcome.kind == 'passed' else f'{outcome.kind}: {outcome.message.splitlines()[0]}'
 
 
+def listed(versions: dict[str, str]) -> str:
+    return ', '.join(f'{name} {number}' for name, number in versions.items())
+
+
 def try_tools(names: Sequence[str], results: dict[str, Any]) -> None:
     """Try some tools, and write down what came of each."""
     tried = descriptions()
     with TemporaryDirectory() as folder:
         base = Path(folder, 'base')
         python = install(base, str(REPOSITORY), 'pytest', 'pytest-timeout')
-        versions = results.setdefault('versions', {})
-        versions.update({'Python': platform.python_version(), 'torch': version(python, 'torch')})
+        versions = {'Python': platform.python_version(), 'torch': version(python, 'torch')}
         for name in names:
             python = install(Path(folder, name), *TOOLS[name], base=base)
             if name == EXPORTERS:
-                versions.update((package, version(python, package)) for package in TOOLS[name])
+                used = {**versions, **{package: version(python, package) for package in TOOLS[name]}}
+                results['exported with'] = f'{listed(used)}, {date.today()}'
                 for outcome in run_tests(python, TESTS / 'test_export.py', '--timeout=3600', EXPORTED=EXPORTED):
                     exporter, _, form = outcome.name.partition('[')[2].rstrip(']').rpartition('-')
                     found = ', '.join(filter(None, (result(outcome), outcome.properties.get('difference'))))
@@ -103,7 +107,8 @@ def try_tools(names: Sequence[str], results: dict[str, Any]) -> None:
                 outcomes = run_tests(python, TESTS / 'test_other_tools.py', '-k', f'test_{name}')
                 results['tools'][name] = [{
                     'tool': f'{tool} {version(python, tool)}', 'what': tried.get(outcome.name, outcome.name),
-                    'result': result(outcome)} for outcome in outcomes]
+                    'result': result(outcome), 'with': listed(versions), 'date': str(date.today())}
+                    for outcome in outcomes]
             RESULTS.write_text(json.dumps(results, indent=2) + '\n', encoding='utf-8')
             REPORT.write_text(report(results), encoding='utf-8')
 
@@ -112,8 +117,8 @@ def report(results: dict[str, Any]) -> str:
     tools = [row for name in TOOLS for row in results['tools'].get(name, [])]
     exporters = [{'': exporter, **found} for exporter, found in results['exporters'].items()]
     tables = (tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True) for rows in (tools, exporters))
-    versions = ', '.join(f'{name} {number}' for name, number in results['versions'].items())
-    return '\n'.join((INTRODUCTION, next(tables), '', EXPORT, next(tables), '', f'{versions}, {date.today()}.', ''))
+    return '\n'.join(
+        (INTRODUCTION, next(tables), '', EXPORT, next(tables), '', f'{results["exported with"]}.', ''))
 
 
 def main(names: Annotated[list[str] | None, typer.Argument(help=f'Of {", ".join(TOOLS)}; all by default.')] = None):

@@ -266,6 +266,10 @@ def test_without_a_compiler_aten_takes_over_with_one_warning(place, caplog, monk
     with pytest.raises(ImportError, match="kernels.cpp cannot be compiled with 'no-such-compiler'"):
         implementation.set_implementation('cpp')
     assert len(caplog.records) == 1
+    for name in 'CXX', 'XDG_CACHE_HOME':
+        monkeypatch.delenv(name)
+    implementation.set_implementation('auto')  # looks anew: one may have been installed
+    assert ops.choose_backend(torch.empty(0)).__name__ == 'timm_deluge.ops.cpp'
 
 
 def test_where_only_bfloat16_does_not_compile_aten_takes_it_with_one_warning(caplog, monkeypatch):

@@ -15,7 +15,7 @@ from timm.utils import CheckpointSaver
 from timm_deluge.connectivity import block_connectivity, draw_connectivity, read_state_dict
 from timm_deluge.prune import prune_connections, save_pruned
 from timm_deluge.training_connectivity import training_connectivity
-from timm_deluge.weights import CheckpointError
+from timm_deluge.weights import CheckpointError, read_training_state
 
 
 @pytest.fixture
@@ -192,6 +192,19 @@ def test_training(tmp_path, opt):
     assert training_connectivity(tmp_path) == epochs
 
 
+def test_averaged_weights_in_the_last_ones_place_are_passed_over(tmp_path):
+    train_one_step(tmp_path, 'sgd')
+    last = tmp_path / 'last.pth.tar'
+    tensors = read_training_state(last)['state_dict']
+    last.unlink()  # a hard link
+    torch.save(tensors, last)  # as avg_checkpoints.py does
+    assert [epoch.epoch for epoch in training_connectivity(tmp_path)] == [0, 1]
+    for path in tmp_path.glob('checkpoint-*'):
+        path.unlink()
+    with pytest.raises(CheckpointError, match='last.pth.tar: this is no checkpoint of train.py, it lacks args'):
+        training_connectivity(tmp_path)
+
+
 def test_training_without_momentum(tmp_path):
     train_one_step(tmp_path, 'momentum', momentum=0.)
     assert training_connectivity(tmp_path)[0].gradients is None
@@ -227,9 +240,13 @@ def test_folders_that_no_training_left(tmp_path):
         torch.save(content, path)
         result = invoke('connectivity', tmp_path)
         assert result.exit_code == 2 and str(path) in result.stderr and message in result.stderr
-    path.write_text('nothing')
+    for text in 'nothing', 'aa: null':
+        path.write_text(text)
+        result = invoke('connectivity', tmp_path)
+        assert result.exit_code == 2 and str(path) in result.stderr and 'damaged' in result.stderr
+    torch.save(dict(args=Namespace(), epoch=0, optimizer={}, state_dict={}), path)
     result = invoke('connectivity', tmp_path)
-    assert result.exit_code == 2 and str(path) in result.stderr and 'damaged' in result.stderr
+    assert result.exit_code == 2 and 'its args are not the options of train.py' in ' '.join(result.stderr.split())
     result = invoke('connectivity', tmp_path, '--output', tmp_path / 'picture.png')
     assert result.exit_code == 2 and 'one checkpoint' in result.stderr and result.stderr.count('error:') == 1
 

@@ -53,6 +53,17 @@ def test_parts_are_published_as_one_file(server, call, publish, split_weights):
     assert loaded.stdout.split()[-1] == str(float(total))
 
 
+def test_a_whole_file_is_not_joined_again(split_weights, monkeypatch):
+    checkpoint = weights.find_checkpoint('delugenet146')
+    joined = weights.joined_bytes(weights.load_checkpoint(checkpoint))
+    for part in checkpoint.parts:
+        (split_weights[0].parent / part['file']).unlink()
+    whole = split_weights[0].parent / checkpoint.file
+    whole.write_bytes(joined)
+    monkeypatch.setattr('timm_deluge.hub.joined_bytes', None)
+    assert hub_files(checkpoint, REPO)['model.safetensors'] == whole
+
+
 def test_config_and_card_are_those_of_the_checkpoint(scratch_weights):
     checkpoint = weights.find_checkpoint('delugenet146')
     files = hub_files(checkpoint, REPO)

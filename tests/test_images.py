@@ -154,6 +154,8 @@ def test_find_images(tmp_path, monkeypatch):
     assert [p.name for p in find_images([str(tmp_path / 's*')])] == ['c.webp']
     found = list(find_images([str(tmp_path / '**')]))
     assert len(found) == len(set(found)) == 5
+    (tmp_path / 'z.png').symlink_to('x' * 300)  # asking for what it leads to is an error
+    assert [p.name for p in find_images([str(tmp_path)])] == ['a.JPG', 'b.png', 'c.webp']
     (tmp_path / 'empty').mkdir()
     assert [p.name for p in find_images([str(tmp_path / 'empty')])] == ['empty']
     with pytest.raises(ImageError, match='a folder without images'):

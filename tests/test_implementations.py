@@ -1178,6 +1178,7 @@ def test_running_sums_are_sums_of_the_layers_so_far(implementation, num_sums, re
     layers = list(torch.randn(num_sums, 2, 6, 3, 4))
     weights, biases = torch.randn(num_sums, num_sums, 6, 1, 1), torch.randn(num_sums, 6, 1, 1)
     outs = list(torch.full((num_sums, 2, 6, 3, 4), float('nan')))
+    relus = [i % 3 != 1 for i in range(num_sums)] if relu else None
     sources = [[n for n in range(i + 1) if n % 3 == i % 3] for i in range(num_sums)] if pruned else None
     if pruned:
         for i, numbers in enumerate(sources):
@@ -1188,27 +1189,34 @@ def test_running_sums_are_sums_of_the_layers_so_far(implementation, num_sums, re
 
     for memory in (None, outs):
         known = layers[:1]
-        for i, actual in enumerate(running_sums(known, num_sums, folded_weights, memory, relu, sources)):
+        for i, actual in enumerate(running_sums(known, num_sums, folded_weights, memory, relus, sources)):
             expected = biases[i] + sum(weight * layer for weight, layer in zip(weights[i], layers[:i + 1]))
-            torch.testing.assert_close(actual, expected.relu() if relu else expected)
+            torch.testing.assert_close(actual, expected.relu() if relus and relus[i] else expected)
             known += layers[i + 1:i + 2]
 
 
 @pytest.mark.parametrize('sources, expected', [
     (None, [1, 2, 3, 4, 5, 2, 3, 4]),
-    ([[0], [1], [0], [0], [1], [3], [1], [7]], [1, 2, 1, 1, 2, 1, 1, 2]),
+    ([[0], [1], [0], [0], [1], [3], [1], [7]], [1, 1, 1, 1, 2, 1, 1, 2]),
 ])
-def test_running_sums_read_each_layer_once_for_four_sums(monkeypatch, sources, expected):
+def test_running_sums_read_each_layer_once_for_the_last_four_sums(monkeypatch, sources, expected):
     def folded_weights(i, numbers, begins):
         return torch.ones(len(numbers), 2, 1, 1), torch.zeros(2, 1, 1)
 
     set_implementation('aten')
-    layers, reads = [torch.randn(1, 2, 3, 3)], []
+    layers, reads, written = [torch.randn(1, 2, 3, 3)], [], []
     combine = aten.combine
-    monkeypatch.setattr(aten, 'combine', lambda layers, *args: reads.append(len(layers)) or combine(layers, *args))
+
+    def watched(layers, weights, *args):
+        reads.append(len(layers))
+        written.append(len(weights))
+        return combine(layers, weights, *args)
+
+    monkeypatch.setattr(aten, 'combine', watched)
     for _ in running_sums(layers, 8, folded_weights, sources=sources):
         layers.append(torch.randn(1, 2, 3, 3))
     assert reads == expected
+    assert written == [1, 1, 1, 1, 4, 1, 1, 1]
 
 
 def test_an_explanation_names_the_implementation_and_what_is_against_it(caplog):

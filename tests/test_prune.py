@@ -434,6 +434,12 @@ def test_saved_from_channels_last(tmp_path):
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).stem.conv.weight, weight)
 
 
+def test_a_seed_decides_what_goes_at_random():
+    first, again, other = (
+        pruned_connections(prune_connections(network(), 0.5, 'random', seed=seed)) for seed in (3, 3, 4))
+    assert first == again != other
+
+
 @pytest.mark.parametrize('implementation', ['auto', 'reference'])
 def test_scores_of_frozen_and_pruned_networks(implementation):
     batches = [(torch.randn(4, 3, 16, 16), torch.arange(4))]
@@ -482,7 +488,7 @@ def test_command_has_no_fraction_of_its_own(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_command_with_taylor_needs_images(scratch_weights, tmp_path):
+def test_command_with_taylor_needs_images(scratch_weights, tmp_path, monkeypatch):
     for arguments in (['--by', 'taylor'], ['--data-dir', tmp_path]):
         result = invoke('prune', 'delugenet146', '--fraction', '0.1', '--output', tmp_path / 'pruned', *arguments)
         assert result.exit_code == 2 and 'need each other' in result.stderr
@@ -495,7 +501,14 @@ def test_command_with_taylor_needs_images(scratch_weights, tmp_path):
     for name in names:
         (tmp_path / 'train' / name).mkdir(parents=True)
         Image.new('RGB', (32, 32), (len(name), 80, 200)).save(tmp_path / 'train' / name / 'image.png')
-    result = invoke(*by_taylor, tmp_path / 'train')
+
+    def watched(model, fraction, by, batches, *options):
+        batches = list(batches)
+        assert (sum(len(images) for images, _ in batches), *options) == (3, 5, 'connection')
+        return prune_connections(model, fraction, by, batches, *options)
+
+    monkeypatch.setattr('timm_deluge.cli.prune_connections', watched)
+    result = invoke(*by_taylor, tmp_path / 'train', '--seed', '5')
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)['removed'] == 51
 

@@ -187,6 +187,14 @@ def test_hooks_of_stem_and_norm_are_called():
     assert seen == ['stem.norm', 'norm']
 
 
+def test_a_convolution_with_relu_has_it_wherever_it_writes():
+    conv = InferenceConv2d(torch.nn.Conv2d(4, 6, 1, bias=False), relu=True)
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    out = torch.empty(2, 6, 5, 5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x, out), torch.nn.functional.conv2d(x, conv.weight).relu())
+
+
 def test_reordered_weights_follow_the_parameters(tmp_path):
     model = reparameterize_model(trained()).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)

@@ -194,6 +194,8 @@ def test_an_unknown_option_is_refused_by_name(example, tmp_path):
         example['read_recipe'](recipe(tmp_path, crop_pct=0.875))
     with pytest.raises(ValueError, match='only opt: muon'):
         example['read_recipe'](recipe(tmp_path, opt='sgd'))
+    with pytest.raises(ValueError, match='input_size: expected 3 channels'):
+        example['read_recipe'](recipe(tmp_path, input_size=[1, 32, 32]))
     with pytest.raises(ValueError, match='train_img_sizes: expected one for each of 3 epochs'):
         example['read_recipe'](recipe(tmp_path, epochs=3))
     with pytest.raises(ValueError, match='says nothing of amp, where train.py does something else'):

@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import time
+from argparse import Namespace
 from itertools import chain
 from pathlib import Path
 
@@ -224,6 +225,11 @@ def test_the_command_takes_every_option(run_dir, data_dir, weights_dir, tmp_path
     assert checkpoint.dataset['inexact'] == ['class_5/3.png'] and checkpoint.dataset['split'] == 'validation'
     assert checkpoint.class_descriptions == {'class_0': 'zero', 'class_5': 'five', 'class_10': 'ten'}
     assert (checkpoint.input_size, checkpoint.settled_images) == ([3, 24, 24], 5)
+    assert (checkpoint.dataset['name'], checkpoint.dataset['provenance']) == ('Noise', 'numpy')
+    assert (checkpoint.hardware, checkpoint.recipe) == ('none', 'cifar100_delugenet146')
+    model = timm.create_model('resnetlike146_1x1', num_classes=3)
+    assert checkpoint.num_params == sum(parameter.numel() for parameter in model.parameters())
+    assert checkpoint.command == f'timm-deluge validate {checkpoint.name} --data-dir DIR/validation'
     refused = add(run_dir, data_dir, **{'base-model': checkpoint.name})
     assert refused.exit_code == 2 and 'no --initial-checkpoint' in ' '.join(refused.stderr.split())
 
@@ -283,6 +289,19 @@ def test_a_run_may_start_from_what_was_made_of_a_published_checkpoint(run_dir, d
         with pytest.raises(ValueError, match=f'start.safetensors: was not made of .*, whose {name} is another one'):
             add_checkpoint([run_dir], 'test_other', data_dir, **PROVENANCE, base_model=base.name)
     assert weights.list_checkpoints() == [base, made]
+
+
+def test_a_run_may_be_resumed_by_the_same_command_twice(run_dir, data_dir, weights_dir, tmp_path):
+    base = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
+    start, first = tmp_path / 'start.safetensors', tmp_path / 'first'
+    safetensors.torch.save_file(weights.load_checkpoint(base), start)
+    args = {**yaml.safe_load((run_dir / 'args.yaml').read_text()), 'initial_checkpoint': str(start)}
+    first.mkdir()
+    write_args(first, args)
+    (first / 'summary.csv').write_text('epoch,train_loss\n0,1.7\n5,1.6\n')
+    write_args(run_dir, {**args, 'resume': str(run_dir / 'last.pth.tar')})  # at last in its own folder
+    checkpoint = add_checkpoint([first, run_dir], 'test_made', data_dir, **PROVENANCE, base_model=base.name)
+    assert (checkpoint.base_model, checkpoint.epochs) == (base.name, 8)
 
 
 def test_statistics_are_taken_anew_at_the_size_it_is_for(run_dir, data_dir, weights_dir):
@@ -394,9 +413,13 @@ def test_validate_command_compares_with_the_manifest(run_dir, data_dir, weights_
     assert figures['measured']['top1'] == pytest.approx(figures['manifest']['top1'], abs=0.01)
 
     manifest = json.loads((weights_dir / 'manifest.json').read_text())
-    manifest['checkpoints'][0]['metrics']['top1'] += 0.06
-    (weights_dir / 'manifest.json').write_text(json.dumps(manifest))
-    assert CliRunner().invoke(cli.app, args).exit_code == 1
+    (entry,) = manifest['checkpoints']
+    for key in 'top1', 'top5':
+        entry['metrics'] = {**checkpoint.metrics, key: checkpoint.metrics[key] + 0.06}
+        entry['dataset']['inexact'] = ['class_0/0.png']
+        (weights_dir / 'manifest.json').write_text(json.dumps(manifest))
+        result = CliRunner().invoke(cli.app, args)
+        assert result.exit_code == 1 and json.loads(result.stdout)['measured']['exact']['num_images'] == 20
 
 
 def test_images_are_prepared_as_the_configuration_says(tmp_path):
@@ -492,6 +515,8 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     (data_dir / 'empty').mkdir()
     refuse(ValueError, 'empty: there are no images', train_split='empty')
     refuse(ValueError, 'a run with gp: max, which cannot be published', gp='max')
+    refuse(ValueError, 'a run with pretrained_path: mine.pth', pretrained_path='mine.pth')
+    refuse(ValueError, 'a run with class_map: mine.txt', class_map='mine.txt')
     refuse(ValueError, 'a run with bn_eps: 0.001, which cannot be published', bn_eps=0.001)
     write_args(run_dir, args)
     monkeypatch.setattr('timm_deluge.training_run.LOGS', data_dir / 'absent' / 'training')
@@ -508,6 +533,9 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     ('last.pth.tar', 'text', 'last.pth.tar: this is no checkpoint, or damaged'),
     ('args.yaml', '', 'args.yaml: expected the options of a run of train.py, there is no epochs'),
     ('args.yaml', 'epochs: 3', 'args.yaml: expected the options of a run of train.py, there is no model'),
+    ('args.yaml', 'epochs: [3', 'args.yaml: this is no YAML: while parsing'),
+    ('summary.csv', 'step,train_loss\n7,1.4\n', 'summary.csv: expected a summary of train.py'),
+    ('summary.csv', 'epoch,train_loss\nseven,1.4\n', 'summary.csv: expected a summary of train.py'),
     ('summary.csv', 'epoch,train_loss,eval_top1\n', 'summary.csv: no epoch is done yet'),
     ('words.txt', 'noise\tnoise\n\ngrey scale\n', "words.txt: expected NAME, a tab and what it stands for"),
 ])
@@ -517,6 +545,34 @@ def test_a_damaged_file_is_named(file, content, message, run_dir, data_dir, weig
     result = add(run_dir, data_dir, **options)
     assert result.exit_code == 2 and message in ' '.join(result.stderr.split()), result.output
     assert not weights.list_checkpoints()
+
+
+def test_a_run_without_weights(run_dir, data_dir, weights_dir):
+    (run_dir / 'last.pth.tar').unlink()
+    result = add(run_dir, data_dir)
+    assert result.exit_code == 2 and 'last.pth.tar: no such file' in ' '.join(result.stderr.split())
+
+
+def test_weights_of_another_epoch_than_the_summarys_last_are_refused(run_dir, data_dir, weights_dir):
+    last = run_dir / 'last.pth.tar'
+    left = {**torch.load(last), 'args': Namespace(lr=0.1)}
+    torch.save({**left, 'epoch': 6}, last)  # as of a run that was stopped after the summary's row
+    with pytest.raises(ValueError, match='has the weights of epoch 6, and the last of .* is epoch 7; resume'):
+        add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
+    torch.save({**left, 'epoch': 7}, last)
+    assert add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE).epochs == 8
+
+
+def test_the_published_file_is_what_is_measured(run_dir, data_dir, weights_dir, monkeypatch):
+    def watched(model, loader):
+        measured.update(model.state_dict())
+        return rank_targets(model, loader)
+
+    measured = {}
+    monkeypatch.setattr('timm_deluge.training_run.rank_targets', watched)
+    published = weights.load_checkpoint(add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE))
+    assert all(torch.equal(tensor, published[name].to(tensor.dtype)) for name, tensor in measured.items())
+    assert measured.keys() == published.keys()
 
 
 def test_no_more_images_settle_than_there_are(run_dir, data_dir, weights_dir):
@@ -530,6 +586,10 @@ def test_parts_of_a_replaced_checkpoint_go(run_dir, data_dir, weights_dir, monke
         assert add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE).parts
     checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert {path.name for path in weights_dir.iterdir()} == {checkpoint.file, 'manifest.json'}
+    monkeypatch.setattr('timm_deluge.training_run.PART_BYTES', 5 * 2 ** 20)
+    checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
+    parts = {part['file'] for part in checkpoint.parts}
+    assert {path.name for path in weights_dir.iterdir()} == {*parts, 'manifest.json'}
 
 
 def test_incomplete_run(tmp_path, data_dir):

@@ -336,6 +336,12 @@ def test_scripts_that_take_the_configuration_from_the_registry_are_told_the_same
         timm.create_model(**timm.models.resolve_model_input_args(name), pretrained=True)
 
 
+def test_the_registrys_configuration_names_its_own_checkpoint():
+    other = next(c for c in CHECKPOINTS if c.model == 'delugenet146' and c != find_checkpoint('delugenet146'))
+    model = timm.create_model(**timm.models.resolve_model_input_args(other.name), pretrained=True)
+    assert torch.equal(model.state_dict()['head.fc.bias'], load_checkpoint(other)['head.fc.bias'].float())
+
+
 def test_the_places_are_looked_through_in_order(scratch_weights, split_weights, tmp_path, monkeypatch):
     folders = {name: tmp_path / name for name in ('package', 'checkout', 'cache')}
     monkeypatch.setattr(weights, 'weights_dirs', lambda: folders)

@@ -705,7 +705,6 @@ _CFG_FNS = {
 _CHECKPOINTS = list_checkpoints()
 
 
-
 def checkpoint_cfg(checkpoint: Checkpoint) -> dict[str, Any]:
     """Get timm's pretrained configuration of a checkpoint: its network's, with what the checkpoint decides."""
     return _CFG_FNS[checkpoint.model](**checkpoint.pretrained_cfg())

@@ -67,9 +67,9 @@ def hub_files(checkpoint: Checkpoint, repo_id: str) -> dict[str, bytes | Path]:
 
 
 def _one_file(checkpoint: Checkpoint) -> bytes | Path:
-    """Join a checkpoint's parts, if it has any: timm looks for one file on the Hub."""
+    """Join a checkpoint's parts, if it lies in parts: timm looks for one file on the Hub."""
     state_dict = load_checkpoint(checkpoint)
-    if not checkpoint.parts:
+    if len(checkpoint.files) == 1:
         return checkpoint.path
     data = joined_bytes(state_dict)
     sha256 = hashlib.sha256(data).hexdigest()

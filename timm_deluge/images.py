@@ -47,7 +47,7 @@ def _expand_folder(path: Path) -> Iterator[Path]:
         yield path
         return
     extensions = {suffix for suffix, fmt in Image.registered_extensions().items() if fmt in Image.OPEN}
-    yield from sorted(p for p in path.rglob('*') if p.suffix.lower() in extensions and p.is_file()) or [path]
+    yield from sorted(p for p in path.rglob('*') if p.suffix.lower() in extensions and os.path.isfile(p)) or [path]
 
 
 def read_image(path: Path) -> Image.Image:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from .ops import (
-    choose_backend,
     has_hooks,
     rows,
     running_sums,
@@ -96,14 +95,14 @@ class InferenceConv2d(nn.Conv2d):
 
         Args:
             x: ``[N, C, H, W]``.
-            out: Memory in channels_last that the result of a 1x1 convolution without bias may take.
+            out: Memory in channels_last that the result of a 1x1 convolution, without bias and ReLU, may take.
 
         Returns:
             ``[N, C', H', W']``.
         """
         if not torch.jit.is_scripting():
             if self.keeps_order(x):
-                if out is not None and self.kernel_size == (1, 1) and self.bias is None:
+                if out is not None and self.kernel_size == (1, 1) and self.bias is None and not self.relu:
                     return self.forward_matmul(x, out)
                 return self.forward_onednn(x)
         x = self._conv_forward(x, self.weight, self.bias)
@@ -137,7 +136,7 @@ class InferenceConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def forward_matmul(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """A 1x1 convolution, no bias, as a matrix product: it can write where it is told to, as oneDNN's cannot."""
+        """A 1x1 convolution alone, as a matrix product: it can write where it is told to, as oneDNN's cannot."""
         weight = self.reordered((), lambda weight: weight.flatten(1).t().contiguous())
         torch.mm(rows(x), weight, out=rows(out))
         return out
@@ -311,17 +310,17 @@ class FoldedDelugeBlock(nn.Module):
     @torch.jit.ignore
     def combine_layers(self, h: torch.Tensor, outs: list[torch.Tensor] | None = None) -> torch.Tensor:
         """From h_0 on; with `outs` each layer's input is in that memory, and makes room for the layer's output."""
-        cross_layers: Any = self.cross_layers
-        last: Any = self.last_cross_layer
+        cross_layers: Any = [*self.cross_layers, self.last_cross_layer]
         layers = [h]
         sources = [cross_layer.sources for cross_layer in cross_layers]
         pruned = any(len(numbers) <= i for i, numbers in enumerate(sources))
-        inputs = running_sums(
-            layers, len(cross_layers), lambda i, *of_layers: cross_layers[i].folded_weights(*of_layers), outs,
-            relu=True, sources=sources if pruned else None)
-        for layer, x in zip(self.layers, inputs):
+        sums = running_sums(
+            layers, len(cross_layers), lambda i, *of_layers: cross_layers[i].folded_weights(*of_layers),
+            None if outs is None else [*outs, torch.empty_like(h)], [cross_layer.relu for cross_layer in cross_layers],
+            sources if pruned else None)
+        for layer, x in zip(self.layers, sums):
             layers.append(layer(x, None if outs is None else x))
-        return choose_backend(h).combine([layers[source] for source in last.sources], [last.weight], [last.bias])[0]
+        return next(sums)
 
 
 def keep_hooks(module: nn.Module, replacement: Any) -> Any:

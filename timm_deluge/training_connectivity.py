@@ -3,10 +3,8 @@
 train.py writes a checkpoint after each epoch, and keeps the best ones and the last, with the optimizer's state. That
 has, for each weight, a mean of its gradients over the latest steps: the momentum.
 """
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -14,7 +12,7 @@ import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from .connectivity import BlockConnectivity, block_connectivity
-from .weights import CheckpointError
+from .weights import CheckpointError, read_training_state
 
 __all__ = ['EpochConnectivity', 'training_connectivity']
 
@@ -47,7 +45,8 @@ def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
     """Measure the connections of each checkpoint that a run of train.py has left.
 
     Args:
-        run_dir: The run's folder. train.py keeps its best checkpoints, `--checkpoint-hist`, and the last one.
+        run_dir: The run's folder. train.py keeps its best checkpoints, `--checkpoint-hist`, and the last one. One
+            averaged by avg_checkpoints.py in the last one's place is passed over.
 
     Returns:
         The epochs in their order.
@@ -56,7 +55,6 @@ def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
         CheckpointError: If there are no checkpoints, or one is not train.py's.
         ValueError: If the network has no cross-layer convolutions.
     """
-    torch.serialization.add_safe_globals([Namespace])
     paths = [*run_dir.glob('last.pth.tar'), *run_dir.glob('checkpoint-*.pth.tar')]
     if not paths:
         raise CheckpointError(
@@ -64,25 +62,21 @@ def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
             f'or, of a saved model, local-dir:{run_dir}')
     epochs = {}
     for path in paths:
-        checkpoint = _load(path)
-        gradients = _mean_gradients(checkpoint)
+        checkpoint = read_training_state(path)
+        if missing := {'args', 'epoch', 'optimizer', 'state_dict'} - checkpoint.keys():
+            if path.name == 'last.pth.tar' and len(paths) > 1:  # averaged by avg_checkpoints.py: of no epoch
+                continue
+            raise CheckpointError(f'{path}: this is no checkpoint of train.py, it lacks {", ".join(sorted(missing))}')
+        try:
+            gradients = _mean_gradients(checkpoint)
+        except AttributeError as error:
+            raise CheckpointError(f'{path}: its args are not the options of train.py: {error}') from error
         epochs[checkpoint['epoch']] = EpochConnectivity(
             epoch=checkpoint['epoch'],
             weights=block_connectivity(checkpoint['state_dict']),
             gradients=block_connectivity(gradients) if gradients else None,
         )
     return [epochs[number] for number in sorted(epochs)]
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        missing = {'args', 'epoch', 'optimizer', 'state_dict'} - checkpoint.keys()
-    except (AttributeError, EOFError, RuntimeError, UnpicklingError) as error:
-        raise CheckpointError(f'{path}: this is no checkpoint of train.py, or damaged: {error}') from error
-    if missing:
-        raise CheckpointError(f'{path}: this is no checkpoint of train.py, it lacks {", ".join(sorted(missing))}')
-    return checkpoint
 
 
 def _mean_gradients(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -31,6 +31,7 @@ from .weights import (
     list_checkpoints,
     load_checkpoint,
     read_tensors,
+    read_training_state,
     weights_dir,
     write_manifest,
 )
@@ -105,7 +106,7 @@ def add_checkpoint(
     if model_name not in timm.list_models(module='delugenet') or args.get('model_kwargs'):
         raise ValueError(f'{run_dir}: a run of {args["model"]} with model_kwargs {args.get("model_kwargs")}; only '
                          f'models of this package, without further arguments, can be published')
-    for option in ('gp', 'pretrained_path', 'bn_eps'):
+    for option in ('gp', 'pretrained_path', 'bn_eps', 'class_map'):
         if args.get(option) not in (None, '', 'avg'):
             raise ValueError(f'{run_dir}: a run with {option}: {args[option]}, which cannot be published')
     if args.get('cooldown_epochs') or args.get('warmup_prefix') or args.get('lr_cycle_limit', 1) != 1:
@@ -123,7 +124,12 @@ def add_checkpoint(
 
     hours = sum(map(_hours, run_dirs))
     ema_decay = args['model_ema_decay'] if args.get('model_ema') else None
-    state_dict = read_tensors(str(run_dir / 'last.pth.tar'), use_ema=ema_decay is not None)
+    last = run_dir / 'last.pth.tar'
+    state_dict = read_tensors(str(last), use_ema=ema_decay is not None)
+    epoch = read_training_state(last).get('epoch', epochs_done - 1)  # of averaged checkpoints there is none
+    if epoch != epochs_done - 1:
+        raise ValueError(f'{last}: has the weights of epoch {epoch}, and the last of the summaries is epoch '
+                         f'{epochs_done - 1}; resume the run with train.py --resume {last}')
     train_set = open_folder(data_dir / args['train_split'])
     class_names = list_classes(train_set)
     model: Any = timm.create_model(
@@ -157,6 +163,7 @@ def add_checkpoint(
     metrics = accuracy(rank_targets(model.eval(), loader), test_images, inexact)
 
     name = f'{model_name}.{tag}'
+    _write_log(log, LOGS / f'{name}.csv')
     checkpoint = Checkpoint(
         model=model_name,
         tag=tag,
@@ -186,9 +193,9 @@ def add_checkpoint(
         hf_hub_id=None,
     )
     entries = {c.name: c for c in list_checkpoints()}
-    _write_log(log, LOGS / f'{name}.csv')
     write_manifest(list({**entries, name: checkpoint}.values()))
-    for file in entries.get(name, checkpoint).file_names - checkpoint.file_names:
+    written = {part['file'] for part in checkpoint.parts} or {checkpoint.file}
+    for file in entries.get(name, checkpoint).file_names - written:
         (weights_dir() / file).unlink(missing_ok=True)
     return checkpoint
 
@@ -222,7 +229,10 @@ def _account(file: str, data: bytes) -> dict[str, Any]:
 
 def _read_args(run_dir: Path) -> dict[str, Any]:
     path = run_dir / 'args.yaml'
-    args = yaml.safe_load(path.read_text(encoding='utf-8'))
+    try:
+        args = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f'{path}: this is no YAML: {" ".join(str(error).split())}') from error
     missing = {'model', 'epochs', 'train_split', 'val_split', 'seed'}.difference(args if isinstance(args, dict) else ())
     if missing:
         raise ValueError(f'{path}: expected the options of a run of train.py, there is no {sorted(missing)[0]}')
@@ -282,19 +292,25 @@ def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[in
     """
     log: dict[int, dict[str, str]] = {}
     before = 0
+    first_start = _read_args(run_dirs[0]).get('initial_checkpoint')
     for i, run_dir in enumerate(run_dirs):
         args = _read_args(run_dir)
         start, resumed = args.get('initial_checkpoint'), args.get('resume')
         goes_on = resumed and Path(resumed).resolve().parent in [folder.resolve() for folder in run_dirs[:i]]
-        if start and not goes_on and not (starts_elsewhere and i == 0):
+        if start and not goes_on and not (starts_elsewhere and start == first_start):
             if not Path(start).exists() or not any(Path(start).samefile(d / 'last.pth.tar') for d in run_dirs[:i]):
                 raise ValueError(f'{run_dir}: the run started from {start}, which is not published; give the folder of '
                                  f'the run that left it, too, or publish it, and start from it with --pretrained, or '
                                  f'name the published one that it was made of (--base-model)')
             before = 1 + max(log)
-        with (run_dir / 'summary.csv').open(newline='') as f:
-            # a run that was resumed in its folder begins with the header again
-            rows = {before + int(row['epoch']): row for row in csv.DictReader(f) if row['epoch'] != 'epoch'}
+        summary = run_dir / 'summary.csv'
+        try:
+            with summary.open(newline='') as f:
+                # a run that was resumed in its folder begins with the header again
+                rows = {before + int(row['epoch']): row for row in csv.DictReader(f) if row['epoch'] != 'epoch'}
+        except (csv.Error, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{summary}: expected a summary of train.py, with the number of an epoch in each row '
+                             f'({error!r})') from error
         if before in rows.keys() & log.keys() and not goes_on:
             raise ValueError(f'{run_dir}: the run has a first epoch, as one of a folder before it has, and its '
                              f'args.yaml does not say that it goes on from there. If it started from what that left, '
@@ -302,7 +318,7 @@ def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[in
                              f'and give this file its time back (touch -d)')
         log.update({epoch: {**row, 'epoch': str(epoch)} for epoch, row in rows.items()})
         if not log:
-            raise ValueError(f'{run_dir / "summary.csv"}: no epoch is done yet')
+            raise ValueError(f'{summary}: no epoch is done yet')
         first = min(rows, default=before)
         if resumed and first >= before + args.get('val_interval', 1) and not any(before <= e < first for e in log):
             raise ValueError(f'{run_dir}: epoch {first - 1} is not there, as the run goes on from {resumed}; give '

@@ -6,6 +6,7 @@ accuracies are derived from it, and every file is held against its SHA-256 befor
 import hashlib
 import json
 import re
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -27,12 +28,15 @@ from timm.models import load_state_dict
 
 __all__ = [
     'Checkpoint', 'CheckpointError', 'downloads_dir', 'find_checkpoint', 'join_parts', 'joined_bytes',
-    'list_checkpoints', 'load_checkpoint', 'load_download', 'read_tensors', 'verify_checkpoint', 'weights_dir',
+    'list_checkpoints', 'load_checkpoint', 'load_download', 'read_tensors', 'read_training_state',
+    'verify_checkpoint', 'weights_dir',
 ]
 
 MANIFEST = 'manifest.json'
 MAX_PACKAGED_PARAMS = 7_000_000  # pyproject.toml leaves out larger checkpoints
 REMEDY = 'Restore it with `git checkout` or reinstall timm-deluge.'
+_DAMAGE = (  # what reading a damaged checkpoint raises
+    AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, TypeError, UnpicklingError, ValueError)
 HUB_FILE = 'model.safetensors'  # timm's name of a checkpoint in a repository of the Hugging Face Hub
 
 
@@ -319,11 +323,31 @@ def read_tensors(path: str, use_ema: bool = True) -> dict[str, torch.Tensor]:
         CheckpointError: If it is no checkpoint, or damaged.
     """
     try:
+        if not Path(path).exists():
+            raise FileNotFoundError(f'{path}: no such file')
         return join_parts(dict(load_state_dict(path, use_ema=use_ema)), path)
     except (CheckpointError, OSError):
         raise
-    except (AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, TypeError, UnpicklingError,
-            ValueError) as error:
+    except _DAMAGE as error:
+        raise CheckpointError(f'{path}: this is no checkpoint, or damaged: {error}') from error
+
+
+def read_training_state(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of train.py with all it has: weights, optimizer, options, number of the epoch.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: If there is no such file.
+        CheckpointError: If it is no checkpoint, or damaged.
+    """
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            return dict(torch.load(path, map_location='cpu', weights_only=True))
+    except OSError:
+        raise
+    except _DAMAGE as error:
         raise CheckpointError(f'{path}: this is no checkpoint, or damaged: {error}') from error
 
 

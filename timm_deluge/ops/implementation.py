@@ -44,6 +44,8 @@ def set_implementation(name: str) -> None:
         raise ValueError(f'implementation {name!r}: must be one of {", ".join(map(repr, IMPLEMENTATIONS))}')
     if name == 'triton' and not _has_triton():
         raise ImportError("implementation 'triton' needs the package triton: pip install triton")
+    for backend in _cpp, _triton:
+        backend.cache_clear()  # what it needs may have been installed since
     if name == 'cpp':
         from . import cpp  # noqa: F401 raises if it does not compile
     _implementation = name

@@ -391,12 +391,15 @@ void combine_images(const T* const* layers, int64_t num_layers, const float* con
                     int64_t num_results, bool relu, const Shape& shape, int threads) {
     for_each_image(shape, images, threads, [=](int64_t n, const Shape& one, int64_t begin, int) {
         const auto from = shifted(layers, num_layers, begin);
+        const auto of = shifted(biases, num_results, n * one.channels);
+        const auto to = shifted(outs, num_results, begin);
+        std::vector<std::vector<float>> image_weights;
+        std::vector<const float*> pointers;
         for (int64_t k = 0; k < num_results; k++) {
-            const auto image_weights = scaled(weights[k], scales[k], num_layers, images, n, one.channels);
-            const float *const weight = image_weights.data(), *const bias = biases[k] + n * one.channels;
-            T* const out = outs[k] + begin;
-            combine_results<BY_COLUMN, 1>(from.data(), num_layers, &weight, &bias, &out, relu && k == 0, one, 1);
+            image_weights.push_back(scaled(weights[k], scales[k], num_layers, images, n, one.channels));
+            pointers.push_back(image_weights[k].data());
         }
+        combine<BY_COLUMN>(from.data(), num_layers, pointers.data(), of.data(), to.data(), num_results, relu, one, 1);
     });
 }
 

@@ -1,5 +1,6 @@
 """A block's cross-layer sums, several from one pass over its layers."""
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise, starmap
 
 import torch
 
@@ -15,13 +16,14 @@ def running_sums(
         num_sums: int,
         folded_weights: Callable[[int, Sequence[int], bool], tuple[torch.Tensor, torch.Tensor]],
         outs: Sequence[torch.Tensor] | None = None,
-        relu: bool = False,
+        relus: Sequence[bool] | None = None,
         sources: Sequence[Collection[int]] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield weighted sums, each over all layers that the caller has appended by then.
 
     Every sum by itself would read all layers again, L²/2 of them in a block. Instead, a pass over the layers begins
-    the next sums, too, each of which later adds only the layers that were not there yet.
+    the next sums, too, each of which later adds only the layers that were not there yet. These fours are counted from
+    the last sum, the longest; the first ones, of few layers, are each read by themselves.
 
     Args:
         layers: ``[N, C, H, W]`` each; the caller appends one between two sums.
@@ -30,7 +32,7 @@ def running_sums(
             which some layers, by number, enter sum i, with the layers' normalisation folded in:
             ``folded_weights(i, numbers, whether this begins the sum)``.
         outs: Memory that the sums may take, one tensor like a layer for each.
-        relu: Apply a ReLU to every sum.
+        relus: Of each sum, whether a ReLU follows; none does if None.
         sources: Of each sum, the layers that enter it; all if None. What enters no sum of a pass is not read.
 
     Yields:
@@ -39,17 +41,20 @@ def running_sums(
     def entering(numbers: range, sums: Sequence[int]) -> Sequence[int]:
         return numbers if sources is None else [n for n in numbers if any(n in sources[i] for i in sums)]
 
-    for first in range(0, num_sums, SUMS_PER_PASS):
+    relus = relus or [False] * num_sums
+    num_single = min(num_sums, num_sums % SUMS_PER_PASS or SUMS_PER_PASS)
+    firsts = [*range(num_single), *range(num_single, num_sums + 1, SUMS_PER_PASS)]
+    for group in starmap(range, pairwise(firsts)):
         combine = choose_backend(layers[0]).combine
         num_known = len(layers)
-        group = range(first, min(first + SUMS_PER_PASS, num_sums))
         known = entering(range(num_known), group)
         weights, biases = zip(*(folded_weights(i, known, True) for i in group))
-        sums = combine([layers[n] for n in known], weights, biases, outs and outs[first:group.stop], relu)
+        sums = combine([layers[n] for n in known], weights, biases, outs and outs[group.start:group.stop],
+                       relus[group.start])
         yield sums.pop(0)  # popped: what was handed out is not kept here
         for i in group[1:]:
             new = entering(range(num_known, len(layers)), [i])
             weight, bias = folded_weights(i, new, False)
             weight = torch.cat([torch.ones_like(bias)[None], weight])
-            sums[:1] = combine([sums[0], *(layers[n] for n in new)], [weight], [bias], sums[:1], relu)
+            sums[:1] = combine([sums[0], *(layers[n] for n in new)], [weight], [bias], sums[:1], relus[i])
             yield sums.pop(0)
