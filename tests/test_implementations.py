@@ -1219,6 +1219,19 @@ def test_running_sums_read_each_layer_once_for_the_last_four_sums(monkeypatch, s
     assert written == [1, 1, 1, 1, 4, 1, 1, 1]
 
 
+def test_gradients_are_read_once_for_four_layers_where_there_are_four(monkeypatch):
+    def watched(grads, weights, layers, *args):
+        reads.append((len(grads), len(layers)))
+        return combine_backward(grads, weights, layers, *args)
+
+    set_implementation('aten')
+    reads, combine_backward = [], aten.combine_backward
+    monkeypatch.setattr(aten, 'combine_backward', watched)
+    model = timm.create_model('delugenet146', depths=(9,), widths=(4,))
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert reads == [*((n, 1) for n in range(1, 6)), (6, 4), (1, 1), (2, 1), (2, 1)]
+
+
 def test_an_explanation_names_the_implementation_and_what_is_against_it(caplog):
     torch.manual_seed(0)
     model = timm.create_model('delugenet146', depths=(2, 2), widths=(4, 4), drop_path_rate=0.2)

@@ -8,8 +8,9 @@ into each consumer's weights, and the normalised layer is never written down. An
 is itself a sum over layers: the consumers leave their dx_l behind, and layer i adds them up when its turn comes,
 instead of L times adding to a sum. The same pass over them gives the gradients of layer i's weights,
 ``sum dx_l * norm(h_i)``, and with these what batch normalisation takes from a gradient: its mean and its projection
-on the normalised layer. Every fourth pass also begins the sums of the next three layers, to which they later add only
-the dx_l that were not there yet. Layer 0, whose turn comes last, hands all weights their gradients.
+on the normalised layer. Once four dx_l are there, every fourth pass also begins the sums of the next three layers, to
+which they later add only the dx_l that were not there yet. Layer 0, whose turn comes last, hands all weights their
+gradients.
 
 The results x_l need not be kept either: where the backward pass wants one, it convolves again, for four of them from
 one pass.
@@ -75,7 +76,8 @@ class FusedCrossLayers:
         parameters = [] if index else self._block.parameters
         below = self._layers[::-1]
         if num_above:  # the topmost layer has all of them, for what is to be computed again
-            below = below[:LAYERS_PER_PASS - 1] if num_above % LAYERS_PER_PASS == 0 else []
+            begins = (index + 1) % LAYERS_PER_PASS == 0 and num_above + 1 >= LAYERS_PER_PASS
+            below = below[:LAYERS_PER_PASS - 1] if begins else []
         _, _, training, _, eps = args = begin_norm(norm)
         scaled, mean, invstd = _LayerOutput.apply(
             self._block, index, below, output, sample_scale, *args, *parameters)
@@ -283,7 +285,8 @@ class _LayerOutput(torch.autograd.Function):
         if has_all_below and len(current.layers) < len(layers):
             current.take_layers(layers[::-1])
         get_grads = _differentiable_grads if torch.is_grad_enabled() else _grads
-        grad, weight_grad = get_grads(current, ctx.index, layers[:LAYERS_PER_PASS])
+        is_topmost = ctx.index == len(ctx.block.weights)
+        grad, weight_grad = get_grads(current, ctx.index, layers[:1 if is_topmost else LAYERS_PER_PASS])
         current.weight_grads.append(weight_grad.unbind())
         if direct_grad is not None:
             grad = grad + direct_grad if torch.is_grad_enabled() else grad.add_(direct_grad)
