@@ -33,7 +33,7 @@ MUTATIONS = [
     # the fused training path
     ('ops/fused_training.py', 'projection = invstd ** 2 / count', 'projection = 0 * invstd', IMPLEMENTATIONS),
     ('ops/fused_training.py', 'grad *= sample_scale', 'pass', IMPLEMENTATIONS),
-    ('ops/fused_training.py', '(index + 1) % LAYERS_PER_PASS == 0', '(index + 1) % LAYERS_PER_PASS == 1', IMPLEMENTATIONS),
+    ('ops/fused_training.py', '% LAYERS_PER_PASS == 0', '% LAYERS_PER_PASS == 1', IMPLEMENTATIONS),
     ('ops/fused_training.py', 'torch._C._current_graph_task_id()', '0', IMPLEMENTATIONS),
     ('ops/norm_act_conv.py', 'return tensor.view_as(tensor) if', 'return tensor if', IMPLEMENTATIONS),
     ('ops/checkpoint.py', 'renew = stand_in if', 'renew = (lambda tensor: tensor) if', IMPLEMENTATIONS),
