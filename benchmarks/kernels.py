@@ -30,10 +30,10 @@ def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str,
     layers = [torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(20)]
     outs = [torch.empty_like(layers[0]) for _ in range(4)]
     per_channel = torch.rand(channels) + 0.5
-    bias = torch.randn(channels, 1, 1)
+    bias = torch.randn(channels)
 
     def weight(num_layers: int) -> torch.Tensor:
-        return torch.randn(num_layers, channels, 1, 1)
+        return torch.randn(num_layers, channels)
 
     def combine(num_layers: int, num_sums: int, relu: bool = False) -> tuple[Callable[[], Any], int]:
         weights = [weight(num_layers)] * num_sums
@@ -46,7 +46,6 @@ def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str,
             layers[:num_grads], weights, layers[-num_layers:], means, outs[:num_layers]), num_grads + 3 * num_layers
 
     return {
-        'combine, BN and ReLU': combine(1, 1, relu=True),
         'combine, 3 layers': combine(3, 1),
         'combine, 8 layers, 4 sums': combine(8, 4),
         'combine, 16 layers, 4 sums': combine(16, 4),
@@ -54,6 +53,7 @@ def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str,
         'combine_backward, 8 gradients, 4 layers': combine_backward(8, 4),
         'combine_backward, 16 gradients, 4 layers': combine_backward(16, 4),
         'moments': (lambda: cpp.moments(layers[0]), 1),
+        'norm_act': (lambda: cpp.norm_act(layers[0], *[per_channel] * 4), 2),
         'norm_act_backward': (lambda: cpp.norm_act_backward(
             outs[0], layers[0], outs[0], *[per_channel] * 4, True), 5),
     }

@@ -715,7 +715,7 @@ def test_no_images():
 def test_relu_keeps_what_is_not_a_number(implementation):
     layer = torch.tensor([-1., 2., float('nan')]).view(1, 3, 1, 1)
     backend = importlib.import_module(f'timm_deluge.ops.{implementation}')
-    x = backend.combine([layer], [torch.ones(1, 3, 1, 1)], [torch.zeros(3, 1, 1)], relu=True)[0]
+    x = backend.combine([layer], [torch.ones(1, 3)], [torch.zeros(3)], relu=True)[0]
     torch.testing.assert_close(x.flatten(), torch.tensor([0., 2., float('nan')]), equal_nan=True)
 
 
@@ -723,7 +723,7 @@ def test_relu_keeps_what_is_not_a_number(implementation):
 def test_relu_is_for_the_first_result_alone(implementation):
     backend = importlib.import_module(f'timm_deluge.ops.{implementation}')
     layer = torch.full((1, 3, 2, 2), -1.)
-    results = backend.combine([layer], [torch.ones(1, 3, 1, 1)] * 6, [torch.zeros(3, 1, 1)] * 6, relu=True)
+    results = backend.combine([layer], [torch.ones(1, 3)] * 6, [torch.zeros(3)] * 6, relu=True)
     assert [result.unique().tolist() for result in results] == [[0.]] + [[-1.]] * 5
 
 
@@ -1019,13 +1019,24 @@ def test_backends_agree_on_every_pair_of_layouts(name):
     torch.manual_seed(0)
     for first, second in itertools.product(LAYOUTS.values(), repeat=2):
         layers = [first(torch.randn(3, 5, 6, 7)), second(torch.randn(3, 5, 6, 7))]
-        weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
+        weight, bias = torch.randn(2, 5), torch.randn(5)
         torch.testing.assert_close(backend.combine(layers, [weight], [bias]), aten.combine(layers, [weight], [bias]))
-        scaled = dict(weights=[weight] * 2, biases=list(torch.randn(2, 3, 5, 1, 1)), scales=list(torch.randn(2, 2, 3)))
+        scaled = dict(weights=[weight] * 2, biases=list(torch.randn(2, 3, 5)), scales=list(torch.randn(2, 2, 3)))
         torch.testing.assert_close(backend.combine(layers, **scaled), aten.combine(layers, **scaled))
+        [begun], _ = same_layout([second(torch.randn(3, 5, 6, 7))])  # perhaps not the layers'
+        [whole] = aten.combine(layers, [weight], [bias])
+        for relu in (True, False):
+            for some in (layers, []):
+                expected = begun + (whole if some else bias[:, None, None])
+                [actual] = backend.combine(
+                    some, [weight[:len(some)]], [bias], [begun.clone()], relu, begun=True)
+                torch.testing.assert_close(actual, expected.relu() if relu else expected)
+        begun = [begun.clone() for _ in range(2)]
+        expected = [total + part for total, part in zip(aten.combine(layers, **scaled), begun)]
+        torch.testing.assert_close(backend.combine(layers, outs=begun, begun=True, **scaled), expected)
         for num_layers in 1, 4, 5:
             of_layers = [
-                (torch.randn(2, 5, 1, 1), first(torch.randn(3, 5, 6, 7)), torch.randn(5)) for _ in range(num_layers)]
+                (torch.randn(2, 5), first(torch.randn(3, 5, 6, 7)), torch.randn(5)) for _ in range(num_layers)]
             like, _ = same_layout([layer for _, layer, _ in of_layers])
             options = itertools.product(
                 (None, [torch.randn_like(layer) for layer in like]), (None, list(torch.randn(num_layers, 2, 3))))
@@ -1042,14 +1053,14 @@ def test_backends_agree_on_every_pair_of_layouts(name):
 def test_backends_take_layers_of_several_dtypes(name):
     backend = importlib.import_module(f'timm_deluge.ops.{name}')
     layers = [torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3).bfloat16()]
-    weight, bias = torch.randn(2, 5, 1, 1), torch.randn(5, 1, 1)
+    weight, bias = torch.randn(2, 5), torch.randn(5)
     torch.testing.assert_close(backend.combine(layers, [weight], [bias]), aten.combine(layers, [weight], [bias]))
 
 
 @pytest.mark.parametrize('name', FAST)
 def test_backends_are_what_the_protocol_says(name):
     backend = importlib.import_module(f'timm_deluge.ops.{name}')
-    for function in ('combine', 'combine_backward', 'moments', 'norm_act_backward'):
+    for function in ('combine', 'combine_backward', 'moments', 'norm_act', 'norm_act_backward'):
         expected = inspect.signature(getattr(Backend, function))
         actual = inspect.signature(getattr(backend, function))
         assert list(actual.parameters.values()) == list(expected.parameters.values())[1:]
@@ -1057,15 +1068,15 @@ def test_backends_are_what_the_protocol_says(name):
 
 
 COMBINE = dict(
-    layers=[torch.ones(2, 3, 4, 5)] * 2, weights=[torch.ones(2, 3, 1, 1)], biases=[torch.ones(3, 1, 1)],
+    layers=[torch.ones(2, 3, 4, 5)] * 2, weights=[torch.ones(2, 3)], biases=[torch.ones(3)],
     outs=[torch.ones(2, 3, 4, 5)])
 COMBINE_BACKWARD = dict(
-    grads=[torch.ones(2, 3, 4, 5)] * 2, weights=[torch.ones(2, 3, 1, 1)], layers=[torch.ones(2, 3, 4, 5)],
+    grads=[torch.ones(2, 3, 4, 5)] * 2, weights=[torch.ones(2, 3)], layers=[torch.ones(2, 3, 4, 5)],
     means=[torch.ones(3)], begun=[torch.ones(2, 3, 4, 5)])
-NORM_ACT_BACKWARD = dict(
-    **dict.fromkeys(('grad', 'x', 'y'), torch.ones(2, 3, 4, 5)),
-    **dict.fromkeys(('weight', 'bias', 'mean', 'invstd'), torch.ones(3)), training=True)
-SCALES = dict(biases=[torch.ones(2, 3, 1, 1)], scales=[torch.ones(2, 2)])
+MOMENTS = dict(x=torch.ones(2, 3, 4, 5), running=(torch.ones(3), torch.ones(3)))
+NORM_ACT = dict(x=torch.ones(2, 3, 4, 5), **dict.fromkeys(('weight', 'bias', 'mean', 'invstd'), torch.ones(3)))
+NORM_ACT_BACKWARD = dict(**NORM_ACT, **dict.fromkeys(('grad', 'y'), torch.ones(2, 3, 4, 5)), training=True)
+SCALES = dict(biases=[torch.ones(2, 3)], scales=[torch.ones(2, 2)])
 
 
 @pytest.mark.parametrize('name', FAST)
@@ -1078,24 +1089,30 @@ SCALES = dict(biases=[torch.ones(2, 3, 1, 1)], scales=[torch.ones(2, 2)])
      'layers: expected floating point numbers, got torch.int32'),
     ('combine', COMBINE, dict(layers=[torch.ones(2, 3, 4, 5), torch.ones(2, 3, 4, 5, device='meta')]),
      'layers: expected to be on cpu, got meta'),
-    ('combine', COMBINE, dict(weights=[torch.ones(2, 2, 1, 1)]), r'weights: expected \[2, 3, 1, 1\], got \[2, 2,'),
-    ('combine', COMBINE, dict(weights=[torch.ones(1, 3, 1, 1)]), r'weights: expected \[2, 3, 1, 1\], got \[1, 3,'),
-    ('combine', COMBINE, dict(biases=[torch.ones(3)]), r'biases: expected \[3, 1, 1\], got \[3\]'),
+    ('combine', COMBINE, dict(weights=[torch.ones(2, 2)]), r'weights: expected \[2, 3\], got \[2, 2\]'),
+    ('combine', COMBINE, dict(weights=[torch.ones(1, 3)]), r'weights: expected \[2, 3\], got \[1, 3\]'),
+    ('combine', COMBINE, dict(biases=[torch.ones(3, 1)]), r'biases: expected \[3\], got \[3, 1\]'),
     ('combine', COMBINE, dict(biases=[]), 'biases: expected 1 tensors, got 0'),
     ('combine', COMBINE, dict(outs=[]), 'outs: expected 1 tensors, got 0'),
+    ('combine', COMBINE, dict(outs=None, begun=True), 'outs: there are none'),
+    ('combine', COMBINE, dict(layers=[torch.ones(2, 3, 4, 4)] * 2, begun=True), r'layers: expected \[2, 3, 4, 5\]'),
     ('combine', COMBINE, dict(outs=[torch.ones(2, 3, 4, 4)]), r'outs: expected \[2, 3, 4, 5\], got \[2, 3, 4, 4\]'),
     ('combine', COMBINE, dict(outs=[torch.ones(2, 3, 4, 5).double()]), 'outs: expected torch.float32 in .*float64'),
     ('combine', COMBINE, dict(outs=[torch.ones(2, 4, 5, 3).permute(0, 3, 1, 2)]), 'contiguous_format, .* of strides'),
-    ('combine', COMBINE, dict(scales=[torch.ones(2, 2)]), r'biases: expected \[2, 3, 1, 1\], got \[3, 1, 1\]'),
+    ('combine', COMBINE, dict(scales=[torch.ones(2, 2)]), r'biases: expected \[2, 3\], got \[3\]'),
     ('combine', {**COMBINE, **SCALES}, dict(scales=[torch.ones(2, 3)]), r'scales: expected \[2, 2\], got \[2, 3\]'),
     ('combine_backward', COMBINE_BACKWARD, dict(grads=[]), 'grads: there are none'),
     ('combine_backward', COMBINE_BACKWARD, dict(grads=[torch.ones(1, 3, 4, 5)] * 2), 'grads: expected'),
-    ('combine_backward', COMBINE_BACKWARD, dict(weights=[torch.ones(3, 3, 1, 1)]), 'weights: expected'),
+    ('combine_backward', COMBINE_BACKWARD, dict(weights=[torch.ones(3, 3)]), 'weights: expected'),
     ('combine_backward', COMBINE_BACKWARD, dict(means=[torch.ones(2)]), 'means: expected'),
     ('combine_backward', COMBINE_BACKWARD, dict(means=[torch.ones(3)] * 2), 'means: expected 1 tensors, got 2'),
     ('combine_backward', COMBINE_BACKWARD, dict(begun=[torch.ones(2, 3, 4, 5).bfloat16()]), 'begun: expected'),
     ('combine_backward', COMBINE_BACKWARD, dict(scales=[torch.ones(1, 2)]), 'scales: expected'),
-    ('moments', {}, dict(x=torch.ones(3)), 'x: expected'),
+    ('moments', MOMENTS, dict(x=torch.ones(3)), 'x: expected'),
+    ('moments', MOMENTS, dict(running=(torch.ones(3), torch.ones(2))), r'running: expected \[3\], got \[2\]'),
+    ('norm_act', NORM_ACT, dict(x=torch.ones(2, 3, 4)), 'x: expected'),
+    ('norm_act', NORM_ACT, dict(invstd=torch.ones(2)), 'invstd: expected'),
+    ('norm_act', NORM_ACT, dict(out=torch.ones(2, 3, 4, 4)), 'out: expected'),
     ('norm_act_backward', NORM_ACT_BACKWARD, dict(x=torch.ones(2, 3, 4)), 'x: expected'),
     ('norm_act_backward', NORM_ACT_BACKWARD, dict(grad=torch.ones(2, 3, 4, 4)), 'grad: expected'),
     ('norm_act_backward', NORM_ACT_BACKWARD, dict(y=torch.ones(2, 2, 4, 5)), 'y: expected'),
@@ -1118,8 +1135,8 @@ def test_compiled_triton_kernels_do_what_aten_does():
         from timm_deluge.ops import aten, triton
         torch.manual_seed(0)
         layers = list(torch.randn(5, 2, 70, 9, 8, device='cuda'))
-        weights, bias = torch.randn(3, 5, 70, 1, 1, device='cuda'), torch.randn(70, 1, 1, device='cuda')
-        of_layers, means = torch.randn(2, 5, 70, 1, 1, device='cuda'), list(torch.randn(2, 70, device='cuda'))
+        weights, bias = torch.randn(3, 5, 70, device='cuda'), torch.randn(70, device='cuda')
+        of_layers, means = torch.randn(2, 5, 70, device='cuda'), list(torch.randn(2, 70, device='cuda'))
         found, expected = (
             (backend.combine(layers, list(weights), [bias] * 3, None, True),
              *backend.combine_backward(layers, list(of_layers), layers[:2], means)) for backend in (triton, aten))
@@ -1150,13 +1167,27 @@ def test_backends_give_moments_and_the_gradient_of_batch_norm_and_relu(name, lay
     assert_near(mean, exact.mean((0, 2, 3)), 1e-5)
     assert_near(var, exact.var((0, 2, 3), correction=0), 1e-5)
 
+    for running_dtype in (torch.float32, torch.bfloat16, torch.float64):
+        running = torch.randn(2, shape[1]).to(running_dtype).unbind()
+        unbiased = exact.var((0, 2, 3))
+        expected = [0.7 * old.double() + 0.3 * new for old, new in zip(running, (exact.mean((0, 2, 3)), unbiased))]
+        torch.testing.assert_close(backend.moments(x, running, 0.3), (mean, var))
+        for actual, exactly in zip(running, expected):
+            assert actual.dtype is running_dtype
+            assert_near(actual, exactly, TOLERANCE[torch.bfloat16] if running_dtype is torch.bfloat16 else 1e-5)
+
     weight, bias = (torch.randn(shape[1], dtype=torch.float64, requires_grad=True) for _ in range(2))
     for training in (True, False):
-        y = torch.relu(nn.functional.batch_norm(exact, mean.double(), var.double(), weight, bias, training, eps=1e-12))
+        y = nn.functional.batch_norm(exact, mean.double(), var.double(), weight, bias, training, eps=1e-12)
+        parameters = weight.detach().float(), bias.detach().float(), mean, var.rsqrt()
+        for relu in (False, True):
+            [out], _ = same_layout([x.clone(memory_format=torch.preserve_format)])
+            for actual in backend.norm_act(x, *parameters, relu), backend.norm_act(out, *parameters, relu, out):
+                assert_near(actual, y.relu() if relu else y, TOLERANCE[dtype])
+        y = torch.relu(y)
         expected = torch.autograd.grad(y, (exact, weight, bias), grad.double())
         actual = backend.norm_act_backward(
-            grad.clone(memory_format=torch.preserve_format), x, y.detach().to(dtype), weight.detach().float(),
-            bias.detach().float(), mean, var.rsqrt(), training)
+            grad.clone(memory_format=torch.preserve_format), x, y.detach().to(dtype), *parameters, training)
         for a, e in zip(actual, expected):
             assert_near(a, e, TOLERANCE[dtype])
 
@@ -1176,7 +1207,7 @@ def test_running_sums_are_sums_of_the_layers_so_far(implementation, num_sums, re
     set_implementation(implementation)
     torch.manual_seed(0)
     layers = list(torch.randn(num_sums, 2, 6, 3, 4))
-    weights, biases = torch.randn(num_sums, num_sums, 6, 1, 1), torch.randn(num_sums, 6, 1, 1)
+    weights, biases = torch.randn(num_sums, num_sums, 6), torch.randn(num_sums, 6)
     outs = list(torch.full((num_sums, 2, 6, 3, 4), float('nan')))
     relus = [i % 3 != 1 for i in range(num_sums)] if relu else None
     sources = [[n for n in range(i + 1) if n % 3 == i % 3] for i in range(num_sums)] if pruned else None
@@ -1184,13 +1215,14 @@ def test_running_sums_are_sums_of_the_layers_so_far(implementation, num_sums, re
         for i, numbers in enumerate(sources):
             weights[i, [n for n in range(num_sums) if n not in numbers]] = 0
 
-    def folded_weights(i, numbers, begins):
-        return weights[i, list(numbers)], biases[i] * begins
+    def folded_weights(sums, numbers, begins):
+        return [weights[i, list(numbers)] for i in sums], [biases[i] * begins for i in sums]
 
     for memory in (None, outs):
         known = layers[:1]
         for i, actual in enumerate(running_sums(known, num_sums, folded_weights, memory, relus, sources)):
-            expected = biases[i] + sum(weight * layer for weight, layer in zip(weights[i], layers[:i + 1]))
+            pairs = zip(weights[i, ..., None, None], layers[:i + 1])
+            expected = biases[i, :, None, None] + sum(weight * layer for weight, layer in pairs)
             torch.testing.assert_close(actual, expected.relu() if relus and relus[i] else expected)
             known += layers[i + 1:i + 2]
 
@@ -1200,17 +1232,17 @@ def test_running_sums_are_sums_of_the_layers_so_far(implementation, num_sums, re
     ([[0], [1], [0], [0], [1], [3], [1], [7]], [1, 1, 1, 1, 2, 1, 1, 2]),
 ])
 def test_running_sums_read_each_layer_once_for_the_last_four_sums(monkeypatch, sources, expected):
-    def folded_weights(i, numbers, begins):
-        return torch.ones(len(numbers), 2, 1, 1), torch.zeros(2, 1, 1)
+    def folded_weights(sums, numbers, begins):
+        return [torch.ones(len(numbers), 2)] * len(sums), [torch.zeros(2)] * len(sums)
 
     set_implementation('aten')
     layers, reads, written = [torch.randn(1, 2, 3, 3)], [], []
     combine = aten.combine
 
-    def watched(layers, weights, *args):
-        reads.append(len(layers))
+    def watched(layers, weights, *args, begun=False):
+        reads.append(len(layers) + begun)
         written.append(len(weights))
-        return combine(layers, weights, *args)
+        return combine(layers, weights, *args, begun=begun)
 
     monkeypatch.setattr(aten, 'combine', watched)
     for _ in running_sums(layers, 8, folded_weights, sources=sources):

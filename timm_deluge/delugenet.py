@@ -340,8 +340,8 @@ class DelugeBlock(FusedModule, ResidualBlock):
             else:
                 h = layer.forward_fused(x, outputs.recompute())
             drops = drop_path.training and isinstance(drop_path, DropPath)
-            outputs.append(h, norm, drop_path(h.new_ones(len(h), 1, 1, 1)) if drops else None)
-            x = outputs.cross_layer_depthwise_conv(cross_layer.draw_scale(len(h)))
+            outputs.append(h, norm, drop_path(h.new_ones(h.shape[0], 1, 1, 1)) if drops else None)
+            x = outputs.cross_layer_depthwise_conv(cross_layer.draw_scale(h.shape[0]))
         return x
 
     @torch.jit.ignore

@@ -228,15 +228,15 @@ class FoldedCrossLayer(nn.Module):
             relu: Whether a ReLU follows.
         """
         super().__init__()
-        self.weight = nn.Parameter(weight[..., None, None].contiguous())
-        self.bias = nn.Parameter(bias[:, None, None].contiguous())
+        self.weight = nn.Parameter(weight.contiguous())
+        self.bias = nn.Parameter(bias.contiguous())
         self.sources = sources
         self.relu = relu
 
     def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
-        x: torch.Tensor = self.bias
+        x: torch.Tensor = self.bias[:, None, None]
         for i, source in enumerate(self.sources):
-            x = torch.addcmul(x, layers[source], self.weight[i])
+            x = torch.addcmul(x, layers[source], self.weight[i, :, None, None])
         x = x.to(layers[0].dtype)
         return torch.relu(x) if self.relu else x
 
@@ -314,10 +314,13 @@ class FoldedDelugeBlock(nn.Module):
         layers = [h]
         sources = [cross_layer.sources for cross_layer in cross_layers]
         pruned = any(len(numbers) <= i for i, numbers in enumerate(sources))
+
+        def folded_weights(sums: range, numbers: Sequence[int], begins: bool) -> Any:
+            return zip(*(cross_layers[i].folded_weights(numbers, begins) for i in sums))
+
         sums = running_sums(
-            layers, len(cross_layers), lambda i, *of_layers: cross_layers[i].folded_weights(*of_layers),
-            None if outs is None else [*outs, torch.empty_like(h)], [cross_layer.relu for cross_layer in cross_layers],
-            sources if pruned else None)
+            layers, len(cross_layers), folded_weights, None if outs is None else [*outs, torch.empty_like(h)],
+            [cross_layer.relu for cross_layer in cross_layers], sources if pruned else None)
         for layer, x in zip(self.layers, sums):
             layers.append(layer(x, None if outs is None else x))
         return next(sums)

@@ -3,10 +3,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .backend import check_combine, check_combine_backward, check_moments, check_norm_act_backward
+from .backend import check_combine, check_combine_backward, check_moments, check_norm_act
 from .layout import same_layout
 
-__all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
+__all__ = ['combine', 'combine_backward', 'moments', 'norm_act', 'norm_act_backward']
 
 
 def combine(
@@ -16,18 +16,21 @@ def combine(
         outs: Sequence[torch.Tensor] | None = None,
         relu: bool = False,
         scales: Sequence[torch.Tensor] | None = None,
+        begun: bool = False,
 ) -> list[torch.Tensor]:
     """See `Backend.combine`."""
-    check_combine(layers, weights, biases, outs, scales)
-    layers, _ = same_layout(layers)
+    like = check_combine(layers, weights, biases, outs, scales, begun)
+    layers, _ = same_layout(layers, like)
     results: list[torch.Tensor] = []
     if scales is not None:
-        weights = [weight[:, None] * scale[..., None, None, None] for weight, scale in zip(weights, scales)]
-    for weight, bias in zip(weights, biases):
-        x = torch.addcmul(bias, layers[0], weight[0])
-        for layer, scale in zip(layers[1:], weight[1:]):
+        weights = [weight[:, None] * scale[..., None] for weight, scale in zip(weights, scales)]
+    for i, (weight, bias) in enumerate(zip(weights, biases)):
+        bias = bias[..., None, None]
+        terms = zip(layers, weight[..., None, None])
+        x = outs[i] + bias if outs and begun else torch.addcmul(bias, *next(terms))
+        for layer, scale in terms:
             x.addcmul_(layer, scale)
-        results.append((x.relu_() if relu and not results else x).to(layers[0].dtype))
+        results.append((x.relu_() if relu and i == 0 else x).to(like.dtype))
     return results
 
 
@@ -49,12 +52,10 @@ def combine_backward(
         dots = [
             (scale[:, None] * ((layer - mean[:, None, None]) * grad).sum((2, 3))).sum(0)
             for layer, mean, of_layer in zip(layers, means, scales) for grad, scale in zip(grads, of_layer)]
-    zeros = torch.zeros_like(means[0])[:, None, None]
+    zeros = torch.zeros_like(means[0])
     if scales is not None:
-        zeros = zeros.expand(len(layers[0]), -1, 1, 1)
-    sums = combine(grads, weights, [zeros] * len(layers), scales=scales)
-    if begun is not None:
-        sums = [partial.add_(total) for partial, total in zip(begun, sums)]
+        zeros = zeros.expand(len(layers[0]), -1)
+    sums = combine(grads, weights, [zeros] * len(layers), begun, False, scales, begun is not None)
     return sums, torch.stack(dots).unflatten(0, (len(layers), len(grads)))
 
 
@@ -66,14 +67,56 @@ def _dot(grad: torch.Tensor, layer: torch.Tensor, mean: torch.Tensor) -> torch.T
         grad, layer, ones, None, None, mean, ones, True, 0., [False, True, False])[1]
 
 
-def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(
+        x: torch.Tensor,
+        running: tuple[torch.Tensor, torch.Tensor] | None = None,
+        momentum: float = 0.,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Backend.moments`."""
-    check_moments(x)
+    check_moments(x, running)
     # running statistics that stay as they are, for the results to have their dtype
     dtype = torch.promote_types(x.dtype, torch.float32)
-    running = torch.zeros(2, x.shape[1], device=x.device, dtype=dtype)
-    mean, var = torch.ops.aten.batch_norm_update_stats(x, *running, 0.)
+    unchanged = torch.zeros(2, x.shape[1], device=x.device, dtype=dtype)
+    mean, var = torch.ops.aten.batch_norm_update_stats(x, *unchanged, 0.)
+    if running is not None:
+        update_running(running, mean, var, momentum, x.numel() / x.shape[1])
     return mean, var
+
+
+def update_running(
+        running: tuple[torch.Tensor, torch.Tensor],
+        mean: torch.Tensor,
+        var: torch.Tensor,
+        momentum: float,
+        count: float,
+) -> None:
+    """Update the running statistics of a batch normalisation: see `Backend.moments`.
+
+    Args:
+        running: Running mean and variance, ``[C]``.
+        mean: ``[C]``.
+        var: The biased one, ``[C]``.
+        momentum: Share of the new ones.
+        count: Number of values for each channel.
+    """
+    for statistic, new in zip(running, (mean, var * (count / (count - 1)))):
+        statistic.lerp_(new.to(statistic.dtype), momentum)
+
+
+def norm_act(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        mean: torch.Tensor,
+        invstd: torch.Tensor,
+        relu: bool = True,
+        out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `Backend.norm_act`."""
+    check_norm_act([x], weight, bias, mean, invstd, out=out)
+    scale = weight * invstd
+    [y] = combine([x], [scale[None]], [bias - scale * mean], out if out is None else [out], relu)
+    return y
 
 
 def norm_act_backward(
@@ -88,7 +131,7 @@ def norm_act_backward(
         relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `Backend.norm_act_backward`."""
-    check_norm_act_backward(grad, x, y, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    check_norm_act([x, y, grad], weight, bias, mean, invstd)
     if relu:
         torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
     (x, grad), _ = same_layout([x, grad])

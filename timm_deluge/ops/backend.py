@@ -10,11 +10,11 @@ import torch
 
 from .layout import fast_memory_format
 
-__all__ = ['Backend', 'check_combine', 'check_combine_backward', 'check_moments', 'check_norm_act_backward']
+__all__ = ['Backend', 'check_combine', 'check_combine_backward', 'check_moments', 'check_norm_act']
 
 
 class Backend(Protocol):
-    """Four functions; their results have no autograd history."""
+    """Five functions; their results have no autograd history."""
 
     @property
     def __name__(self) -> str:
@@ -29,16 +29,18 @@ class Backend(Protocol):
             outs: Sequence[torch.Tensor] | None = None,
             relu: bool = False,
             scales: Sequence[torch.Tensor] | None = None,
+            begun: bool = False,
     ) -> list[torch.Tensor]:
         """Sum layers, each channel with its own weights: ``x[n, c] = bias[c] + sum_i weight[i, c] * layers[i][n, c]``.
 
         Args:
-            layers: l tensors ``[N, C, H, W]``.
-            weights: ``[l, C, 1, 1]``, of each sum.
-            biases: ``[C, 1, 1]``, of each sum; with scales, one for each image, ``[N, C, 1, 1]``.
-            outs: Memory in the first layer's format that the sums may take. A single sum may take a layer's.
+            layers: l tensors ``[N, C, H, W]``; there may be none to add to sums that were begun.
+            weights: ``[l, C]``, of each sum.
+            biases: ``[C]``, of each sum; with scales, one for each image, ``[N, C]``.
+            outs: Memory in the first layer's dtype and format that the sums may take.
             relu: Apply a ReLU to the first sum.
             scales: ``[l, N]``, of each sum: what the images of a layer are multiplied by, besides the weight.
+            begun: Whether `outs` hold what the sums are to be added to; their dtype and format are then the sums'.
 
         Returns:
             The sums ``[N, C, H, W]`` in the first layer's dtype, without autograd history.
@@ -58,7 +60,7 @@ class Backend(Protocol):
 
         Args:
             grads: The gradients of l results, ``[N, C, H, W]``.
-            weights: Of each layer, its weights in these results, ``[l, C, 1, 1]``.
+            weights: Of each layer, its weights in these results, ``[l, C]``.
             layers: The layers, ``[N, C, H, W]``.
             means: Of each layer, its mean, ``[C]``, which is taken from the layer first.
             begun: Of each layer, what other results have begun of its gradient, in the first layer's format;
@@ -72,11 +74,41 @@ class Backend(Protocol):
         """
         ...
 
-    def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Get each channel's mean and (biased) variance over images and positions, ``[C]``.
+    def moments(
+            self,
+            x: torch.Tensor,
+            running: tuple[torch.Tensor, torch.Tensor] | None = None,
+            momentum: float = 0.,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Get each channel's mean and (biased) variance over images and positions, ``[C]``, in float32 or more.
+
+        Args:
+            x: ``[N, C, H, W]``; with `running`, of more than one value for each channel.
+            running: Running mean and (unbiased) variance of a batch normalisation, ``[C]``, which are updated.
+            momentum: Share of the new ones in these.
+        """
+        ...
+
+    def norm_act(
+            self,
+            x: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor,
+            mean: torch.Tensor,
+            invstd: torch.Tensor,
+            relu: bool = True,
+            out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute ``relu(weight * (x - mean) * invstd + bias)``, or the same without ReLU.
 
         Args:
             x: ``[N, C, H, W]``.
+            weight: ``[C]``.
+            bias: ``[C]``.
+            mean: ``[C]``.
+            invstd: 1 / standard deviation, ``[C]``.
+            relu: Whether there is a ReLU.
+            out: Memory in the dtype and format of x that the result may take, also x's own.
         """
         ...
 
@@ -92,18 +124,13 @@ class Backend(Protocol):
             training: bool,
             relu: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Differentiate ``y = relu(weight * (x - mean) * invstd + bias)``, or the same without ReLU.
+        """Differentiate `norm_act`.
 
         Args:
             grad: The gradient of y, ``[N, C, H, W]``; it may be overwritten.
-            x: ``[N, C, H, W]``.
-            y: ``[N, C, H, W]``.
-            weight: ``[C]``.
-            bias: ``[C]``.
-            mean: ``[C]``.
-            invstd: 1 / standard deviation, ``[C]``.
+            x, weight, bias, mean, invstd, relu: What `norm_act` took.
+            y: What it gave, ``[N, C, H, W]``.
             training: Whether mean and standard deviation are those of x.
-            relu: Whether there is a ReLU.
 
         Returns:
             The gradients of x, weight and bias.
@@ -117,21 +144,27 @@ def check_combine(
         biases: Sequence[torch.Tensor],
         outs: Sequence[torch.Tensor] | None,
         scales: Sequence[torch.Tensor] | None,
-) -> None:
+        begun: bool,
+) -> torch.Tensor:
     """Hold the arguments of `Backend.combine` against what it says of them.
+
+    Returns:
+        The one whose shape, dtype and format the sums have.
 
     Raises:
         ValueError: If there is one of another shape, dtype, device or number.
     """
-    first = _check_images('layers', layers)
-    batch_size, channels = first.shape[:2]
-    _check('weights', weights, (len(layers), channels, 1, 1), first)
-    bias_shape = (channels, 1, 1) if scales is None else (batch_size, channels, 1, 1)
-    _check('biases', biases, bias_shape, first, len(weights))
+    like = _check_images('outs', outs or []) if begun else _check_images('layers', layers)
+    _check('layers', layers, like.shape, like)
+    batch_size, channels = like.shape[:2]
+    _check('weights', weights, (len(layers), channels), like)
+    bias_shape = (channels,) if scales is None else (batch_size, channels)
+    _check('biases', biases, bias_shape, like, len(weights))
     if outs is not None:
-        _check_memory('outs', outs, first, len(weights))
+        _check_memory('outs', outs, like, len(weights))
     if scales is not None:
-        _check('scales', scales, (len(layers), batch_size), first, len(weights))
+        _check('scales', scales, (len(layers), batch_size), like, len(weights))
+    return like
 
 
 def check_combine_backward(
@@ -150,7 +183,7 @@ def check_combine_backward(
     first = _check_images('layers', layers)
     _check_images('grads', grads, first)
     batch_size, channels = first.shape[:2]
-    _check('weights', weights, (len(grads), channels, 1, 1), first, len(layers))
+    _check('weights', weights, (len(grads), channels), first, len(layers))
     _check('means', means, (channels,), first, len(layers))
     if begun is not None:
         _check_memory('begun', begun, first, len(layers))
@@ -158,26 +191,35 @@ def check_combine_backward(
         _check('scales', scales, (len(grads), batch_size), first, len(layers))
 
 
-def check_moments(x: torch.Tensor) -> None:
-    """Hold the argument of `Backend.moments` against what it says of it.
+def check_moments(x: torch.Tensor, running: Sequence[torch.Tensor] | None) -> None:
+    """Hold the arguments of `Backend.moments` against what it says of them.
 
     Raises:
-        ValueError: If it is of another shape or dtype.
+        ValueError: If there is one of another shape, dtype, device or number.
     """
     _check_images('x', [x])
+    if running is not None:
+        _check('running', running, x.shape[1:2], x, 2)
 
 
-def check_norm_act_backward(grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor, **parameters: torch.Tensor) -> None:
-    """Hold the arguments of `Backend.norm_act_backward` against what it says of them.
+def check_norm_act(
+        images: Sequence[torch.Tensor], *parameters: torch.Tensor, out: torch.Tensor | None = None) -> None:
+    """Hold the arguments of `Backend.norm_act`, or of `Backend.norm_act_backward`, against what these say of them.
+
+    Args:
+        images: x, and for the latter y and grad.
+        parameters: Weight, bias, mean and 1 / standard deviation.
+        out: Memory for the result.
 
     Raises:
         ValueError: If there is one of another shape, dtype or device.
     """
-    _check_images('x', [x])
-    _check_images('grad', [grad], x)
-    _check_images('y', [y], x)
-    for name, parameter in parameters.items():
-        _check(name, [parameter], x.shape[1:2], x)
+    for name, tensor in zip(('x', 'y', 'grad'), images):
+        _check_images(name, [tensor], images[0])
+    for name, parameter in zip(('weight', 'bias', 'mean', 'invstd'), parameters):
+        _check(name, [parameter], images[0].shape[1:2], images[0])
+    if out is not None:
+        _check_memory('out', [out], images[0], 1)
 
 
 def _check_images(name: str, tensors: Sequence[torch.Tensor], like: torch.Tensor | None = None) -> torch.Tensor:
@@ -196,7 +238,7 @@ def _check_memory(name: str, tensors: Sequence[torch.Tensor], like: torch.Tensor
     for tensor in tensors:
         if tensor.dtype != like.dtype or not tensor.is_contiguous(memory_format=memory_format):
             raise ValueError(
-                f'{name}: expected {like.dtype} in {memory_format}, the first layer\'s, got {tensor.dtype} of strides '
+                f'{name}: expected {like.dtype} in {memory_format}, as the first tensor, got {tensor.dtype} of strides '
                 f'{tensor.stride()}')
 
 
@@ -209,10 +251,11 @@ def _check(
 ) -> None:
     if number is not None and len(tensors) != number:
         raise ValueError(f'{name}: expected {number} tensors, got {len(tensors)}')
+    device = like.device
     for tensor in tensors:
         if tensor.shape != shape:
             raise ValueError(f'{name}: expected {list(shape)}, got {list(tensor.shape)}')
-        if tensor.device != like.device:
-            raise ValueError(f'{name}: expected to be on {like.device}, got {tensor.device}')
+        if tensor.device != device:
+            raise ValueError(f'{name}: expected to be on {device}, got {tensor.device}')
         if not tensor.is_floating_point():
             raise ValueError(f'{name}: expected floating point numbers, got {tensor.dtype}')

@@ -36,11 +36,12 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, conv_args: ConvArgs) -> torch.
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    size = _output_size(x, weight, conv_args)
-    if not _pays(x, weight, size, MAX_POSITIONS):
-        return F.conv2d(x, weight, None, *conv_args)
-    kernels = weight.permute(0, 2, 3, 1).flatten(1)
-    return _images(_patches(x, weight, size, conv_args) @ kernels.t(), len(x), size)
+    if weight.shape[2:] != (1, 1):
+        size = _output_size(x, weight, conv_args)
+        if _pays(x, weight, size, MAX_POSITIONS):
+            kernels = weight.permute(0, 2, 3, 1).flatten(1)
+            return _images(_patches(x, weight, size, conv_args) @ kernels.t(), x.shape[0], size)
+    return F.conv2d(x, weight, None, *conv_args)
 
 
 def conv2d_backward(
@@ -63,13 +64,13 @@ def conv2d_backward(
     grad_weight: torch.Tensor | None = None
     if _is_matrix(x) and _is_matrix(grad) and _is_product(weight, conv_args):
         if needs_weight_grad:
-            grad_weight = _images(rows(grad).t() @ rows(x), len(weight), (1, 1))
-        return _images(rows(grad) @ weight.flatten(1), len(x), x.shape[2:]), grad_weight
+            grad_weight = _images(rows(grad).t() @ rows(x), weight.shape[0], (1, 1))
+        return _images(rows(grad) @ weight.flatten(1), x.shape[0], x.shape[2:]), grad_weight
     by_patches = _is_matrix(grad) and _pays(x, weight, size, MAX_POSITIONS)
     weight_by_patches = by_patches or _is_matrix(grad) and _pays_for_weight_grad(x, weight, size)
     if needs_weight_grad and weight_by_patches:
         kernels_grad = rows(grad).t() @ _patches(x, weight, size, conv_args)
-        grad_weight = _images(kernels_grad, len(weight), weight.shape[2:])
+        grad_weight = _images(kernels_grad, weight.shape[0], weight.shape[2:])
     if by_patches:
         return _input_grad(grad, x, weight, conv_args), grad_weight
     mask = [True, needs_weight_grad and grad_weight is None, False]
@@ -88,13 +89,13 @@ def _is_product(weight: torch.Tensor, conv_args: ConvArgs) -> bool:
 
 def _pays(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, ...], max_positions: int) -> bool:
     """Tell whether a product of patches is possible and, as far as was measured, faster."""
-    few = len(x) * size[0] * size[1] <= max_positions * len(weight)
+    few = x.shape[0] * size[0] * size[1] <= max_positions * weight.shape[0]
     return few and weight.shape[2:] != (1, 1) and _is_matrix(x) and _is_matrix(weight) and x.dtype == weight.dtype
 
 
 def _pays_for_weight_grad(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, ...]) -> bool:
-    few = len(x) * size[0] * size[1] <= MAX_POSITIONS_OF_A_SUM and _pays(x, weight, size, MAX_POSITIONS_OF_WEIGHT_GRAD)
-    return few and x.dtype is torch.bfloat16 and _has_amx()
+    few = x.shape[0] * size[0] * size[1] <= MAX_POSITIONS_OF_A_SUM
+    return few and _pays(x, weight, size, MAX_POSITIONS_OF_WEIGHT_GRAD) and x.dtype is torch.bfloat16 and _has_amx()
 
 
 @cache
@@ -120,7 +121,7 @@ def _patches(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, ...], conv_
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
     n, h, w, c = padded.stride()
     patches = padded.as_strided(
-        (len(x), *size, *weight.shape[2:], x.shape[1]), (n, sh * h, sw * w, dh * h, dw * w, c))
+        (x.shape[0], *size, *weight.shape[2:], x.shape[1]), (n, sh * h, sw * w, dh * h, dw * w, c))
     return patches.reshape(-1, weight[0].numel())
 
 

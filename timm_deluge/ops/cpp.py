@@ -12,11 +12,21 @@ from typing import Any
 
 import torch
 
-from .backend import check_combine, check_combine_backward, check_moments, check_norm_act_backward
+from .aten import update_running
+from .backend import check_combine, check_combine_backward, check_moments, check_norm_act
 from .compile import compile_library
 from .layout import same_layout
 
-__all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
+__all__ = ['combine', 'combine_backward', 'moments', 'norm_act', 'norm_act_backward']
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_PARAMETERS = {  # and besides, of every function: the shape, whether in channels_last, and the number of threads
+    'combine': [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, _POINTER, *[_NUMBER] * 3],
+    'combine_backward': [_POINTER, _NUMBER, *[_POINTER] * 2, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 2, _POINTER],
+    'moments': [*[_POINTER] * 3, ctypes.c_double, *[_POINTER] * 2],
+    'norm_act': [*[_POINTER] * 5, _NUMBER, _POINTER],
+    'norm_act_backward': [*[_POINTER] * 6, _NUMBER, _NUMBER, *[_POINTER] * 3],
+}
 
 
 @cache
@@ -27,7 +37,11 @@ def _library(element: str) -> ctypes.CDLL:
         ImportError: If there is no compiler, or it cannot make a library for PyTorch's OpenMP.
     """
     options = ['-std=c++17', '-O3', '-march=native', '-fPIC', '-fopenmp', f'-DELEMENT={element}']
-    return compile_library(Path(__file__).with_name('kernels.cpp'), options)
+    library = compile_library(Path(__file__).with_name('kernels.cpp'), options)
+    for name, parameters in _PARAMETERS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [*parameters, _POINTER, _NUMBER, _NUMBER], None
+    return library
 
 
 _ELEMENTS = {torch.float32: 'float', torch.bfloat16: 'bfloat16'}
@@ -41,13 +55,14 @@ def combine(
         outs: Sequence[torch.Tensor] | None = None,
         relu: bool = False,
         scales: Sequence[torch.Tensor] | None = None,
+        begun: bool = False,
 ) -> list[torch.Tensor]:
     """See `Backend.combine`."""
-    check_combine(layers, weights, biases, outs, scales)
-    layers, inner = same_layout(layers)
+    like = check_combine(layers, weights, biases, outs, scales, begun)
+    layers, inner = same_layout(layers, like)
     outs = [torch.empty_like(layers[0]) for _ in weights] if outs is None else list(outs)
-    of_results = map(_floats, (weights, biases, scales))
-    _call('combine', layers[0], inner, layers, len(layers), *of_results, len(layers[0]), outs, len(outs), relu)
+    of_results = _floats(weights), _floats(biases), scales and _floats(scales)
+    _call('combine', like, inner, layers, len(layers), *of_results, like.shape[0], outs, len(outs), begun, relu)
     return outs
 
 
@@ -67,18 +82,43 @@ def combine_backward(
     dots = layers[0].new_zeros(
         len(layers), torch.get_num_threads(), len(grads), layers[0].shape[1], dtype=torch.float64)
     _call(
-        'combine_backward', layers[0], inner, grads, len(grads), _floats(weights), _floats(scales), len(layers[0]),
-        layers, _floats(means), outs, len(outs), begun is not None, dots)
+        'combine_backward', layers[0], inner, grads, len(grads), _floats(weights), scales and _floats(scales),
+        layers[0].shape[0], layers, _floats(means), outs, len(outs), begun is not None, dots)
     return outs, dots.sum(1).float()
 
 
-def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(
+        x: torch.Tensor,
+        running: tuple[torch.Tensor, torch.Tensor] | None = None,
+        momentum: float = 0.,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Backend.moments`."""
-    check_moments(x)
+    check_moments(x, running)
     [x], inner = same_layout([x])
-    mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    _call('moments', x, inner, x, mean, var)
+    mean, var = x.new_empty(2, x.shape[1], dtype=torch.float32).unbind()
+    in_loop = running is not None and all(
+        statistic.dtype is torch.float32 and statistic.is_contiguous() for statistic in running)
+    _call('moments', x, inner, x, *(running if running and in_loop else (None, None)), momentum, mean, var)
+    if running is not None and not in_loop:
+        update_running(running, mean, var, momentum, x.numel() / x.shape[1])
     return mean, var
+
+
+def norm_act(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        mean: torch.Tensor,
+        invstd: torch.Tensor,
+        relu: bool = True,
+        out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `Backend.norm_act`."""
+    check_norm_act([x], weight, bias, mean, invstd, out=out)
+    [x], inner = same_layout([x])
+    y = torch.empty_like(x) if out is None else out
+    _call('norm_act', x, inner, x, *_floats((weight, bias, mean, invstd)), relu, y)
+    return y
 
 
 def norm_act_backward(
@@ -93,16 +133,16 @@ def norm_act_backward(
         relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `Backend.norm_act_backward`."""
-    check_norm_act_backward(grad, x, y, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    check_norm_act([x, y, grad], weight, bias, mean, invstd)
     (x, grad), inner = same_layout([x, grad])
-    weight_grad, bias_grad = x.new_zeros(2, x.shape[1], dtype=torch.float32)
-    parameters = [p.float().contiguous() for p in (weight, bias, mean, invstd)]
+    weight_grad, bias_grad = x.new_zeros(2, x.shape[1], dtype=torch.float32).unbind()
+    parameters = _floats((weight, bias, mean, invstd))
     _call('norm_act_backward', x, inner, grad, x, *parameters, training, relu, grad, weight_grad, bias_grad)
     return grad, weight_grad, bias_grad
 
 
-def _floats(parameters: Sequence[torch.Tensor] | None) -> list[torch.Tensor] | None:
-    return None if parameters is None else [parameter.float().contiguous() for parameter in parameters]
+def _floats(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [parameter.float().contiguous() for parameter in parameters]
 
 
 def _call(name: str, like: torch.Tensor, inner: int, *arguments: Any) -> None:
@@ -114,18 +154,16 @@ def _call(name: str, like: torch.Tensor, inner: int, *arguments: Any) -> None:
     channels = like.shape[1]
     columns = channels if inner == 1 else inner
     getattr(_library(_ELEMENTS[like.dtype]), name)(
-        *map(_c_argument, arguments),
-        (ctypes.c_int64 * 3)(like.numel() // columns, columns, channels),
-        ctypes.c_int(inner == 1),
-        ctypes.c_int(torch.get_num_threads()),
+        *map(_argument, arguments),
+        (_NUMBER * 3)(like.numel() // columns, columns, channels),
+        inner == 1,
+        torch.get_num_threads(),
     )
 
 
-def _c_argument(value: Any) -> Any:
-    if value is None:
-        return ctypes.c_void_p()
+def _argument(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
+        return value.data_ptr()
     if isinstance(value, list):
-        return (ctypes.c_void_p * len(value))(*(tensor.data_ptr() for tensor in value))
-    return ctypes.c_int64(value)
+        return (_POINTER * len(value))(*(tensor.data_ptr() for tensor in value))
+    return value

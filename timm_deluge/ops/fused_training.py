@@ -26,6 +26,7 @@ from weakref import WeakSet, proxy
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .implementation import choose_backend
 from .layout import fast_memory_format, same_layout
@@ -72,7 +73,7 @@ class FusedCrossLayers:
             `cross_layer_depthwise_conv`.
         """
         index = len(self._outputs)
-        num_above = len(self._block.weights) - index
+        num_above = self._block.num_convs - index
         parameters = [] if index else self._block.parameters
         below = self._layers[::-1]
         if num_above:  # the topmost layer has all of them, for what is to be computed again
@@ -82,7 +83,7 @@ class FusedCrossLayers:
         scaled, mean, invstd = _LayerOutput.apply(
             self._block, index, below, output, sample_scale, *args, *parameters)
         self._outputs.append(scaled)
-        self._block.statistics.append((mean, invstd))
+        self._block.means[index], self._block.invstds[index] = mean, invstd
         self._layers.append(_Layer(output, sample_scale, mean, invstd, training, eps))
         return scaled
 
@@ -98,7 +99,7 @@ class FusedCrossLayers:
         """
         index = len(self._block.scales)
         if scale is not None:
-            scale = scale.to(self._block.weights[index].dtype).t().contiguous()
+            scale = scale.to(self._block.weights.dtype).t().contiguous()
         self._block.scales.append(scale)
         return _CrossLayer.apply(self._block, self._sums, index, *self._outputs)
 
@@ -156,28 +157,35 @@ class _Block:
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
         self.parameters = [*weights, *biases]
-        self.weights = [_by_layer(weight) for weight in weights]  # as they are in the forward pass, [l, C]
-        self.biases = [_by_layer(bias) for bias in biases]
-        self.statistics: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer: see `statistics`
+        self.num_convs = len(weights)
+        self.weights, self.biases = _by_layer(weights), _by_layer(biases)  # as they are in the forward pass
+        self.means, self.invstds = self.weights.new_empty(2, len(self.weights), self.weights.shape[2])  # of each layer
         self.scales: list[torch.Tensor | None] = []  # of each convolution's connections, [l, N]
         self.recomputes: WeakSet[_Recompute] = WeakSet()
         self._passes: dict[int, _Pass] = {}
 
     def folded_weights(
             self,
-            index: int,
+            convs: range,
             numbers: Any,  # a range: these sums have all layers as sources
             begins: bool,
-            scale: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Get the weights and the bias of normalised layers for layers that are not: see `running_sums`, `Backend`."""
-        of_layers = slice(numbers.start, numbers.stop)
-        means, invstds = map(torch.stack, zip(*self.statistics[of_layers]))
-        weights = self.weights[index].detach()[of_layers] * invstds
-        shifts = self.biases[index].detach()[of_layers] - weights * means
-        # autocast would round a product of matrices
-        shift = shifts.sum(0) if scale is None else (scale[..., None] * shifts[:, None]).sum(0)
-        return weights[..., None, None], shift[..., None, None]
+            scales: torch.Tensor | None = None,
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """Get the weights and biases of normalised layers for layers that are not: see `running_sums`, `Backend`.
+
+        Args:
+            convs: Numbers of convolutions.
+            numbers: Of layers.
+            begins: Whether these are the first ones of a sum, which makes no difference here.
+            scales: What their images are multiplied by, ``[number of layers, number of convolutions, N]``.
+        """
+        layers = slice(numbers.start, numbers.stop)
+        which = layers, slice(convs.start, convs.stop)
+        weights = self.weights[which] * self.invstds[layers, None]
+        shifts = self.biases[which] - weights * self.means[layers, None]
+        if scales is not None:  # autocast would round a product of matrices
+            shifts = scales[..., None] * shifts[:, :, None]
+        return weights.unbind(1), shifts.sum(0).unbind()
 
     def current_pass(self) -> '_Pass':
         """Get what the backward pass that is running has left behind; other threads may run others."""
@@ -192,25 +200,23 @@ class _Block:
 
 
 class _Pass:
-    """What convolutions and layers have left behind in a backward pass through a block, the last one first.
+    """What convolutions and layers have left behind in a backward pass through a block, which takes the last one first.
 
     A pass may begin below the last convolution, where its result takes no part, and may end above layer 0.
     """
 
     def __init__(self, block: _Block) -> None:
         self.block = proxy(block)  # which has this one, also after an error, and is to be freed at once
+        self.weight_grads, self.bias_grads = (torch.zeros_like(block.weights) for _ in range(2))
         self.clear()
 
     def clear(self) -> None:
-        self.grads: list[torch.Tensor] = []  # of each convolution's result, [N, C, H, W]
-        self.weights: list[torch.Tensor] = []  # each convolution's, [l, C]
-        self.grad_scales: list[torch.Tensor | None] = []  # of each convolution's connections, [l, N]
+        self.grads: list[torch.Tensor] = []  # of convolutions' results, [N, C, H, W], the lowest one first
+        self.lowest = 0  # its number
         self.grad_sums: dict[int, torch.Tensor] = {}  # over images and positions, where they are known, [C]
-        self.bias_grads: list[torch.Tensor] = []  # each convolution's, [l, C]
-        self.weight_grads: list[tuple[torch.Tensor, ...]] = []  # each layer's in the convolutions above, [C]
         self.begun: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of layers below: see `_combine_backward`
         self._results: dict[int, torch.Tensor] = {}
-        self.layers: list[_Layer] = []  # the block's
+        self.layers: list[_Layer] = []  # the block's, without those whose turn it was
 
     def take_layers(self, layers: list[_Layer]) -> None:
         """Take the block's layers, for what is to be computed again."""
@@ -224,40 +230,37 @@ class _Pass:
     def result(self, index: int, kept: list[_Layer]) -> torch.Tensor:
         """Convolve again, ``[N, C, H, W]``, and at once for the three before; of the layers that were kept, if any."""
         layers = (kept or self.layers)[:index + 2]
+        all_scales = self.block.scales
         if torch.is_grad_enabled():
-            weight, bias, scale = self.block.weights[index], self.block.biases[index], self.block.scales[index]
+            weight, bias = (parameters[:index + 2, index] for parameters in (self.block.weights, self.block.biases))
+            scale = all_scales[index]
             if scale is not None:
                 weight, bias = scale[..., None] * weight[:, None], scale[..., None] * bias[:, None]
             pairs = zip(weight[..., None, None], layers)
             x = sum((factor * layer.normalized() for factor, layer in pairs), bias.sum(0)[..., None, None])
             return x.to(layers[0].output.dtype)
         if index not in self._results:
-            group = range(index, max(index - SUMS_PER_PASS, -1), -1)
-            all_scales = self.block.scales
-            scales = None if all_scales[index] is None else [self._padded(all_scales[i], index) for i in group]
-            weights, biases = zip(*(self.block.folded_weights(i, range(i + 2), True, all_scales[i]) for i in group))
-            padded = [self._padded(weight, index) for weight in weights]
+            group = range(max(0, index + 1 - SUMS_PER_PASS), index + 1)
+            scales = None if all_scales[index] is None else pad_sequence([all_scales[i] for i in group])
+            weights, biases = self.block.folded_weights(group, range(index + 2), True, scales)
             outputs = [layer.output for layer in layers]
-            results = choose_backend(outputs[0]).combine(outputs, padded, biases, scales=scales)
+            results = choose_backend(outputs[0]).combine(
+                outputs, weights, biases, scales=None if scales is None else scales.unbind(1))
             self._results = dict(zip(group, results))
         return self._results.pop(index)
 
-    @staticmethod
-    def _padded(of_layers: Any, index: int) -> torch.Tensor:
-        """Add zeros for the layers that a convolution before `index` does not have yet."""
-        missing = index + 2 - len(of_layers)
-        return torch.cat([of_layers, of_layers.new_zeros(missing, *of_layers.shape[1:])])
+    def above(self) -> slice:
+        """Get the numbers of the convolutions so far: when its turn comes, those that take a layer."""
+        return slice(self.lowest, self.lowest + len(self.grads))
 
     def parameter_grads(self) -> list[torch.Tensor | None]:
         """Get the gradients of all weights and of all biases, ``[C, 1, l, 1]``, the first convolution first."""
-        weight_grads: list[torch.Tensor | None] = []
-        bias_grads: list[torch.Tensor | None] = []
-        for i, bias_grad in reversed(list(enumerate(self.bias_grads))):
-            weight_grad = torch.stack([grads[i] for grads in reversed(self.weight_grads) if i < len(grads)], 1)
-            weight_grads.append(weight_grad[:, None, :, None])
-            bias_grads.append(bias_grad.t().contiguous()[:, None, :, None])
-        others: list[torch.Tensor | None] = [None] * (len(self.block.weights) - len(weight_grads))
-        return [*weight_grads, *others, *bias_grads, *others]
+        number = self.block.num_convs
+        return [
+            grads[:parameter.shape[2], i].t().contiguous()[:, None, :, None] if i < len(self.grads) else None
+            for grads, parameters in (
+                (self.weight_grads, self.block.parameters[:number]), (self.bias_grads, self.block.parameters[number:]))
+            for i, parameter in enumerate(parameters)]
 
 
 class _LayerOutput(torch.autograd.Function):
@@ -285,9 +288,10 @@ class _LayerOutput(torch.autograd.Function):
         if has_all_below and len(current.layers) < len(layers):
             current.take_layers(layers[::-1])
         get_grads = _differentiable_grads if torch.is_grad_enabled() else _grads
-        is_topmost = ctx.index == len(ctx.block.weights)
+        is_topmost = ctx.index == ctx.block.num_convs
         grad, weight_grad = get_grads(current, ctx.index, layers[:1 if is_topmost else LAYERS_PER_PASS])
-        current.weight_grads.append(weight_grad.unbind())
+        current.weight_grads[ctx.index, current.above()] = weight_grad
+        del current.layers[ctx.index:]  # no result that is still to be computed again has it
         if direct_grad is not None:
             grad = grad + direct_grad if torch.is_grad_enabled() else grad.add_(direct_grad)
         parameter_grads = []
@@ -311,17 +315,15 @@ def _grads(current, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
         grad *= sample_scale
     weight_grad = weight_grad * invstd
     if training:
-        count = output.numel() / output.shape[1]
-        weight = torch.stack([weight[index] for weight in current.weights])
+        convs = current.above()
+        weight = current.block.weights[index, convs]
+        factor = invstd * (-output.shape[1] / output.numel())
         if sample_scale is None:
-            total = invstd / count * (weight * torch.stack([grad[index] for grad in current.bias_grads])).sum(0)
+            shift = factor * (weight * current.bias_grads[index, convs]).sum(0)
         else:
-            total, _ = choose_backend(grad).moments(grad)
-        projection = invstd ** 2 / count * (weight * weight_grad).sum(0)
-        scale = torch.stack([torch.ones_like(projection), -projection])
-        shift = projection * mean - total
-        [grad] = choose_backend(output).combine(
-            [grad, output], [scale[..., None, None]], [shift[:, None, None]], [grad])
+            shift = -choose_backend(grad).moments(grad)[0]
+        scale = factor * invstd * (weight * weight_grad).sum(0)
+        [grad] = choose_backend(output).combine([output], [scale[None]], [shift - scale * mean], [grad], begun=True)
     return grad, weight_grad
 
 
@@ -332,39 +334,40 @@ def _combine_backward(current, index, layers) -> tuple[torch.Tensor, torch.Tenso
         The gradient of the layer's output as if its statistics were constants, ``[N, C, H, W]``, and
         ``sum dx_l * (output - mean)`` over images and positions, ``[l, C]``.
     """
-    begun, num_known = None, 0
+    begun, convs, grads = None, current.above(), current.grads
     if index in current.begun:
         partial_grad, known = current.begun.pop(index)
-        layers, begun, num_known = layers[:1], [partial_grad], len(known)
-        if num_known == len(current.grads):
+        layers, begun = layers[:1], [partial_grad]
+        grads = grads[:len(grads) - len(known)]
+        if not grads:
             return partial_grad, known
-    weights = [
-        (torch.stack([weight[index - i] for weight in current.weights[num_known:]]) * layer.invstd)[..., None, None]
-        for i, layer in enumerate(layers)]
+        convs = slice(convs.start, convs.start + len(grads))
+    of_layers = slice(index + 1 - len(layers), index + 1)
+    weights = (current.block.weights[of_layers, convs] * current.block.invstds[of_layers, None]).unbind()[::-1]
     means = [layer.mean for layer in layers]
     outputs = [_scale_samples(layer.output, layer.sample_scale, layer.mean) for layer in layers]
     outputs = same_layout([current.grads[0], *outputs])[0][1:]  # in that of what was begun
     scales = None
-    if current.grad_scales[0] is not None:
-        new_scales = current.grad_scales[num_known:]
-        scales = [torch.stack([scale[index - i] for scale in new_scales]) for i in range(len(layers))]
-    grads, dots = choose_backend(outputs[0]).combine_backward(
-        current.grads[num_known:], weights, outputs, means, begun, scales)
+    if current.block.scales[0] is not None:
+        scales = [torch.stack([scale[index - i] for scale in current.block.scales[convs]]) for i in range(len(layers))]
+    sums, dots = choose_backend(outputs[0]).combine_backward(grads, weights, outputs, means, begun, scales)
     if begun:
-        return grads[0], torch.cat([known, dots[0]])
-    current.begun.update((index - i, (grads[i], dots[i])) for i in range(1, len(layers)))
-    return grads[0], dots[0]
+        return sums[0], torch.cat([dots[0], known])
+    current.begun.update((index - i, (sums[i], dots[i])) for i in range(1, len(layers)))
+    return sums[0], dots[0]
 
 
 def _differentiable_grads(current, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the same by the definition: they can be differentiated again."""
     output = stand_in(layers[0].output)
     normalized = layers[0]._replace(output=output).normalized()
+    convs = current.above()
     grads = [
         grad if scale is None else scale[index][:, None, None, None] * grad
-        for scale, grad in zip(current.grad_scales, current.grads)]
+        for scale, grad in zip(current.block.scales[convs], current.grads)]
     weight_grad = torch.stack([(grad * normalized).sum((0, 2, 3)) for grad in grads])
-    combined = sum(weight[index][:, None, None] * grad for weight, grad in zip(current.weights, grads))
+    combined = sum(
+        weight[:, None, None] * grad for weight, grad in zip(current.block.weights[index, convs], grads))
     [grad] = torch.autograd.grad(normalized, [output], combined, create_graph=True)
     return grad, weight_grad
 
@@ -381,40 +384,40 @@ class _CrossLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, block, sums, index, *outputs):
-        ctx.block, ctx.index, ctx.memory_format = block, index, fast_memory_format(outputs[0])
+        ctx.block, ctx.index, ctx.num_layers = block, index, len(outputs)
+        ctx.memory_format = fast_memory_format(outputs[0])
         scale = block.scales[index]
         if scale is None:
             return next(sums)
-        weights, bias = block.folded_weights(index, range(len(outputs)), True, scale)
-        return choose_backend(outputs[0]).combine(outputs, [weights], [bias], scales=[scale])[0]
+        weights, biases = block.folded_weights(range(index, index + 1), range(len(outputs)), True, scale[:, None])
+        return choose_backend(outputs[0]).combine(outputs, weights, biases, scales=[scale])[0]
 
     @staticmethod
     def backward(ctx, grad):
         refuse_batched(grad)
         current = ctx.block.current_pass()
-        weight, scale = ctx.block.weights[ctx.index], ctx.block.scales[ctx.index]
-        if not torch.is_grad_enabled():
-            weight = weight.detach()
+        scale, dtype = ctx.block.scales[ctx.index], ctx.block.weights.dtype
         grad = grad.contiguous(memory_format=ctx.memory_format)  # sums over mixed ones are several times slower
         if scale is not None:
-            bias_grad = (scale[..., None] * grad.sum((2, 3), dtype=weight.dtype)).sum(1)
+            bias_grad = (scale[..., None] * grad.sum((2, 3), dtype=dtype)).sum(1)
         elif torch.is_grad_enabled():
-            bias_grad = grad.sum((0, 2, 3), dtype=weight.dtype).expand_as(weight)
+            bias_grad = grad.sum((0, 2, 3), dtype=dtype)
+        elif ctx.index in current.grad_sums:
+            bias_grad = current.grad_sums.pop(ctx.index)
         else:
-            total = current.grad_sums.pop(ctx.index, None)
-            if total is None:
-                mean, _ = choose_backend(grad).moments(grad)
-                total = mean * (grad.numel() / grad.shape[1])
-            bias_grad = total.expand_as(weight)
-        current.grads.append(grad)
-        current.weights.append(weight)
-        current.grad_scales.append(scale)
-        current.bias_grads.append(bias_grad)
+            mean, _ = choose_backend(grad).moments(grad)
+            bias_grad = mean * (grad.numel() / grad.shape[1])
+        current.bias_grads[:ctx.num_layers, ctx.index] = bias_grad
+        current.grads.insert(0, grad)
+        current.lowest = ctx.index
         # no gradients: autograd runs each layer's backward after those of all its consumers, which is all this is for
         return (None,) * len(ctx.needs_input_grad)
 
 
-def _by_layer(parameter: torch.Tensor) -> torch.Tensor:
-    """Copy ``[C, 1, l, 1]`` as ``[l, C]``, in float32 or more, differentiably."""
-    by_layer = parameter[:, 0, :, 0].t().to(torch.promote_types(parameter.dtype, torch.float32))
-    return by_layer.clone(memory_format=torch.contiguous_format)
+def _by_layer(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Copy parameters of convolutions ``[C, 1, l, 1]`` as one ``[L + 1, L, C]``, differentiably.
+
+    It is in float32 or more, by layer and convolution, and 0 where a convolution has no such layer.
+    """
+    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+    return pad_sequence([parameter.flatten(1).t().to(dtype) for parameter in parameters])

@@ -122,8 +122,8 @@ def _triton(device: torch.device) -> Backend | None:
         return None
     try:
         from . import triton
-        one = torch.ones(1, 1, 1, 1, device=device)
-        triton.combine([one], [one], [one[0]])
+        one = torch.ones(1, device=device)
+        triton.combine([one.view(1, 1, 1, 1)], [one.view(1, 1)], [one])
     except Exception as error:  # of Triton, of the compilers that it needs, or of the device
         _logger.warning(
             "ATen's operators take the place of Triton's kernels, which do not run on %s: %s", device, error)

@@ -165,13 +165,19 @@ void for_each_vectors(const Shape& shape, const Tile& tile, Work work) {
 
 template <bool BY_COLUMN, int R, class T>
 void combine_results(const T* const* layers, int64_t num_layers, const float* const* weights,
-                     const float* const* biases, T* const* outs, bool relu, const Shape& shape, int threads) {
+                     const float* const* biases, T* const* outs, bool begun, bool relu, const Shape& shape,
+                     int threads) {
     const Floats floor = Floats{} + (relu ? 0 : -std::numeric_limits<float>::infinity());
     for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& tile, int) {
         for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
             Floats results[R][vectors.size], values[vectors.size];
             for (int j = 0; j < R; j++)
-                for (int m = 0; m < vectors.size; m++) results[j][m] = vectors.parameter(biases[j]);
+                for (int m = 0; m < vectors.size; m++) {
+                    results[j][m] = vectors.parameter(biases[j]);
+                    if (!begun) continue;
+                    vectors.prefetch(outs[j], m);
+                    results[j][m] += vectors.load(outs[j], m);
+                }
             for (int64_t i = 0; i < num_layers; i++) {
                 for (int m = 0; m < vectors.size; m++) {
                     vectors.prefetch(layers[i], m);
@@ -191,10 +197,10 @@ void combine_results(const T* const* layers, int64_t num_layers, const float* co
 
 template <bool BY_COLUMN, class T>
 void combine(const T* const* layers, int64_t num_layers, const float* const* weights, const float* const* biases,
-             T* const* outs, int64_t num_results, bool relu, const Shape& shape, int threads) {
+             T* const* outs, int64_t num_results, bool begun, bool relu, const Shape& shape, int threads) {
     const auto of_results = [&](auto number, int64_t k) {
         combine_results<BY_COLUMN, number>(
-            layers, num_layers, weights + k, biases + k, outs + k, relu && k == 0, shape, threads);
+            layers, num_layers, weights + k, biases + k, outs + k, begun, relu && k == 0, shape, threads);
     };
     int64_t k = 0;
     for (; k + 4 <= num_results; k += 4) of_results(Int<4>{}, k);
@@ -388,7 +394,7 @@ std::vector<float> scaled(const float* weights, const float* scales, int64_t of,
 template <bool BY_COLUMN, class T>
 void combine_images(const T* const* layers, int64_t num_layers, const float* const* weights,
                     const float* const* biases, const float* const* scales, int64_t images, T* const* outs,
-                    int64_t num_results, bool relu, const Shape& shape, int threads) {
+                    int64_t num_results, bool begun, bool relu, const Shape& shape, int threads) {
     for_each_image(shape, images, threads, [=](int64_t n, const Shape& one, int64_t begin, int) {
         const auto from = shifted(layers, num_layers, begin);
         const auto of = shifted(biases, num_results, n * one.channels);
@@ -399,7 +405,8 @@ void combine_images(const T* const* layers, int64_t num_layers, const float* con
             image_weights.push_back(scaled(weights[k], scales[k], num_layers, images, n, one.channels));
             pointers.push_back(image_weights[k].data());
         }
-        combine<BY_COLUMN>(from.data(), num_layers, pointers.data(), of.data(), to.data(), num_results, relu, one, 1);
+        combine<BY_COLUMN>(
+            from.data(), num_layers, pointers.data(), of.data(), to.data(), num_results, begun, relu, one, 1);
     });
 }
 
@@ -496,7 +503,8 @@ std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& t
 }
 
 template <bool BY_COLUMN, class T>
-void moments(const T* x, float* mean, float* var, const Shape& shape, int threads) {
+void moments(const T* x, float* running_mean, float* running_var, double momentum, float* mean, float* var,
+             const Shape& shape, int threads) {
     // of distances from one element, since the squares of a large mean would swallow a small variance
     std::vector<float> origin(shape.channels);
     for (int64_t k = 0; k < shape.channels; k++)
@@ -512,20 +520,39 @@ void moments(const T* x, float* mean, float* var, const Shape& shape, int thread
         const double distance = sums[k] / count, square = sums[shape.channels + k] / count;
         mean[k] = origin[k] + distance;
         var[k] = std::max(square - distance * distance, 0.);
+        if (!running_mean) continue;
+        running_mean[k] += momentum * (mean[k] - running_mean[k]);
+        running_var[k] += momentum * (var[k] * count / (count - 1) - running_var[k]);
     }
+}
+
+// [2, channels]: what a normalisation with weight and bias multiplies by, and what it adds.
+std::vector<float> affine(const float* weight, const float* bias, const float* mean, const float* invstd,
+                          int64_t channels) {
+    std::vector<float> results(2 * channels);
+    for (int64_t k = 0; k < channels; k++) {
+        results[k] = weight[k] * invstd[k];
+        results[channels + k] = bias[k] - results[k] * mean[k];
+    }
+    return results;
+}
+
+template <bool BY_COLUMN, class T>
+void norm_act(const T* x, const float* weight, const float* bias, const float* mean, const float* invstd, bool relu,
+              T* out, const Shape& shape, int threads) {
+    const auto scale_and_shift = affine(weight, bias, mean, invstd, shape.channels);
+    const float *const scale = scale_and_shift.data(), *const shift = scale + shape.channels;
+    combine_results<BY_COLUMN, 1>(&x, 1, &scale, &shift, &out, false, relu, shape, threads);
 }
 
 template <bool BY_COLUMN, class T>
 void norm_act_backward(const T* grads, const T* x, const float* weight, const float* bias, const float* mean,
                        const float* invstd, bool training, bool relu, T* out, float* weight_grad, float* bias_grad,
                        const Shape& shape, int threads) {
-    std::vector<float> affine(4 * shape.channels);
-    float *scale = affine.data(), *shift = scale + shape.channels;
-    float *x_scale = shift + shape.channels, *offset = x_scale + shape.channels;
-    for (int64_t k = 0; k < shape.channels; k++) {
-        scale[k] = weight[k] * invstd[k];
-        shift[k] = bias[k] - scale[k] * mean[k];
-    }
+    const auto scale_and_shift = affine(weight, bias, mean, invstd, shape.channels);
+    const float *const scale = scale_and_shift.data(), *const shift = scale + shape.channels;
+    std::vector<float> centring(2 * shape.channels);
+    float *const x_scale = centring.data(), *const offset = x_scale + shape.channels;
     const Floats floor = Floats{} + (relu ? 0 : -std::numeric_limits<float>::infinity());
     const auto relu_grad = [=](auto vectors, int m, Floats values) {
         const Floats result = vectors.parameter(shift) + vectors.parameter(scale) * values;
@@ -562,20 +589,20 @@ extern "C" {
 
 // scales: of each result, what the images of a layer are multiplied by, [num_layers, images], or null
 void combine(const Element* const* layers, int64_t num_layers, const float* const* weights, const float* const* biases,
-             const float* const* scales, int64_t images, Element* const* outs, int64_t num_results, int64_t relu,
-             const Shape* shape, int by_column, int threads) {
+             const float* const* scales, int64_t images, Element* const* outs, int64_t num_results, int64_t begun,
+             int64_t relu, const Shape* shape, int64_t by_column, int64_t threads) {
     if (scales)
         return (by_column ? combine_images<true, Element> : combine_images<false, Element>)(
-            layers, num_layers, weights, biases, scales, images, outs, num_results, relu, *shape, threads);
+            layers, num_layers, weights, biases, scales, images, outs, num_results, begun, relu, *shape, threads);
     (by_column ? combine<true, Element> : combine<false, Element>)(
-        layers, num_layers, weights, biases, outs, num_results, relu, *shape, threads);
+        layers, num_layers, weights, biases, outs, num_results, begun, relu, *shape, threads);
 }
 
 // scales: of each layer, what its images were multiplied by, [num_grads, images], or null
 void combine_backward(const Element* const* grads, int64_t num_grads, const float* const* weights,
                       const float* const* scales, int64_t images, const Element* const* layers,
                       const float* const* means, Element* const* outs, int64_t num_layers, int64_t begun, double* dots,
-                      const Shape* shape, int by_column, int threads) {
+                      const Shape* shape, int64_t by_column, int64_t threads) {
     if (scales)
         return (by_column ? combine_backward_images<true, Element> : combine_backward_images<false, Element>)(
             grads, num_grads, weights, scales, images, layers, means, outs, num_layers, begun, dots, *shape, threads);
@@ -583,13 +610,22 @@ void combine_backward(const Element* const* grads, int64_t num_grads, const floa
         grads, num_grads, weights, layers, means, outs, num_layers, begun, dots, *shape, threads);
 }
 
-void moments(const Element* x, float* mean, float* var, const Shape* shape, int by_column, int threads) {
-    (by_column ? moments<true, Element> : moments<false, Element>)(x, mean, var, *shape, threads);
+// running_mean, running_var: updated, or null
+void moments(const Element* x, float* running_mean, float* running_var, double momentum, float* mean, float* var,
+             const Shape* shape, int64_t by_column, int64_t threads) {
+    (by_column ? moments<true, Element> : moments<false, Element>)(
+        x, running_mean, running_var, momentum, mean, var, *shape, threads);
+}
+
+void norm_act(const Element* x, const float* weight, const float* bias, const float* mean, const float* invstd,
+              int64_t relu, Element* out, const Shape* shape, int64_t by_column, int64_t threads) {
+    (by_column ? norm_act<true, Element> : norm_act<false, Element>)(
+        x, weight, bias, mean, invstd, relu, out, *shape, threads);
 }
 
 void norm_act_backward(const Element* grads, const Element* x, const float* weight, const float* bias,
                        const float* mean, const float* invstd, int64_t training, int64_t relu, Element* out,
-                       float* weight_grad, float* bias_grad, const Shape* shape, int by_column, int threads) {
+                       float* weight_grad, float* bias_grad, const Shape* shape, int64_t by_column, int64_t threads) {
     (by_column ? norm_act_backward<true, Element> : norm_act_backward<false, Element>)(
         grads, x, weight, bias, mean, invstd, training, relu, out, weight_grad, bias_grad, *shape, threads);
 }

@@ -12,18 +12,23 @@ def fast_memory_format(x: torch.Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def same_layout(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
-    """Bring layers into the first one's dtype and memory format, channels_last or else contiguous.
+def same_layout(layers: Sequence[torch.Tensor], like: torch.Tensor | None = None) -> tuple[list[torch.Tensor], int]:
+    """Bring layers into one dtype and memory format, channels_last or else contiguous.
 
     Args:
         layers: Tensors ``[N, C, H, W]``.
+        like: One that has these, ``[N, C, H, W]``; the first layer if None.
 
     Returns:
         The layers, and how many positions of a channel follow each other in memory: 1 in channels_last.
     """
-    memory_format = fast_memory_format(layers[0])
-    inner = 1 if memory_format is torch.channels_last else layers[0].shape[2] * layers[0].shape[3]
-    return [layer.to(layers[0].dtype).contiguous(memory_format=memory_format) for layer in layers], inner
+    like = layers[0] if like is None else like
+    memory_format = fast_memory_format(like)
+    inner = 1 if memory_format is torch.channels_last else like.shape[2] * like.shape[3]
+    dtype = like.dtype
+    return [
+        layer if layer.dtype is dtype and layer.is_contiguous(memory_format=memory_format)
+        else layer.to(dtype).contiguous(memory_format=memory_format) for layer in layers], inner
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

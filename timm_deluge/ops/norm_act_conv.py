@@ -35,8 +35,8 @@ def norm_act_conv(
         x: ``[N, C, H, W]``.
         norm: BN with affine parameters and running statistics, and ReLU where it has one, as timm's `BatchNormAct2d`.
         conv: Convolution without bias.
-        recompute: Gives x in the backward pass, so that it is not kept either; nothing else may take x, as it is told
-            x's whole gradient.
+        recompute: Gives x in the backward pass, so that it is not kept, but overwritten; nothing else may take x, as it
+            is told x's whole gradient.
 
     Returns:
         ``[N, C', H', W']``.
@@ -81,12 +81,9 @@ def statistics(
         ValueError: If x has but one value for each channel, in training.
     """
     if training:
-        count = x.numel() / x.shape[1]
-        if count == 1:
+        if x.numel() == x.shape[1]:
             raise ValueError(f'Expected more than 1 value per channel when training, got input size {list(x.shape)}')
-        mean, var = choose_backend(x).moments(x)
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
+        mean, var = choose_backend(x).moments(x, (running_mean, running_var), momentum)
     else:
         dtype = torch.promote_types(running_mean.dtype, torch.float32)
         mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype)
@@ -134,7 +131,8 @@ class _NormActConv(torch.autograd.Function):
         mean, invstd = statistics(x, running_mean, running_var, training, momentum, eps)
         ctx.save_for_backward(None if recompute else x, norm_weight, norm_bias, weight, mean, invstd)
         ctx.training, ctx.eps, ctx.relu, ctx.conv_args, ctx.recompute = training, eps, relu, conv_args, recompute
-        return conv2d(_norm_act(x, norm_weight, norm_bias, mean, invstd, relu), weight, conv_args)
+        y = choose_backend(x).norm_act(x, norm_weight, norm_bias, mean, invstd, relu, x if recompute else None)
+        return conv2d(y, weight, conv_args)
 
     @staticmethod
     def backward(ctx, grad):
@@ -142,14 +140,15 @@ class _NormActConv(torch.autograd.Function):
         x, norm_weight, norm_bias, weight, mean, invstd = ctx.saved_tensors
         if ctx.recompute:
             x = ctx.recompute()
+        backend = choose_backend(x)
         with torch.autocast(grad.device.type, enabled=False):  # as ATen's convolutions, whatever the pass runs in
             if torch.is_grad_enabled():
                 grads = _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd)
                 return *grads, *[None] * 8
-            y = _norm_act(x, norm_weight, norm_bias, mean, invstd, ctx.relu).to(grad.dtype)
+            y = backend.norm_act(x, norm_weight, norm_bias, mean, invstd, ctx.relu).to(grad.dtype)
             grad_y, grad_weight = conv2d_backward(
                 grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
-        grad_x, grad_norm_weight, grad_norm_bias = choose_backend(x).norm_act_backward(
+        grad_x, grad_norm_weight, grad_norm_bias = backend.norm_act_backward(
             grad_y, x, y, norm_weight, norm_bias, mean, invstd, ctx.training, ctx.relu)
         if ctx.recompute:  # in training, a gradient through a batch normalisation has no mean
             ctx.recompute.take_grad_sum(
@@ -170,10 +169,3 @@ def _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, in
     wanted = [tensor for tensor, need in zip(inputs, needed) if need]
     grads = iter(torch.autograd.grad(result, wanted, grad, create_graph=True))
     return [next(grads) if need else None for need in needed]
-
-
-def _norm_act(x, weight, bias, mean, invstd, relu) -> torch.Tensor:
-    scale = weight * invstd
-    shift = bias - scale * mean
-    [y] = choose_backend(x).combine([x], [scale[None, :, None, None]], [shift[:, None, None]], relu=relu)
-    return y

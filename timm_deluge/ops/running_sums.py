@@ -9,12 +9,13 @@ from .implementation import choose_backend
 __all__ = ['running_sums']
 
 SUMS_PER_PASS = 4
+FoldedWeights = Callable[[range, Sequence[int], bool], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]
 
 
 def running_sums(
         layers: list[torch.Tensor],
         num_sums: int,
-        folded_weights: Callable[[int, Sequence[int], bool], tuple[torch.Tensor, torch.Tensor]],
+        folded_weights: FoldedWeights,
         outs: Sequence[torch.Tensor] | None = None,
         relus: Sequence[bool] | None = None,
         sources: Sequence[Collection[int]] | None = None,
@@ -28,9 +29,9 @@ def running_sums(
     Args:
         layers: ``[N, C, H, W]`` each; the caller appends one between two sums.
         num_sums: Number of sums.
-        folded_weights: Gives the weights ``[number of layers, C, 1, 1]`` and their share of the bias ``[C, 1, 1]`` by
-            which some layers, by number, enter sum i, with the layers' normalisation folded in:
-            ``folded_weights(i, numbers, whether this begins the sum)``.
+        folded_weights: Gives, of each of some sums, the weights ``[number of layers, C]`` and their share of the bias
+            ``[C]`` by which some layers enter it, with the layers' normalisation folded in:
+            ``folded_weights(sums, layers, whether this begins the sums)``, both by number.
         outs: Memory that the sums may take, one tensor like a layer for each.
         relus: Of each sum, whether a ReLU follows; none does if None.
         sources: Of each sum, the layers that enter it; all if None. What enters no sum of a pass is not read.
@@ -48,13 +49,10 @@ def running_sums(
         combine = choose_backend(layers[0]).combine
         num_known = len(layers)
         known = entering(range(num_known), group)
-        weights, biases = zip(*(folded_weights(i, known, True) for i in group))
-        sums = combine([layers[n] for n in known], weights, biases, outs and outs[group.start:group.stop],
-                       relus[group.start])
+        sums = combine([layers[n] for n in known], *folded_weights(group, known, True),
+                       outs and outs[group.start:group.stop], relus[group.start])
         yield sums.pop(0)  # popped: what was handed out is not kept here
         for i in group[1:]:
             new = entering(range(num_known, len(layers)), [i])
-            weight, bias = folded_weights(i, new, False)
-            weight = torch.cat([torch.ones_like(bias)[None], weight])
-            sums[:1] = combine([sums[0], *(layers[n] for n in new)], [weight], [bias], sums[:1], relus[i])
-            yield sums.pop(0)
+            yield combine([layers[n] for n in new], *folded_weights(range(i, i + 1), new, False), [sums.pop(0)],
+                          relus[i], begun=True)[0]

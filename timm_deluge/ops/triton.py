@@ -10,10 +10,10 @@ import triton.language as tl
 
 from . import aten
 from .aten import moments, norm_act_backward
-from .backend import check_combine, check_combine_backward
+from .backend import check_combine, check_combine_backward, check_norm_act
 from .layout import same_layout
 
-__all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
+__all__ = ['combine', 'combine_backward', 'moments', 'norm_act', 'norm_act_backward']
 
 TILE = 8192  # elements of a layer that a program works on
 ADDRESSES = 8  # that a kernel takes as its arguments
@@ -27,19 +27,20 @@ def combine(
         outs: Sequence[torch.Tensor] | None = None,
         relu: bool = False,
         scales: Sequence[torch.Tensor] | None = None,
+        begun: bool = False,
 ) -> list[torch.Tensor]:
     """See `Backend.combine`."""
-    check_combine(layers, weights, biases, outs, scales)
-    layers, inner = _aligned(layers)
-    shape, grid, block = _tiling(layers[0], inner)
+    like = check_combine(layers, weights, biases, outs, scales, begun)
+    layers, inner = _aligned(layers, like)
+    shape, grid, block = _tiling(like, inner)
     if scales is not None or grid[0] > MAX_TILES:
-        return aten.combine(layers, weights, biases, outs, relu, scales)
+        return aten.combine(layers, weights, biases, outs, relu, scales, begun)
     outs = [torch.empty_like(layers[0]) for _ in weights] if outs is None else list(outs)
-    with torch.cuda.device_of(layers[0]):
+    with torch.cuda.device_of(like):
         # programs that read the same tile, each for another result, run beside each other
         _combine_kernel[(len(outs), *grid)](
-            _table([*layers, *outs]), torch.stack(list(weights)).float(), torch.stack(list(biases)).float(), layers[0],
-            len(layers), *shape, RELU=relu, **block)
+            _table([*layers, *outs]), torch.stack(list(weights)).float(), torch.stack(list(biases)).float(), outs[0],
+            len(layers), *shape, BEGUN=begun, RELU=relu, **block)
     return outs
 
 
@@ -67,9 +68,25 @@ def combine_backward(
     return outs, dots.sum(0)
 
 
-def _aligned(layers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+def norm_act(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        mean: torch.Tensor,
+        invstd: torch.Tensor,
+        relu: bool = True,
+        out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `Backend.norm_act`."""
+    check_norm_act([x], weight, bias, mean, invstd, out=out)
+    scale = weight * invstd
+    [y] = combine([x], [scale[None]], [bias - scale * mean], out if out is None else [out], relu)
+    return y
+
+
+def _aligned(layers: Sequence[torch.Tensor], like: torch.Tensor | None = None) -> tuple[list[torch.Tensor], int]:
     """Bring layers into one layout, at addresses that the kernels read 16 bytes at a time."""
-    layers, inner = same_layout(layers)
+    layers, inner = same_layout(layers, like)
     return [layer if layer.data_ptr() % 16 == 0 else layer.clone() for layer in layers], inner
 
 
@@ -111,25 +128,27 @@ def _table_kernel(table, a0, a1, a2, a3, a4, a5, a6, a7):
 
 @triton.jit
 def _combine_kernel(
-        table, weights, biases, first_layer, num_layers, positions, channels, inner,
-        RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+        table, weights, biases, first_out, num_layers, positions, channels, inner,
+        BEGUN: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     result = tl.program_id(0)
     p = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask = (p < positions) & (c < channels)
     offset = p // inner * inner * channels + c.to(tl.int64) * inner + p % inner
-    pointer = tl.pointer_type(first_layer.dtype.element_ty)
+    pointer = tl.pointer_type(first_out.dtype.element_ty)
     total = tl.load(biases + result * channels + c, mask=c < channels, other=0.)
     total += tl.zeros([BLOCK_P, BLOCK_C], dtype=tl.float32)
+    out = tl.multiple_of(tl.load(table + num_layers + result).to(pointer), 16)
+    if BEGUN:
+        total += tl.load(out + offset, mask=mask, other=0.).to(tl.float32)
     for i in range(num_layers):
         layer = tl.multiple_of(tl.load(table + i).to(pointer), 16)
         scale = tl.load(weights + (result * num_layers + i) * channels + c, mask=c < channels, other=0.)
         total += scale * tl.load(layer + offset, mask=mask, other=0.).to(tl.float32)
     if RELU:
         total = tl.where((total < 0) & (result == 0), 0., total)  # NaN stays NaN
-    out = tl.multiple_of(tl.load(table + num_layers + result).to(pointer), 16)
-    tl.store(out + offset, total.to(first_layer.dtype.element_ty), mask=mask)
+    tl.store(out + offset, total.to(first_out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
