@@ -385,8 +385,8 @@ def live_outputs(monkeypatch) -> list:
 
 
 @pytest.mark.parametrize(
-    'case', ['whole', 'ends above', 'below frozen', 'interrupted', 'differentiated', 'differentiated above',
-             'no gradients'])
+    'case', ['whole', 'ends above', 'below frozen', 'interrupted', 'interrupted below', 'differentiated',
+             'differentiated above', 'no gradients'])
 def test_no_memory_outlives_its_use(case, monkeypatch):
     module, x = block(depth=6).train(), torch.randn(4, 6, 5, 7)
     references = live_outputs(monkeypatch)
@@ -406,6 +406,13 @@ def test_no_memory_outlives_its_use(case, monkeypatch):
             module(x).square().sum().backward()
         handle.remove()
         torch.ones(1, requires_grad=True).backward()  # until the next pass, PyTorch keeps what is left of this one
+    elif case == 'interrupted below':
+        below = x.requires_grad_() * 1
+        below.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            torch.autograd.grad(module(below).square().sum(), x, create_graph=True)
+        del below
+        torch.ones(1, requires_grad=True).backward()
     elif case == 'differentiated':
         x.requires_grad_()
         [grad] = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
@@ -596,11 +603,12 @@ def test_a_part_that_does_something_else_takes_the_reference(place, part, monkey
     assert not calls
 
 
-def test_statistics_that_are_a_mean_over_all_batches(monkeypatch):
+@pytest.mark.parametrize('momentum', [None, torch.tensor(0.3)])  # None: a mean over all batches
+def test_running_statistics_with_another_momentum(momentum, monkeypatch):
     module, calls = block().train(), fused_calls(monkeypatch)
     for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.reset_running_stats()
-        norm.momentum = None
+        norm.momentum = momentum
     batches = [0.5 + torch.randn(4, 6, 5, 7) for _ in range(3)]
     found = {}
     for name in ('reference', 'auto'):

@@ -37,7 +37,7 @@ class Backend(Protocol):
             layers: l tensors ``[N, C, H, W]``; there may be none to add to sums that were begun.
             weights: ``[l, C]``, of each sum.
             biases: ``[C]``, of each sum; with scales, one for each image, ``[N, C]``.
-            outs: Memory in the first layer's dtype and format that the sums may take.
+            outs: Memory in the first layer's dtype and format that the sums may take. A single sum may take a layer's.
             relu: Apply a ReLU to the first sum.
             scales: ``[l, N]``, of each sum: what the images of a layer are multiplied by, besides the weight.
             begun: Whether `outs` hold what the sums are to be added to; their dtype and format are then the sums'.

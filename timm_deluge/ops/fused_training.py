@@ -207,12 +207,13 @@ class _Pass:
 
     def __init__(self, block: _Block) -> None:
         self.block = proxy(block)  # which has this one, also after an error, and is to be freed at once
-        self.weight_grads, self.bias_grads = (torch.zeros_like(block.weights) for _ in range(2))
         self.clear()
 
     def clear(self) -> None:
         self.grads: list[torch.Tensor] = []  # of convolutions' results, [N, C, H, W], the lowest one first
         self.lowest = 0  # its number
+        # of each layer in each convolution, [L + 1, L, C]
+        self.weight_grads, self.bias_grads = (torch.zeros_like(self.block.weights) for _ in range(2))
         self.grad_sums: dict[int, torch.Tensor] = {}  # over images and positions, where they are known, [C]
         self.begun: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of layers below: see `_combine_backward`
         self._results: dict[int, torch.Tensor] = {}
