@@ -67,40 +67,14 @@ def _dot(grad: torch.Tensor, layer: torch.Tensor, mean: torch.Tensor) -> torch.T
         grad, layer, ones, None, None, mean, ones, True, 0., [False, True, False])[1]
 
 
-def moments(
-        x: torch.Tensor,
-        running: tuple[torch.Tensor, torch.Tensor] | None = None,
-        momentum: float = 0.,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Backend.moments`."""
-    check_moments(x, running)
+    check_moments(x)
     # running statistics that stay as they are, for the results to have their dtype
     dtype = torch.promote_types(x.dtype, torch.float32)
-    unchanged = torch.zeros(2, x.shape[1], device=x.device, dtype=dtype)
-    mean, var = torch.ops.aten.batch_norm_update_stats(x, *unchanged, 0.)
-    if running is not None:
-        update_running(running, mean, var, momentum, x.numel() / x.shape[1])
+    running = torch.zeros(2, x.shape[1], device=x.device, dtype=dtype)
+    mean, var = torch.ops.aten.batch_norm_update_stats(x, *running, 0.)
     return mean, var
-
-
-def update_running(
-        running: tuple[torch.Tensor, torch.Tensor],
-        mean: torch.Tensor,
-        var: torch.Tensor,
-        momentum: float,
-        count: float,
-) -> None:
-    """Update the running statistics of a batch normalisation: see `Backend.moments`.
-
-    Args:
-        running: Running mean and variance, ``[C]``.
-        mean: ``[C]``.
-        var: The biased one, ``[C]``.
-        momentum: Share of the new ones.
-        count: Number of values for each channel.
-    """
-    for statistic, new in zip(running, (mean, var * (count / (count - 1)))):
-        statistic.lerp_(new.to(statistic.dtype), momentum)
 
 
 def norm_act(
@@ -110,12 +84,11 @@ def norm_act(
         mean: torch.Tensor,
         invstd: torch.Tensor,
         relu: bool = True,
-        out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `Backend.norm_act`."""
-    check_norm_act([x], weight, bias, mean, invstd, out=out)
+    check_norm_act([x], weight, bias, mean, invstd)
     scale = weight * invstd
-    [y] = combine([x], [scale[None]], [bias - scale * mean], out if out is None else [out], relu)
+    [y] = combine([x], [scale[None]], [bias - scale * mean], relu=relu)
     return y
 
 

@@ -74,18 +74,11 @@ class Backend(Protocol):
         """
         ...
 
-    def moments(
-            self,
-            x: torch.Tensor,
-            running: tuple[torch.Tensor, torch.Tensor] | None = None,
-            momentum: float = 0.,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Get each channel's mean and (biased) variance over images and positions, ``[C]``, in float32 or more.
 
         Args:
-            x: ``[N, C, H, W]``; with `running`, of more than one value for each channel.
-            running: Running mean and (unbiased) variance of a batch normalisation, ``[C]``, which are updated.
-            momentum: Share of the new ones in these.
+            x: ``[N, C, H, W]``.
         """
         ...
 
@@ -97,7 +90,6 @@ class Backend(Protocol):
             mean: torch.Tensor,
             invstd: torch.Tensor,
             relu: bool = True,
-            out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute ``relu(weight * (x - mean) * invstd + bias)``, or the same without ReLU.
 
@@ -108,7 +100,6 @@ class Backend(Protocol):
             mean: ``[C]``.
             invstd: 1 / standard deviation, ``[C]``.
             relu: Whether there is a ReLU.
-            out: Memory in the dtype and format of x that the result may take, also x's own.
         """
         ...
 
@@ -191,25 +182,21 @@ def check_combine_backward(
         _check('scales', scales, (len(grads), batch_size), first, len(layers))
 
 
-def check_moments(x: torch.Tensor, running: Sequence[torch.Tensor] | None) -> None:
-    """Hold the arguments of `Backend.moments` against what it says of them.
+def check_moments(x: torch.Tensor) -> None:
+    """Hold the argument of `Backend.moments` against what it says of it.
 
     Raises:
-        ValueError: If there is one of another shape, dtype, device or number.
+        ValueError: If it is of another shape or dtype.
     """
     _check_images('x', [x])
-    if running is not None:
-        _check('running', running, x.shape[1:2], x, 2)
 
 
-def check_norm_act(
-        images: Sequence[torch.Tensor], *parameters: torch.Tensor, out: torch.Tensor | None = None) -> None:
+def check_norm_act(images: Sequence[torch.Tensor], *parameters: torch.Tensor) -> None:
     """Hold the arguments of `Backend.norm_act`, or of `Backend.norm_act_backward`, against what these say of them.
 
     Args:
         images: x, and for the latter y and grad.
         parameters: Weight, bias, mean and 1 / standard deviation.
-        out: Memory for the result.
 
     Raises:
         ValueError: If there is one of another shape, dtype or device.
@@ -218,8 +205,6 @@ def check_norm_act(
         _check_images(name, [tensor], images[0])
     for name, parameter in zip(('weight', 'bias', 'mean', 'invstd'), parameters):
         _check(name, [parameter], images[0].shape[1:2], images[0])
-    if out is not None:
-        _check_memory('out', [out], images[0], 1)
 
 
 def _check_images(name: str, tensors: Sequence[torch.Tensor], like: torch.Tensor | None = None) -> torch.Tensor:
@@ -238,7 +223,7 @@ def _check_memory(name: str, tensors: Sequence[torch.Tensor], like: torch.Tensor
     for tensor in tensors:
         if tensor.dtype != like.dtype or not tensor.is_contiguous(memory_format=memory_format):
             raise ValueError(
-                f'{name}: expected {like.dtype} in {memory_format}, as the first tensor, got {tensor.dtype} of strides '
+                f'{name}: expected {like.dtype} in {memory_format}, got {tensor.dtype} of strides '
                 f'{tensor.stride()}')
 
 

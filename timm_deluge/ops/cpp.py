@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from .aten import update_running
 from .backend import check_combine, check_combine_backward, check_moments, check_norm_act
 from .compile import compile_library
 from .layout import same_layout
@@ -23,7 +22,7 @@ _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 _PARAMETERS = {  # and besides, of every function: the shape, whether in channels_last, and the number of threads
     'combine': [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, _POINTER, *[_NUMBER] * 3],
     'combine_backward': [_POINTER, _NUMBER, *[_POINTER] * 2, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 2, _POINTER],
-    'moments': [*[_POINTER] * 3, ctypes.c_double, *[_POINTER] * 2],
+    'moments': [_POINTER] * 3,
     'norm_act': [*[_POINTER] * 5, _NUMBER, _POINTER],
     'norm_act_backward': [*[_POINTER] * 6, _NUMBER, _NUMBER, *[_POINTER] * 3],
 }
@@ -87,20 +86,12 @@ def combine_backward(
     return outs, dots.sum(1).float()
 
 
-def moments(
-        x: torch.Tensor,
-        running: tuple[torch.Tensor, torch.Tensor] | None = None,
-        momentum: float = 0.,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Backend.moments`."""
-    check_moments(x, running)
+    check_moments(x)
     [x], inner = same_layout([x])
     mean, var = x.new_empty(2, x.shape[1], dtype=torch.float32).unbind()
-    in_loop = running is not None and all(
-        statistic.dtype is torch.float32 and statistic.is_contiguous() for statistic in running)
-    _call('moments', x, inner, x, *(running if running and in_loop else (None, None)), momentum, mean, var)
-    if running is not None and not in_loop:
-        update_running(running, mean, var, momentum, x.numel() / x.shape[1])
+    _call('moments', x, inner, x, mean, var)
     return mean, var
 
 
@@ -111,12 +102,11 @@ def norm_act(
         mean: torch.Tensor,
         invstd: torch.Tensor,
         relu: bool = True,
-        out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `Backend.norm_act`."""
-    check_norm_act([x], weight, bias, mean, invstd, out=out)
+    check_norm_act([x], weight, bias, mean, invstd)
     [x], inner = same_layout([x])
-    y = torch.empty_like(x) if out is None else out
+    y = torch.empty_like(x)
     _call('norm_act', x, inner, x, *_floats((weight, bias, mean, invstd)), relu, y)
     return y
 

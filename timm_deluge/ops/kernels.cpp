@@ -503,8 +503,7 @@ std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& t
 }
 
 template <bool BY_COLUMN, class T>
-void moments(const T* x, float* running_mean, float* running_var, double momentum, float* mean, float* var,
-             const Shape& shape, int threads) {
+void moments(const T* x, float* mean, float* var, const Shape& shape, int threads) {
     // of distances from one element, since the squares of a large mean would swallow a small variance
     std::vector<float> origin(shape.channels);
     for (int64_t k = 0; k < shape.channels; k++)
@@ -520,9 +519,6 @@ void moments(const T* x, float* running_mean, float* running_var, double momentu
         const double distance = sums[k] / count, square = sums[shape.channels + k] / count;
         mean[k] = origin[k] + distance;
         var[k] = std::max(square - distance * distance, 0.);
-        if (!running_mean) continue;
-        running_mean[k] += momentum * (mean[k] - running_mean[k]);
-        running_var[k] += momentum * (var[k] * count / (count - 1) - running_var[k]);
     }
 }
 
@@ -610,11 +606,8 @@ void combine_backward(const Element* const* grads, int64_t num_grads, const floa
         grads, num_grads, weights, layers, means, outs, num_layers, begun, dots, *shape, threads);
 }
 
-// running_mean, running_var: updated, or null
-void moments(const Element* x, float* running_mean, float* running_var, double momentum, float* mean, float* var,
-             const Shape* shape, int64_t by_column, int64_t threads) {
-    (by_column ? moments<true, Element> : moments<false, Element>)(
-        x, running_mean, running_var, momentum, mean, var, *shape, threads);
+void moments(const Element* x, float* mean, float* var, const Shape* shape, int64_t by_column, int64_t threads) {
+    (by_column ? moments<true, Element> : moments<false, Element>)(x, mean, var, *shape, threads);
 }
 
 void norm_act(const Element* x, const float* weight, const float* bias, const float* mean, const float* invstd,

@@ -35,8 +35,8 @@ def norm_act_conv(
         x: ``[N, C, H, W]``.
         norm: BN with affine parameters and running statistics, and ReLU where it has one, as timm's `BatchNormAct2d`.
         conv: Convolution without bias.
-        recompute: Gives x in the backward pass, so that it is not kept, but overwritten; nothing else may take x, as it
-            is told x's whole gradient.
+        recompute: Gives x in the backward pass, so that it is not kept either; nothing else may take x, as it is told
+            x's whole gradient.
 
     Returns:
         ``[N, C', H', W']``.
@@ -82,9 +82,12 @@ def statistics(
         ValueError: If x has but one value for each channel, in training.
     """
     if training:
-        if x.numel() == x.shape[1]:
+        count = x.numel() / x.shape[1]
+        if count == 1:
             raise ValueError(f'Expected more than 1 value per channel when training, got input size {list(x.shape)}')
-        mean, var = choose_backend(x).moments(x, (running_mean, running_var), momentum)
+        mean, var = choose_backend(x).moments(x)
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
     else:
         dtype = torch.promote_types(running_mean.dtype, torch.float32)
         mean, var = running_mean.to(dtype, copy=True), running_var.to(dtype)
@@ -132,7 +135,7 @@ class _NormActConv(torch.autograd.Function):
         mean, invstd = statistics(x, running_mean, running_var, training, momentum, eps)
         ctx.save_for_backward(None if recompute else x, norm_weight, norm_bias, weight, mean, invstd)
         ctx.training, ctx.eps, ctx.relu, ctx.conv_args, ctx.recompute = training, eps, relu, conv_args, recompute
-        y = choose_backend(x).norm_act(x, norm_weight, norm_bias, mean, invstd, relu, x if recompute else None)
+        y = choose_backend(x).norm_act(x, norm_weight, norm_bias, mean, invstd, relu)
         return conv2d(y, weight, conv_args)
 
     @staticmethod

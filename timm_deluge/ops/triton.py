@@ -75,12 +75,11 @@ def norm_act(
         mean: torch.Tensor,
         invstd: torch.Tensor,
         relu: bool = True,
-        out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `Backend.norm_act`."""
-    check_norm_act([x], weight, bias, mean, invstd, out=out)
+    check_norm_act([x], weight, bias, mean, invstd)
     scale = weight * invstd
-    [y] = combine([x], [scale[None]], [bias - scale * mean], out if out is None else [out], relu)
+    [y] = combine([x], [scale[None]], [bias - scale * mean], relu=relu)
     return y
 
 
