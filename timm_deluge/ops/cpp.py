@@ -19,7 +19,8 @@ from .layout import same_layout
 __all__ = ['combine', 'combine_backward', 'moments', 'norm_act', 'norm_act_backward']
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
-_PARAMETERS: dict[str, list[Any]] = {  # and besides, of every function: the shape, whether in channels_last, and the number of threads
+# and besides, of every function: the shape, whether in channels_last, and the number of threads
+_PARAMETERS: dict[str, list[Any]] = {
     'combine': [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, _POINTER, *[_NUMBER] * 3],
     'combine_backward': [_POINTER, _NUMBER, *[_POINTER] * 2, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 2, _POINTER],
     'moments': [_POINTER] * 3,
