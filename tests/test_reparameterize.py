@@ -1,6 +1,8 @@
 """A reparameterised model is the same function without batch normalisation, and as useful as before."""
 import copy
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -149,6 +151,24 @@ def test_workspace_serves_every_dtype():
         with workspace(3, other) as tensors:
             assert tensors[0].data_ptr() == address
             assert {(t.dtype, t.shape) for t in tensors} == {(other.dtype, other.shape)} and len(tensors) == 3
+
+
+@pytest.mark.skipif(not Path('/sys/kernel/mm/transparent_hugepage').exists(), reason='needs Linux with huge pages')
+def test_a_workspace_asks_for_huge_pages():
+    with workspace(3, torch.empty(2, 8, 4, 4)) as tensors:
+        mappings = Path('/proc/self/smaps').read_text().split('VmFlags:')
+    address = tensors[0].data_ptr()
+    for mapping, flags in zip(mappings, mappings[1:]):
+        found = re.search(r'^([0-9a-f]+)-([0-9a-f]+) ', mapping, re.MULTILINE)
+        if found and int(found[1], 16) <= address < int(found[2], 16):
+            assert 'hg' in flags.partition('\n')[0].split()
+            return
+    pytest.fail('the workspace is in no mapping')
+
+
+def test_a_workspace_may_be_empty():
+    with workspace(0, torch.empty(2, 8, 4, 4)) as tensors:
+        assert tensors == []
 
 
 def test_a_workspace_that_is_too_large_is_not_kept(monkeypatch):

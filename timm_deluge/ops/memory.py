@@ -1,7 +1,8 @@
 """Memory for a block's layer outputs on a CPU that lasts from block to block and from call to call."""
+import mmap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -40,11 +41,21 @@ def workspace(num_tensors: int, like: torch.Tensor) -> Iterator[list[torch.Tenso
     size = num_tensors * like.nbytes
     memory = _thread.__dict__.pop('memory', None)
     if memory is None or len(memory) < size:
-        with torch.inference_mode(False):
-            memory = torch.empty(size, dtype=torch.uint8, device='cpu')
+        memory = _allocate(size)
     try:
         tensors = memory[:size].view(like.dtype).view(num_tensors, n, h, w, c)
         yield list(tensors.permute(0, 1, 4, 2, 3).unbind())
     finally:
         if memory.nbytes <= WORKSPACE_BYTES:
             _thread.memory = memory
+
+
+def _allocate(size: int) -> torch.Tensor:
+    """Get this many bytes, in huge pages where the system has them: a TLB holds too few small ones for a block."""
+    with torch.inference_mode(False):
+        if not hasattr(mmap, 'MADV_HUGEPAGE'):
+            return torch.empty(size, dtype=torch.uint8, device='cpu')
+        memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # where the kernel was built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
