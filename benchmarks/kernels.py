@@ -21,7 +21,6 @@ from tabulate import tabulate
 from timm_deluge.ops import cpp
 
 LAYOUTS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
-BAR = 1.5
 
 
 def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str, tuple[Callable[[], Any], int]]:
@@ -35,10 +34,10 @@ def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str,
     def weight(num_layers: int) -> torch.Tensor:
         return torch.randn(num_layers, channels)
 
-    def combine(num_layers: int, num_sums: int, relu: bool = False) -> tuple[Callable[[], Any], int]:
+    def combine(num_layers: int, num_sums: int) -> tuple[Callable[[], Any], int]:
         weights = [weight(num_layers)] * num_sums
         return lambda: cpp.combine(
-            layers[:num_layers], weights, [bias] * num_sums, outs[:num_sums], relu), num_layers + num_sums
+            layers[:num_layers], weights, [bias] * num_sums, outs[:num_sums]), num_layers + num_sums
 
     def combine_backward(num_grads: int, num_layers: int) -> tuple[Callable[[], Any], int]:
         weights, means = [weight(num_grads)] * num_layers, [per_channel] * num_layers
@@ -94,7 +93,7 @@ def main(
     print(tabulate(rows, headers='keys', floatfmt='.2f'))
     output.write_text(json.dumps({
         'date': str(date.today()), 'machine': cpu_name(), 'threads': threads,
-        'torch': torch.__version__, 'shape': size, 'rounds': rounds, 'bar': BAR, 'rows': rows,
+        'torch': torch.__version__, 'shape': size, 'rounds': rounds, 'rows': rows,
     }, indent=2) + '\n')
 
 

@@ -43,7 +43,7 @@ class Backend(Protocol):
             begun: Whether `outs` hold what the sums are to be added to; their dtype and format are then the sums'.
 
         Returns:
-            The sums ``[N, C, H, W]`` in the first layer's dtype, without autograd history.
+            The sums ``[N, C, H, W]``, in the first layer's dtype or, where they were begun, in the first out's.
         """
         ...
 
@@ -63,7 +63,7 @@ class Backend(Protocol):
             weights: Of each layer, its weights in these results, ``[l, C]``.
             layers: The layers, ``[N, C, H, W]``.
             means: Of each layer, its mean, ``[C]``, which is taken from the layer first.
-            begun: Of each layer, what other results have begun of its gradient, in the first layer's format;
+            begun: Of each layer, what other results have begun of its gradient, in the first layer's format; it may be
                 overwritten.
             scales: Of each layer, what its images were multiplied by in these results, ``[l, N]``.
 
@@ -100,6 +100,9 @@ class Backend(Protocol):
             mean: ``[C]``.
             invstd: 1 / standard deviation, ``[C]``.
             relu: Whether there is a ReLU.
+
+        Returns:
+            ``[N, C, H, W]`` in x's dtype, in memory of its own.
         """
         ...
 
@@ -146,7 +149,8 @@ def check_combine(
         ValueError: If there is one of another shape, dtype, device or number.
     """
     like = _check_images('outs', outs or []) if begun else _check_images('layers', layers)
-    _check('layers', layers, like.shape, like)
+    if begun:
+        _check('layers', layers, like.shape, like)
     batch_size, channels = like.shape[:2]
     _check('weights', weights, (len(layers), channels), like)
     bias_shape = (channels,) if scales is None else (batch_size, channels)

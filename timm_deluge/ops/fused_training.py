@@ -19,10 +19,9 @@ Where a backward pass is to be differentiated itself (``create_graph=True``), it
 definition, in operators that autograd records.
 """
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
-from weakref import WeakSet, proxy
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import nn
@@ -80,12 +79,10 @@ class FusedCrossLayers:
             begins = (index + 1) % LAYERS_PER_PASS == 0 and num_above + 1 >= LAYERS_PER_PASS
             below = below[:LAYERS_PER_PASS - 1] if begins else []
         _, _, training, _, eps = args = begin_norm(norm)
-        scaled, mean, invstd = _LayerOutput.apply(
-            self._block, index, below, output, sample_scale, *args, *parameters)
-        self._outputs.append(scaled)
-        self._block.means[index], self._block.invstds[index] = mean, invstd
-        self._layers.append(_Layer(output, sample_scale, mean, invstd, training, eps))
-        return scaled
+        self._layers.append(_Layer(output, sample_scale, training, eps))
+        self._outputs.append(
+            _LayerOutput.apply(self._block, index, below, output, sample_scale, *args, *parameters))
+        return self._outputs[index]
 
     def cross_layer_depthwise_conv(self, scale: torch.Tensor | None = None) -> torch.Tensor:
         """Convolve across all layers so far, normalised (paper, Eq. 1), with the next of the weights.
@@ -116,15 +113,8 @@ class FusedCrossLayers:
 class _Layer(NamedTuple):
     output: torch.Tensor
     sample_scale: torch.Tensor | None
-    mean: torch.Tensor
-    invstd: torch.Tensor
     training: bool
     eps: float
-
-    def normalized(self) -> torch.Tensor:
-        """By the definition, differentiably."""
-        normalized = normalize(self.output, self.mean, self.invstd, self.training, self.eps)
-        return normalized if self.sample_scale is None else normalized * self.sample_scale
 
 
 class _Recompute:
@@ -160,9 +150,9 @@ class _Block:
         self.num_convs = len(weights)
         self.weights, self.biases = _by_layer(weights), _by_layer(biases)  # as they are in the forward pass
         self.means, self.invstds = self.weights.new_empty(2, len(self.weights), self.weights.shape[2])  # of each layer
-        self.scales: list[torch.Tensor | None] = []  # of each convolution's connections, [l, N]
+        self.scales: list[Any] = []  # of each convolution's connections, [l, N], or None for all of them
         self.recomputes: WeakSet[_Recompute] = WeakSet()
-        self._passes: dict[int, _Pass] = {}
+        self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
 
     def folded_weights(
             self,
@@ -187,16 +177,20 @@ class _Block:
             shifts = scales[..., None] * shifts[:, :, None]
         return weights.unbind(1), shifts.sum(0).unbind()
 
+    def normalized(self, index: int, layer: _Layer) -> torch.Tensor:
+        """Get a layer's normalised output by the definition, differentiably."""
+        normalized = normalize(layer.output, self.means[index], self.invstds[index], layer.training, layer.eps)
+        return normalized if layer.sample_scale is None else normalized * layer.sample_scale
+
     def current_pass(self) -> '_Pass':
         """Get what the backward pass that is running has left behind; other threads may run others."""
         number = torch._C._current_graph_task_id()
-        if number not in self._passes:
-            self._passes[number] = _Pass(self)
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, number))
-        return self._passes[number]
-
-    def _end(self, number: int) -> None:
-        self._passes.pop(number, None)
+        current = self._passes.get(number)
+        if current is None:
+            current = self._passes[number] = _Pass(self)
+            # autograd alone holds it, by this, and lets it go after an error, too
+            torch.autograd.Variable._execution_engine.queue_callback(current.clear)
+        return current
 
 
 class _Pass:
@@ -206,18 +200,19 @@ class _Pass:
     """
 
     def __init__(self, block: _Block) -> None:
-        self.block = proxy(block)  # which has this one, also after an error, and is to be freed at once
-        self.clear()
-
-    def clear(self) -> None:
+        self.block = block
         self.grads: list[torch.Tensor] = []  # of convolutions' results, [N, C, H, W], the lowest one first
         self.lowest = 0  # its number
         # of each layer in each convolution, [L + 1, L, C]
-        self.weight_grads, self.bias_grads = (torch.zeros_like(self.block.weights) for _ in range(2))
+        self.weight_grads, self.bias_grads = (torch.zeros_like(block.weights) for _ in range(2))
         self.grad_sums: dict[int, torch.Tensor] = {}  # over images and positions, where they are known, [C]
         self.begun: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of layers below: see `_combine_backward`
         self._results: dict[int, torch.Tensor] = {}
         self.layers: list[_Layer] = []  # the block's, without those whose turn it was
+
+    def clear(self) -> None:
+        """Free the gradients, the last of which is taken."""
+        self.grads.clear()
 
     def take_layers(self, layers: list[_Layer]) -> None:
         """Take the block's layers, for what is to be computed again."""
@@ -237,8 +232,9 @@ class _Pass:
             scale = all_scales[index]
             if scale is not None:
                 weight, bias = scale[..., None] * weight[:, None], scale[..., None] * bias[:, None]
-            pairs = zip(weight[..., None, None], layers)
-            x = sum((factor * layer.normalized() for factor, layer in pairs), bias.sum(0)[..., None, None])
+            terms = (
+                weight[i, ..., None, None] * self.block.normalized(i, layer) for i, layer in enumerate(layers))
+            x = sum(terms, bias.sum(0)[..., None, None])
             return x.to(layers[0].output.dtype)
         if index not in self._results:
             group = range(max(0, index + 1 - SUMS_PER_PASS), index + 1)
@@ -256,12 +252,10 @@ class _Pass:
 
     def parameter_grads(self) -> list[torch.Tensor | None]:
         """Get the gradients of all weights and of all biases, ``[C, 1, l, 1]``, the first convolution first."""
-        number = self.block.num_convs
+        lengths = [weight.shape[2] for weight in self.block.parameters[:self.block.num_convs]]
         return [
-            grads[:parameter.shape[2], i].t().contiguous()[:, None, :, None] if i < len(self.grads) else None
-            for grads, parameters in (
-                (self.weight_grads, self.block.parameters[:number]), (self.bias_grads, self.block.parameters[number:]))
-            for i, parameter in enumerate(parameters)]
+            grads[:length, i].t().contiguous()[:, None, :, None] if i < len(self.grads) else None
+            for grads in (self.weight_grads, self.bias_grads) for i, length in enumerate(lengths)]
 
 
 class _LayerOutput(torch.autograd.Function):
@@ -270,19 +264,19 @@ class _LayerOutput(torch.autograd.Function):
     def forward(
             ctx, block, index, below, output, sample_scale, running_mean, running_var, training, momentum, eps,
             *parameters):
-        mean, invstd = statistics(output, running_mean, running_var, training, momentum, eps)
-        layers = [_Layer(output, sample_scale, mean, invstd, training, eps), *below]
-        ctx.block, ctx.index, ctx.norms = block, index, [layer[4:] for layer in layers]
-        ctx.save_for_backward(*chain(*(layer[:4] for layer in layers)))
-        ctx.mark_non_differentiable(mean, invstd)
+        block.means[index], block.invstds[index] = statistics(
+            output, running_mean, running_var, training, momentum, eps)
+        layers = [_Layer(output, sample_scale, training, eps), *below]
+        ctx.block, ctx.index, ctx.norms = block, index, [layer[2:] for layer in layers]
+        ctx.save_for_backward(*chain(*(layer[:2] for layer in layers)))
         ctx.set_materialize_grads(False)
-        return _scale_samples(output, sample_scale, mean), mean, invstd
+        return _scale_samples(output, sample_scale, block.means[index])
 
     @staticmethod
-    def backward(ctx, direct_grad, *_):
+    def backward(ctx, direct_grad):
         current = ctx.block.current_pass()
         tensors = iter(ctx.saved_tensors)
-        layers = [_Layer(*islice(tensors, 4), *norm) for norm in ctx.norms]  # this one, and those below
+        layers = [_Layer(*islice(tensors, 2), *norm) for norm in ctx.norms]  # this one, and those below
         if not current.grads:  # a pass through the graph of a gradient may come from layer 1 alone
             return None, None, None, direct_grad, *[None] * (len(ctx.needs_input_grad) - 4)
         has_all_below = len(layers) == ctx.index + 1
@@ -310,7 +304,8 @@ def _grads(current, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
         index: The layer's.
         layers: The layer, and perhaps those below.
     """
-    output, sample_scale, mean, invstd, training, _ = layers[0]
+    output, sample_scale, training, _ = layers[0]
+    mean, invstd = current.block.means[index], current.block.invstds[index]
     grad, weight_grad = _combine_backward(current, index, layers)
     if sample_scale is not None:
         grad *= sample_scale
@@ -345,9 +340,9 @@ def _combine_backward(current, index, layers) -> tuple[torch.Tensor, torch.Tenso
         convs = slice(convs.start, convs.start + len(grads))
     of_layers = slice(index + 1 - len(layers), index + 1)
     weights = (current.block.weights[of_layers, convs] * current.block.invstds[of_layers, None]).unbind()[::-1]
-    means = [layer.mean for layer in layers]
-    outputs = [_scale_samples(layer.output, layer.sample_scale, layer.mean) for layer in layers]
-    outputs = same_layout([current.grads[0], *outputs])[0][1:]  # in that of what was begun
+    means = current.block.means[of_layers].unbind()[::-1]
+    outputs = [_scale_samples(layer.output, layer.sample_scale, mean) for layer, mean in zip(layers, means)]
+    outputs, _ = same_layout(outputs, current.grads[0])  # in that of what was begun
     scales = None
     if current.block.scales[0] is not None:
         scales = [torch.stack([scale[index - i] for scale in current.block.scales[convs]]) for i in range(len(layers))]
@@ -361,7 +356,7 @@ def _combine_backward(current, index, layers) -> tuple[torch.Tensor, torch.Tenso
 def _differentiable_grads(current, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the same by the definition: they can be differentiated again."""
     output = stand_in(layers[0].output)
-    normalized = layers[0]._replace(output=output).normalized()
+    normalized = current.block.normalized(index, layers[0]._replace(output=output))
     convs = current.above()
     grads = [
         grad if scale is None else scale[index][:, None, None, None] * grad

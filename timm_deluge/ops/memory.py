@@ -2,7 +2,7 @@
 import mmap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 
@@ -53,9 +53,9 @@ def workspace(num_tensors: int, like: torch.Tensor) -> Iterator[list[torch.Tenso
 def _allocate(size: int) -> torch.Tensor:
     """Get this many bytes, in huge pages where the system has them: a TLB holds too few small ones for a block."""
     with torch.inference_mode(False):
-        if not hasattr(mmap, 'MADV_HUGEPAGE'):
-            return torch.empty(size, dtype=torch.uint8, device='cpu')
-        memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # where the kernel was built without them
+        try:
+            memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
+        except (AttributeError, OSError):  # a system without them, or without so much memory, as PyTorch then says
+            return torch.empty(size, dtype=torch.uint8, device='cpu')
         return torch.frombuffer(memory, dtype=torch.uint8)
