@@ -39,7 +39,6 @@ MUTATIONS = [
     ('ops/checkpoint.py', 'renew = stand_in if', 'renew = (lambda tensor: tensor) if', IMPLEMENTATIONS),
     ('ops/checkpoint.py', '_twin(ctx.layer)', 'ctx.layer', IMPLEMENTATIONS),
     ('ops/fused_training.py', '= WeakValueDictionary()', '= {}', IMPLEMENTATIONS),
-    ('ops/norm_act_conv.py', 'momentum = float(momentum)', 'pass', IMPLEMENTATIONS),
     ('ops/layout.py', 'dtype = like.dtype', 'dtype = layers[0].dtype', IMPLEMENTATIONS),
     ('ops/kernels.cpp', 'int64_t c = tile.column;\n        if constexpr', 'int64_t c = 0;\n        if constexpr',
      IMPLEMENTATIONS),

@@ -250,11 +250,11 @@ class _Pass:
         """Get the numbers of the convolutions so far: when its turn comes, those that take a layer."""
         return slice(self.lowest, self.lowest + len(self.grads))
 
-    def parameter_grads(self) -> list[torch.Tensor | None]:
+    def parameter_grads(self) -> list[torch.Tensor]:
         """Get the gradients of all weights and of all biases, ``[C, 1, l, 1]``, the first convolution first."""
         lengths = [weight.shape[2] for weight in self.block.parameters[:self.block.num_convs]]
         return [
-            grads[:length, i].t().contiguous()[:, None, :, None] if i < len(self.grads) else None
+            grads[:length, i].t().contiguous()[:, None, :, None]
             for grads in (self.weight_grads, self.bias_grads) for i, length in enumerate(lengths)]
 
 

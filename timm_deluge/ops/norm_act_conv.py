@@ -58,7 +58,6 @@ def begin_norm(norm: Any) -> tuple[torch.Tensor, torch.Tensor, bool, float | Non
         norm.num_batches_tracked.add_(1)
         if momentum is None:  # the statistics are a mean over all batches
             momentum = 1 / norm.num_batches_tracked.item()
-        momentum = float(momentum)
     return norm.running_mean, norm.running_var, norm.training, momentum, norm.eps
 
 
