@@ -1,4 +1,5 @@
-"""Measure what the C++ kernels of `timm_deluge.ops` move through memory, beside `copy_`: one table, one JSON file.
+"""Measure what the C++ kernels of `timm_deluge.ops` move through memory, beside `copy_`: a table, and a JSON
+file for each processor.
 
     pip install -e '.[benchmark]' && python benchmarks/kernels.py
 
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from run import FOLDER, cpu_name
+from run import FOLDER, cpu_name, slug
 from tabulate import tabulate
 
 from timm_deluge.ops import cpp
@@ -75,7 +76,7 @@ def measure(run: Callable[[], Any], num_tensors: int, like: torch.Tensor, rounds
 
 
 def main(
-        output: Annotated[Path, typer.Option(help='JSON file.')] = FOLDER / 'kernels.json',
+        output: Annotated[Path, typer.Option(help='JSON file.')] = FOLDER / 'kernels' / f'{slug(cpu_name())}.json',
         shape: Annotated[str, typer.Option(help='A layer: N C H W.')] = '128 128 16 16',
         rounds: Annotated[int, typer.Option(help='Timed rounds of each kernel.')] = 15,
         threads: Annotated[int, typer.Option(help='Threads.')] = 2,

@@ -22,6 +22,7 @@ constexpr int WIDTH = 8;
 constexpr int UNROLL = 2;  // with 16 registers
 #endif
 constexpr int64_t ROWS = 64;     // whose products a float may sum
+constexpr int SUMMED = 64 / WIDTH;  // vectors side by side that sums take from a row, where it has them
 constexpr int64_t VECTORS = 64;  // whose sums stay in a core's first cache
 constexpr int64_t COLUMNS = VECTORS / UNROLL * WIDTH;
 constexpr int64_t AHEAD = 4096;  // elements from what is read to what is fetched meanwhile
@@ -477,17 +478,20 @@ std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& t
                 second_totals[channel] += sum_of(second[0]);
             }
         };
-        constexpr int64_t across = UNROLL * WIDTH;
+        constexpr int64_t across = SUMMED * WIDTH;
         const int64_t row = tile.row * shape.columns, rows = tile.end_row - tile.row;
         int64_t c = tile.column;
         if constexpr (BY_COLUMN) {
-            for (; c + across <= tile.end_column; c += across)
-                add(Int<UNROLL>{}, std::true_type{}, row + c, shape.columns, rows, c, WIDTH);
-            for (; c + WIDTH <= tile.end_column; c += WIDTH)
-                add(Int<1>{}, std::true_type{}, row + c, shape.columns, rows, c, WIDTH);
+            const auto add_all = [&](auto size) {
+                for (; c + size * WIDTH <= tile.end_column; c += size * WIDTH)
+                    add(size, std::true_type{}, row + c, shape.columns, rows, c, WIDTH);
+            };
+            add_all(Int<SUMMED>{});
+            add_all(Int<SUMMED / 2>{});
+            add_all(Int<1>{});
         } else {
             const int64_t channel = tile.row % shape.channels, length = (tile.end_column - c) / across;
-            if (length) add(Int<UNROLL>{}, std::true_type{}, row + c, across, length, channel, WIDTH);
+            if (length) add(Int<SUMMED>{}, std::true_type{}, row + c, across, length, channel, WIDTH);
             c += length * across;
             const int64_t rest = (tile.end_column - c) / WIDTH;
             if (rest) add(Int<1>{}, std::true_type{}, row + c, WIDTH, rest, channel, WIDTH);
