@@ -76,12 +76,13 @@ def measure(run: Callable[[], Any], num_tensors: int, like: torch.Tensor, rounds
 
 
 def main(
-        output: Annotated[Path, typer.Option(help='JSON file.')] = FOLDER / 'kernels' / f'{slug(cpu_name())}.json',
+        output: Annotated[Path | None, typer.Option(help='JSON file; one named after the processor if none.')] = None,
         shape: Annotated[str, typer.Option(help='A layer: N C H W.')] = '128 128 16 16',
         rounds: Annotated[int, typer.Option(help='Timed rounds of each kernel.')] = 15,
         threads: Annotated[int, typer.Option(help='Threads.')] = 2,
 ) -> None:
     """Measure every kernel on this machine's CPU, in both types and both layouts."""
+    output = output or FOLDER / 'kernels' / f'{slug(cpu_name())}.json'
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     size = [int(n) for n in shape.split()]
