@@ -16,16 +16,18 @@ namespace {
 
 #ifdef __AVX512F__
 constexpr int WIDTH = 16;  // floats in a vector
-constexpr int UNROLL = 4;  // vectors that share a weight: there are 32 registers, for these of four results, too
+constexpr int UNROLL = 4;  // vectors at once: there are 32 registers, for these of four results, too
+constexpr int64_t AHEAD = 4096;  // elements from what is read to what is fetched meanwhile
 #else
 constexpr int WIDTH = 8;
 constexpr int UNROLL = 2;  // with 16 registers
+constexpr int64_t AHEAD = 512;  // and second caches of 512 KB, for what is fetched of every layer
 #endif
+constexpr int LINE = 64;         // bytes of a cache's line
 constexpr int64_t ROWS = 64;     // whose products a float may sum
 constexpr int SUMMED = 64 / WIDTH;  // vectors side by side that sums take from a row, where it has them
 constexpr int64_t VECTORS = 64;  // whose sums stay in a core's first cache
 constexpr int64_t COLUMNS = VECTORS / UNROLL * WIDTH;
-constexpr int64_t AHEAD = 4096;  // elements from what is read to what is fetched meanwhile
 constexpr int64_t APART = 64;    // floats between what two threads write, lest a line of a cache go to and fro
 
 using Floats = float __attribute__((vector_size(4 * WIDTH)));
@@ -84,8 +86,8 @@ struct Tile {
     int64_t row, end_row, column, end_column;
 };
 
-// M vectors of one matrix, a step apart, and the channel that they all are, or begin with.
-template <bool BY_COLUMN, int M, bool WHOLE>
+// M vectors of one matrix, a step apart, and the channel that they all are, or begin with; ACROSS, each has its own.
+template <bool BY_COLUMN, int M, bool WHOLE, bool ACROSS = false>
 struct Vectors {
     static constexpr int size = M;
     int64_t offset, step, channel;
@@ -105,17 +107,17 @@ struct Vectors {
     void prefetch(const T* layer, int m) const {
         __builtin_prefetch(layer + offset + m * step + AHEAD, 0, 2);
     }
-    Floats parameter(const float* of_channels) const {
+    Floats parameter(const float* of_channels, int m = 0) const {
         const Floats of_one_channel = Floats{} + of_channels[channel];
-        return ::load<WHOLE>(
-            BY_COLUMN ? of_channels + channel : reinterpret_cast<const float*>(&of_one_channel), count);
+        return ::load<WHOLE>(BY_COLUMN ? of_channels + channel + (ACROSS ? m * WIDTH : 0)
+                                       : reinterpret_cast<const float*>(&of_one_channel), count);
     }
 };
 
-template <bool BY_COLUMN, int64_t MAX_COLUMNS = COLUMNS, class Work>
-void for_each_tile(const Shape& shape, int threads, const Work& work) {
+template <bool BY_COLUMN, class Work>
+void for_each_tile(const Shape& shape, int threads, const Work& work, int64_t max_columns = COLUMNS) {
     const int64_t height = BY_COLUMN ? ROWS : 1;
-    const int64_t width = std::min(shape.columns, BY_COLUMN ? MAX_COLUMNS : VECTORS * WIDTH);
+    const int64_t width = std::min(shape.columns, BY_COLUMN ? max_columns : VECTORS * WIDTH);
     const int64_t across = (shape.columns + width - 1) / width, tiles = across * ((shape.rows + height - 1) / height);
 #pragma omp parallel for num_threads(threads)
     for (int thread = 0; thread < threads; thread++) {
@@ -139,29 +141,34 @@ void for_each_part(const Tile& tile, const Work& work) {
         work(Tile{row, std::min(row + height, tile.end_row), tile.column, tile.end_column});
 }
 
-template <bool BY_COLUMN, int M, class Work>
+// M vectors at once: side by side or, DOWN, one below another.
+template <bool BY_COLUMN, int M, bool DOWN, class Work>
 void for_each_vectors_of_rows(const Shape& shape, const Tile& tile, int64_t row, Work& work) {
-    constexpr int64_t across = BY_COLUMN ? WIDTH : M * WIDTH;
-    const int64_t step = BY_COLUMN ? shape.columns : WIDTH, first = row * shape.columns;
+    constexpr int64_t across = DOWN ? WIDTH : M * WIDTH;
+    const int64_t step = DOWN ? shape.columns : WIDTH, first = row * shape.columns;
     const int64_t channel = BY_COLUMN ? 0 : row % shape.channels;
     int64_t c = tile.column;
     for (; c + across <= tile.end_column; c += across)
-        work(Vectors<BY_COLUMN, M, true>{first + c, step, BY_COLUMN ? c : channel, WIDTH});
-    if constexpr (!BY_COLUMN)
+        work(Vectors<BY_COLUMN, M, true, BY_COLUMN && !DOWN>{first + c, step, BY_COLUMN ? c : channel, WIDTH});
+    if constexpr (!DOWN)
         for (; c + WIDTH <= tile.end_column; c += WIDTH)
-            work(Vectors<BY_COLUMN, 1, true>{first + c, step, channel, WIDTH});
+            work(Vectors<BY_COLUMN, 1, true>{first + c, step, BY_COLUMN ? c : channel, WIDTH});
     if (c < tile.end_column)
-        work(Vectors<BY_COLUMN, BY_COLUMN ? M : 1, false>{
+        work(Vectors<BY_COLUMN, DOWN ? M : 1, false>{
             first + c, step, BY_COLUMN ? c : channel, int(tile.end_column - c)});
 }
 
 template <bool BY_COLUMN, class Work>
 void for_each_vectors(const Shape& shape, const Tile& tile, Work work) {
+    // vectors below one another share their weights, but of narrow ones each takes but a part of a cache's line, the
+    // rest of which would be lost meanwhile: all layers may begin at the same place in the first cache
+    constexpr bool down = BY_COLUMN && sizeof(Floats) == LINE;
     int64_t r = tile.row;
-    if constexpr (BY_COLUMN)
-        for (; r + UNROLL <= tile.end_row; r += UNROLL) for_each_vectors_of_rows<true, UNROLL>(shape, tile, r, work);
+    if constexpr (down)
+        for (; r + UNROLL <= tile.end_row; r += UNROLL)
+            for_each_vectors_of_rows<true, UNROLL, true>(shape, tile, r, work);
     for (; r < tile.end_row; r++)
-        for_each_vectors_of_rows<BY_COLUMN, BY_COLUMN ? 1 : UNROLL>(shape, tile, r, work);
+        for_each_vectors_of_rows<BY_COLUMN, down ? 1 : UNROLL, false>(shape, tile, r, work);
 }
 
 template <bool BY_COLUMN, int R, class T>
@@ -174,7 +181,7 @@ void combine_results(const T* const* layers, int64_t num_layers, const float* co
             Floats results[R][vectors.size], values[vectors.size];
             for (int j = 0; j < R; j++)
                 for (int m = 0; m < vectors.size; m++) {
-                    results[j][m] = vectors.parameter(biases[j]);
+                    results[j][m] = vectors.parameter(biases[j], m);
                     if (!begun) continue;
                     vectors.prefetch(outs[j], m);
                     results[j][m] += vectors.load(outs[j], m);
@@ -184,10 +191,9 @@ void combine_results(const T* const* layers, int64_t num_layers, const float* co
                     vectors.prefetch(layers[i], m);
                     values[m] = vectors.load(layers[i], m);
                 }
-                for (int j = 0; j < R; j++) {
-                    const Floats weight = vectors.parameter(weights[j] + i * shape.channels);
-                    for (int m = 0; m < vectors.size; m++) results[j][m] += weight * values[m];
-                }
+                for (int j = 0; j < R; j++)
+                    for (int m = 0; m < vectors.size; m++)
+                        results[j][m] += vectors.parameter(weights[j] + i * shape.channels, m) * values[m];
             }
             for (int j = 0; j < R; j++)
                 for (int m = 0; m < vectors.size; m++)
@@ -331,7 +337,9 @@ void combine_backward_layers(const T* const* grads, int64_t num_grads, const flo
     const int64_t layer_sums = num_grads * num_sums, thread_sums = R * layer_sums + APART;
     std::vector<float> all_sums(threads * thread_sums);
     float* const first_sums = all_sums.data();
-    for_each_tile<BY_COLUMN, COLUMNS / R>(shape, threads, [=](const Tile& whole, int thread) {
+    // long rows would leave few of each to sum in registers
+    const int64_t max_columns = R == 1 || shape.columns <= COLUMNS / 2 ? COLUMNS : LINE / int64_t(sizeof(T));
+    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& whole, int thread) {
         float* const sums = first_sums + thread * thread_sums;
         for_each_part(whole, [=](const Tile& tile) {
             Floats values[R * VECTORS], results[R * VECTORS];
@@ -347,7 +355,7 @@ void combine_backward_layers(const T* const* grads, int64_t num_grads, const flo
                 move_sums<BY_COLUMN>(
                     sums + j * layer_sums + i * num_sums, dots + ((j * threads + thread) * num_grads + i) * shape.channels,
                     shape, whole);
-    });
+    }, max_columns);
 }
 
 template <bool BY_COLUMN, class T>
@@ -555,7 +563,7 @@ void norm_act_backward(const T* grads, const T* x, const float* weight, const fl
     float *const x_scale = centring.data(), *const offset = x_scale + shape.channels;
     const Floats floor = Floats{} + (relu ? 0 : -std::numeric_limits<float>::infinity());
     const auto relu_grad = [=](auto vectors, int m, Floats values) {
-        const Floats result = vectors.parameter(shift) + vectors.parameter(scale) * values;
+        const Floats result = vectors.parameter(shift, m) + vectors.parameter(scale, m) * values;
         return result <= floor ? Floats{} : vectors.load(grads, m);
     };
     const auto sums = channel_sums<BY_COLUMN>(shape, threads, [=](auto vector) {
@@ -574,8 +582,8 @@ void norm_act_backward(const T* grads, const T* x, const float* weight, const fl
         for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
             for (int m = 0; m < vectors.size; m++) {
                 const Floats values = vectors.load(x, m), grad = relu_grad(vectors, m, values);
-                const Floats centred = vectors.parameter(x_scale) * values + vectors.parameter(offset);
-                vectors.store(vectors.parameter(scale) * grad + centred, out, m);
+                const Floats centred = vectors.parameter(x_scale, m) * values + vectors.parameter(offset, m);
+                vectors.store(vectors.parameter(scale, m) * grad + centred, out, m);
             }
         });
     });
