@@ -1067,6 +1067,23 @@ def test_backends_agree_on_every_pair_of_layouts(name):
                 assert_near(dots, expected_dots, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize('channels', [16, 70, 300])  # 300: of several tiles
+@pytest.mark.parametrize('layout', ['channels_last', 'contiguous'])
+@pytest.mark.parametrize('name', FAST[1:])
+def test_backends_agree_on_any_number_of_channels(name, layout, channels):
+    backend = importlib.import_module(f'timm_deluge.ops.{name}')
+    torch.manual_seed(0)
+    layers = [LAYOUTS[layout](x) for x in torch.randn(6, 3, channels, 5, 7)]
+    weights, biases, means = torch.randn(7, 6, channels), torch.randn(7, channels), torch.randn(7, channels)
+    torch.testing.assert_close(backend.combine(layers, weights, biases), aten.combine(layers, weights, biases))
+    for num_layers in 1, 4:
+        of_layers = weights[:num_layers], layers[:num_layers], means[:num_layers]
+        grads, dots = backend.combine_backward(layers, *of_layers)
+        expected_grads, expected_dots = aten.combine_backward(layers, *of_layers)
+        torch.testing.assert_close(list(grads), list(expected_grads))
+        assert_near(dots, expected_dots, TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize('name', FAST[1:])
 def test_backends_take_layers_of_several_dtypes(name):
     backend = importlib.import_module(f'timm_deluge.ops.{name}')
