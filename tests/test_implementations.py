@@ -703,6 +703,32 @@ def test_stochastic_depth_trains_as_the_reference(
     assert not torch.allclose(dropped(x), dropped(x))
 
 
+@pytest.mark.parametrize('implementation', FAST)
+def test_a_dropped_image_is_exactly_0_in_any_dtype(implementation):
+    norm = nn.BatchNorm2d(6, affine=False).eval()
+    norm.running_mean.fill_(1.003)  # no bfloat16
+    norm.running_var.fill_(1e-4)
+    layers = FusedCrossLayers([torch.ones(6, 1, 1, 1)], [torch.zeros(6, 1, 1, 1)])
+    output = torch.rand(2, 6, 4, 4).bfloat16().requires_grad_()
+    set_implementation(implementation)
+    layers.append(output, norm, torch.tensor([0., 2.]).bfloat16().view(2, 1, 1, 1))
+    dropped, kept = layers.cross_layer_depthwise_conv().float()
+    assert not dropped.any()
+    assert_near(kept, 2 * norm(output[1:].float())[0], TOLERANCE[torch.bfloat16])
+
+
+def test_gradients_of_several_batches_are_added_up():
+    module = block().train()
+    batches = torch.randn(3, 4, 6, 5, 7)
+    expected = [differentiate(module, x, 'reference') for x in batches]
+    set_implementation('auto')
+    for x in batches:
+        y = module(x)
+        (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()  # the loss of `differentiate`
+    for name, parameter in module.named_parameters():
+        assert_near(parameter.grad, sum(found[f'{name}.grad'] for found in expected), 1e-4, name)
+
+
 @pytest.mark.parametrize('implementation', FAST[:2])
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('name', ['resnetlike146_3x3', 'resnetlike146_1x1'])
@@ -980,7 +1006,9 @@ def test_without_a_compiler(tmp_path):
     code = """if True:
         import timm_deluge, torch
         from timm_deluge.ops import aten, choose_backend
-        assert choose_backend(torch.empty(0)) is aten
+        for name in 'auto', 'reference', 'auto':
+            timm_deluge.set_implementation(name)
+            assert choose_backend(torch.empty(0)) is aten
         try:
             timm_deluge.set_implementation('cpp')
         except ImportError as error:
@@ -990,6 +1018,7 @@ def test_without_a_compiler(tmp_path):
     process = Forked(code, (), {**os.environ, 'CXX': 'no-such-compiler -O3'}, tmp_path)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
+    assert errors.count('take the place of') == 1
     assert "kernels.cpp cannot be compiled with 'no-such-compiler'" in output
 
 
@@ -1147,6 +1176,7 @@ SCALES = dict(biases=[torch.ones(2, 3)], scales=[torch.ones(2, 2)])
     ('combine_backward', COMBINE_BACKWARD, dict(begun=[torch.ones(2, 3, 4, 5).bfloat16()]), 'begun: expected'),
     ('combine_backward', COMBINE_BACKWARD, dict(scales=[torch.ones(1, 2)]), 'scales: expected'),
     ('moments', dict(x=torch.ones(2, 3, 4, 5)), dict(x=torch.ones(3)), 'x: expected'),
+    ('moments', dict(x=torch.ones(2, 3, 4, 5)), dict(x=torch.ones(0, 3, 4, 5)), r'x: .* no values, got \[0, 3, 4, 5\]'),
     ('norm_act', NORM_ACT, dict(x=torch.ones(2, 3, 4)), 'x: expected'),
     ('norm_act', NORM_ACT, dict(invstd=torch.ones(2)), 'invstd: expected'),
     ('norm_act_backward', NORM_ACT_BACKWARD, dict(x=torch.ones(2, 3, 4)), 'x: expected'),

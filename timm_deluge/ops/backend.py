@@ -190,9 +190,11 @@ def check_moments(x: torch.Tensor) -> None:
     """Hold the argument of `Backend.moments` against what it says of it.
 
     Raises:
-        ValueError: If it is of another shape or dtype.
+        ValueError: If it is of another shape or dtype, or empty.
     """
     _check_images('x', [x])
+    if not x.numel():
+        raise ValueError(f'x: there are no moments of no values, got {list(x.shape)}')
 
 
 def check_norm_act(images: Sequence[torch.Tensor], *parameters: torch.Tensor) -> None:

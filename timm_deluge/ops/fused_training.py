@@ -149,7 +149,9 @@ class _Block:
         self.parameters = [*weights, *biases]
         self.num_convs = len(weights)
         self.weights, self.biases = _by_layer(weights), _by_layer(biases)  # as they are in the forward pass
-        self.means, self.invstds = self.weights.new_empty(2, len(self.weights), self.weights.shape[2])  # of each layer
+        statistics_shape = len(self.weights), self.weights.shape[2]
+        self.means, self.invstds = self.weights.new_empty(2, *statistics_shape)  # of each layer
+        self.centres = self.weights.new_empty(statistics_shape)  # of what the sums take of it: its means, or 0
         self.scales: list[Any] = []  # of each convolution's connections, [l, N], or None for all of them
         self.recomputes: WeakSet[_Recompute] = WeakSet()
         self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
@@ -172,7 +174,7 @@ class _Block:
         layers = slice(numbers.start, numbers.stop)
         which = layers, slice(convs.start, convs.stop)
         weights = self.weights[which] * self.invstds[layers, None]
-        shifts = self.biases[which] - weights * self.means[layers, None]
+        shifts = self.biases[which] - weights * self.centres[layers, None]
         if scales is not None:  # autocast would round a product of matrices
             shifts = scales[..., None] * shifts[:, :, None]
         return weights.unbind(1), shifts.sum(0).unbind()
@@ -266,6 +268,7 @@ class _LayerOutput(torch.autograd.Function):
             *parameters):
         block.means[index], block.invstds[index] = statistics(
             output, running_mean, running_var, training, momentum, eps)
+        block.centres[index] = block.means[index] if sample_scale is None else 0
         layers = [_Layer(output, sample_scale, training, eps), *below]
         ctx.block, ctx.index, ctx.norms = block, index, [layer[2:] for layer in layers]
         ctx.save_for_backward(*chain(*(layer[:2] for layer in layers)))
@@ -340,13 +343,13 @@ def _combine_backward(current, index, layers) -> tuple[torch.Tensor, torch.Tenso
         convs = slice(convs.start, convs.start + len(grads))
     of_layers = slice(index + 1 - len(layers), index + 1)
     weights = (current.block.weights[of_layers, convs] * current.block.invstds[of_layers, None]).unbind()[::-1]
-    means = current.block.means[of_layers].unbind()[::-1]
+    means, centres = (of_all[of_layers].unbind()[::-1] for of_all in (current.block.means, current.block.centres))
     outputs = [_scale_samples(layer.output, layer.sample_scale, mean) for layer, mean in zip(layers, means)]
     outputs, _ = same_layout(outputs, current.grads[0])  # in that of what was begun
     scales = None
     if current.block.scales[0] is not None:
         scales = [torch.stack([scale[index - i] for scale in current.block.scales[convs]]) for i in range(len(layers))]
-    sums, dots = choose_backend(outputs[0]).combine_backward(grads, weights, outputs, means, begun, scales)
+    sums, dots = choose_backend(outputs[0]).combine_backward(grads, weights, outputs, centres, begun, scales)
     if begun:
         return sums[0], torch.cat([dots[0], known])
     current.begun.update((index - i, (sums[i], dots[i])) for i in range(1, len(layers)))
@@ -369,11 +372,12 @@ def _differentiable_grads(current, index, layers) -> tuple[torch.Tensor, torch.T
 
 
 def _scale_samples(output, sample_scale, mean) -> torch.Tensor:
-    """Get the output whose normalisation, by the same statistics, is the scaled one of this output."""
+    """Scale a layer's images, less their mean, so that one that is dropped is 0; without scales, it stays as it is."""
     if sample_scale is None:
         return output.detach()
-    mean = mean.to(output.dtype)[:, None, None]
-    return (output - mean).mul_(sample_scale).add_(mean)
+    scale = sample_scale.flatten().to(mean.dtype)
+    weights, biases = [torch.ones_like(mean)[None]], [-scale[:, None] * mean]
+    return choose_backend(output).combine([output.detach()], weights, biases, scales=[scale[None]])[0]
 
 
 class _CrossLayer(torch.autograd.Function):

@@ -33,7 +33,7 @@ def set_implementation(name: str) -> None:
               operators. The default.
             * 'reference': differentiable operators only, layer by layer: for debugging.
             * 'aten', 'cpp', 'triton': as 'auto', with this backend wherever it can run, and elsewhere, but for 'triton'
-              on a CPU, ATen's operators.
+              on a CPU, ATen's operators. The last two also try again what did not compile.
 
     Raises:
         ValueError: If there is no such implementation.
@@ -44,10 +44,11 @@ def set_implementation(name: str) -> None:
         raise ValueError(f'implementation {name!r}: must be one of {", ".join(map(repr, IMPLEMENTATIONS))}')
     if name == 'triton' and not _has_triton():
         raise ImportError("implementation 'triton' needs the package triton: pip install triton")
-    for backend in _cpp, _triton:
-        backend.cache_clear()  # what it needs may have been installed since
     if name == 'cpp':
         from . import cpp  # noqa: F401 raises if it does not compile
+    if name in ('cpp', 'triton'):
+        for backend in _cpp, _triton:
+            backend.cache_clear()  # what it needs may have been installed since
     _implementation = name
 
 
@@ -131,7 +132,6 @@ def _triton(device: torch.device) -> Backend | None:
     return triton
 
 
-@cache
 def _has_triton() -> bool:
     return find_spec('triton') is not None
 
