@@ -218,7 +218,7 @@ def test_block_with_parameters_of_low_precision(dtype, training, implementation)
 
 def test_autocast():
     torch.manual_seed(0)
-    model = DelugeNet((4, 3), (8, 16), num_classes=5, stem_type='cifar').train()
+    model = DelugeNet((9, 3), (8, 16), num_classes=5, stem_type='cifar').train()
     with torch.autocast('cpu', torch.bfloat16):
         assert model.stages(model.stem(torch.randn(8, 3, 16, 16))).dtype == torch.bfloat16
     assert_as_near(model, model, (8, 3, 16, 16), torch.autocast('cpu', torch.bfloat16))
