@@ -46,6 +46,7 @@ def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str,
             layers[:num_grads], weights, layers[-num_layers:], means, outs[:num_layers]), num_grads + 3 * num_layers
 
     return {
+        'combine, 1 layer': combine(1, 1),
         'combine, 3 layers': combine(3, 1),
         'combine, 8 layers, 4 sums': combine(8, 4),
         'combine, 16 layers, 4 sums': combine(16, 4),
@@ -53,7 +54,6 @@ def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str,
         'combine_backward, 8 gradients, 4 layers': combine_backward(8, 4),
         'combine_backward, 16 gradients, 4 layers': combine_backward(16, 4),
         'moments': (lambda: cpp.moments(layers[0]), 1),
-        'norm_act': (lambda: cpp.norm_act(layers[0], *[per_channel] * 4), 2),
         'norm_act_backward': (lambda: cpp.norm_act_backward(
             outs[0], layers[0], outs[0], *[per_channel] * 4, True), 5),
     }

@@ -268,8 +268,10 @@ def test_without_a_compiler_aten_takes_over_with_one_warning(place, caplog, monk
     assert len(caplog.records) == 1
     for name in 'CXX', 'XDG_CACHE_HOME':
         monkeypatch.delenv(name)
-    implementation.set_implementation('auto')  # looks anew: one may have been installed
-    assert ops.choose_backend(torch.empty(0)).__name__ == 'timm_deluge.ops.cpp'
+    for name, expected in ('reference', aten), ('auto', aten), ('cpp', None), ('auto', None):
+        implementation.set_implementation(name)  # 'cpp' looks anew: one may have been installed
+        assert ops.choose_backend(torch.empty(0)) is (expected or sys.modules['timm_deluge.ops.cpp'])
+    assert len(caplog.records) == 1
 
 
 def test_where_only_bfloat16_does_not_compile_aten_takes_it_with_one_warning(caplog, monkeypatch):

@@ -1006,9 +1006,7 @@ def test_without_a_compiler(tmp_path):
     code = """if True:
         import timm_deluge, torch
         from timm_deluge.ops import aten, choose_backend
-        for name in 'auto', 'reference', 'auto':
-            timm_deluge.set_implementation(name)
-            assert choose_backend(torch.empty(0)) is aten
+        assert choose_backend(torch.empty(0)) is aten
         try:
             timm_deluge.set_implementation('cpp')
         except ImportError as error:
@@ -1018,7 +1016,6 @@ def test_without_a_compiler(tmp_path):
     process = Forked(code, (), {**os.environ, 'CXX': 'no-such-compiler -O3'}, tmp_path)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert errors.count('take the place of') == 1
     assert "kernels.cpp cannot be compiled with 'no-such-compiler'" in output
 
 
@@ -1128,7 +1125,7 @@ def test_backends_take_layers_of_several_dtypes(name):
 @pytest.mark.parametrize('name', FAST)
 def test_backends_are_what_the_protocol_says(name):
     backend = importlib.import_module(f'timm_deluge.ops.{name}')
-    for function in ('combine', 'combine_backward', 'moments', 'norm_act', 'norm_act_backward'):
+    for function in ('combine', 'combine_backward', 'moments', 'norm_act_backward'):
         expected = inspect.signature(getattr(Backend, function))
         actual = inspect.signature(getattr(backend, function))
         assert list(actual.parameters.values()) == list(expected.parameters.values())[1:]
@@ -1141,8 +1138,9 @@ COMBINE = dict(
 COMBINE_BACKWARD = dict(
     grads=[torch.ones(2, 3, 4, 5)] * 2, weights=[torch.ones(2, 3)], layers=[torch.ones(2, 3, 4, 5)],
     means=[torch.ones(3)], begun=[torch.ones(2, 3, 4, 5)])
-NORM_ACT = dict(x=torch.ones(2, 3, 4, 5), **dict.fromkeys(('weight', 'bias', 'mean', 'invstd'), torch.ones(3)))
-NORM_ACT_BACKWARD = dict(**NORM_ACT, **dict.fromkeys(('grad', 'y'), torch.ones(2, 3, 4, 5)), training=True)
+NORM_ACT_BACKWARD = dict(
+    **dict.fromkeys(('grad', 'x', 'y'), torch.ones(2, 3, 4, 5)),
+    **dict.fromkeys(('weight', 'bias', 'mean', 'invstd'), torch.ones(3)), training=True)
 SCALES = dict(biases=[torch.ones(2, 3)], scales=[torch.ones(2, 2)])
 
 
@@ -1177,8 +1175,6 @@ SCALES = dict(biases=[torch.ones(2, 3)], scales=[torch.ones(2, 2)])
     ('combine_backward', COMBINE_BACKWARD, dict(scales=[torch.ones(1, 2)]), 'scales: expected'),
     ('moments', dict(x=torch.ones(2, 3, 4, 5)), dict(x=torch.ones(3)), 'x: expected'),
     ('moments', dict(x=torch.ones(2, 3, 4, 5)), dict(x=torch.ones(0, 3, 4, 5)), r'x: .* no values, got \[0, 3, 4, 5\]'),
-    ('norm_act', NORM_ACT, dict(x=torch.ones(2, 3, 4)), 'x: expected'),
-    ('norm_act', NORM_ACT, dict(invstd=torch.ones(2)), 'invstd: expected'),
     ('norm_act_backward', NORM_ACT_BACKWARD, dict(x=torch.ones(2, 3, 4)), 'x: expected'),
     ('norm_act_backward', NORM_ACT_BACKWARD, dict(grad=torch.ones(2, 3, 4, 4)), 'grad: expected'),
     ('norm_act_backward', NORM_ACT_BACKWARD, dict(y=torch.ones(2, 2, 4, 5)), 'y: expected'),
@@ -1240,8 +1236,6 @@ def test_backends_give_moments_and_the_gradient_of_batch_norm_and_relu(name, lay
     for training in (True, False):
         y = nn.functional.batch_norm(exact, mean.double(), var.double(), weight, bias, training, eps=1e-12)
         parameters = weight.detach().float(), bias.detach().float(), mean, var.rsqrt()
-        for relu in (False, True):
-            assert_near(backend.norm_act(x, *parameters, relu), y.relu() if relu else y, TOLERANCE[dtype])
         y = torch.relu(y)
         expected = torch.autograd.grad(y, (exact, weight, bias), grad.double())
         actual = backend.norm_act_backward(

@@ -14,7 +14,6 @@ from .ops import (
     has_hooks,
     rows,
     running_sums,
-    runs_fast,
     split_batch,
     takes_fast_path,
     why_not_fast,
@@ -113,7 +112,7 @@ class InferenceConv2d(nn.Conv2d):
         """Whether keeping the reordered weight pays, and is possible."""
         return bool(
             not torch.is_grad_enabled()
-            and runs_fast(x)
+            and why_not_fast(x) is None
             and x.device.type == 'cpu'
             and x.dtype == self.weight.dtype
             and x.dtype in (torch.float32, torch.bfloat16)

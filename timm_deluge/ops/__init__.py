@@ -3,7 +3,7 @@ from .backend import Backend
 from .checkpoint import checkpoint_layer
 from .decision import Decision, explain_implementation, has_hooks, takes_fast_path
 from .fused_training import FusedCrossLayers
-from .implementation import choose_backend, get_implementation, runs_fast, set_implementation, why_not_fast
+from .implementation import choose_backend, get_implementation, set_implementation, why_not_fast
 from .layout import rows
 from .memory import split_batch, workspace
 from .norm_act_conv import Recompute, norm_act_conv
@@ -13,6 +13,6 @@ from .running_sums import running_sums
 __all__ = [
     'Backend', 'Decision', 'FusedCrossLayers', 'Recompute', 'checkpoint_layer', 'choose_backend',
     'cross_layer_depthwise_conv', 'explain_implementation', 'get_implementation', 'has_hooks', 'norm_act_conv',
-    'rows', 'running_sums', 'runs_fast', 'set_implementation', 'split_batch', 'takes_fast_path', 'why_not_fast',
+    'rows', 'running_sums', 'set_implementation', 'split_batch', 'takes_fast_path', 'why_not_fast',
     'workspace',
 ]

@@ -3,10 +3,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .backend import check_combine, check_combine_backward, check_moments, check_norm_act
+from .backend import check_combine, check_combine_backward, check_moments, check_norm_act_backward
 from .layout import same_layout
 
-__all__ = ['combine', 'combine_backward', 'moments', 'norm_act', 'norm_act_backward']
+__all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 
 def combine(
@@ -77,21 +77,6 @@ def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, var
 
 
-def norm_act(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        mean: torch.Tensor,
-        invstd: torch.Tensor,
-        relu: bool = True,
-) -> torch.Tensor:
-    """See `Backend.norm_act`."""
-    check_norm_act([x], weight, bias, mean, invstd)
-    scale = weight * invstd
-    [y] = combine([x], [scale[None]], [bias - scale * mean], relu=relu)
-    return y
-
-
 def norm_act_backward(
         grad: torch.Tensor,
         x: torch.Tensor,
@@ -104,7 +89,7 @@ def norm_act_backward(
         relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `Backend.norm_act_backward`."""
-    check_norm_act([x, y, grad], weight, bias, mean, invstd)
+    check_norm_act_backward([x, y, grad], weight, bias, mean, invstd)
     if relu:
         torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
     (x, grad), _ = same_layout([x, grad])

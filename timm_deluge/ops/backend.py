@@ -10,11 +10,11 @@ import torch
 
 from .layout import fast_memory_format
 
-__all__ = ['Backend', 'check_combine', 'check_combine_backward', 'check_moments', 'check_norm_act']
+__all__ = ['Backend', 'check_combine', 'check_combine_backward', 'check_moments', 'check_norm_act_backward']
 
 
 class Backend(Protocol):
-    """Five functions; their results have no autograd history."""
+    """Four functions; their results have no autograd history."""
 
     @property
     def __name__(self) -> str:
@@ -82,30 +82,6 @@ class Backend(Protocol):
         """
         ...
 
-    def norm_act(
-            self,
-            x: torch.Tensor,
-            weight: torch.Tensor,
-            bias: torch.Tensor,
-            mean: torch.Tensor,
-            invstd: torch.Tensor,
-            relu: bool = True,
-    ) -> torch.Tensor:
-        """Compute ``relu(weight * (x - mean) * invstd + bias)``, or the same without ReLU.
-
-        Args:
-            x: ``[N, C, H, W]``.
-            weight: ``[C]``.
-            bias: ``[C]``.
-            mean: ``[C]``.
-            invstd: 1 / standard deviation, ``[C]``.
-            relu: Whether there is a ReLU.
-
-        Returns:
-            ``[N, C, H, W]`` in x's dtype, in memory of its own.
-        """
-        ...
-
     def norm_act_backward(
             self,
             grad: torch.Tensor,
@@ -118,13 +94,18 @@ class Backend(Protocol):
             training: bool,
             relu: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Differentiate `norm_act`.
+        """Differentiate ``y = relu(weight * (x - mean) * invstd + bias)``, or the same without ReLU.
 
         Args:
             grad: The gradient of y, ``[N, C, H, W]``; it may be overwritten.
-            x, weight, bias, mean, invstd, relu: What `norm_act` took.
-            y: What it gave, ``[N, C, H, W]``.
+            x: ``[N, C, H, W]``.
+            y: ``[N, C, H, W]``.
+            weight: ``[C]``.
+            bias: ``[C]``.
+            mean: ``[C]``.
+            invstd: 1 / standard deviation, ``[C]``.
             training: Whether mean and standard deviation are those of x.
+            relu: Whether there is a ReLU.
 
         Returns:
             The gradients of x, weight and bias.
@@ -197,11 +178,11 @@ def check_moments(x: torch.Tensor) -> None:
         raise ValueError(f'x: there are no moments of no values, got {list(x.shape)}')
 
 
-def check_norm_act(images: Sequence[torch.Tensor], *parameters: torch.Tensor) -> None:
-    """Hold the arguments of `Backend.norm_act`, or of `Backend.norm_act_backward`, against what these say of them.
+def check_norm_act_backward(images: Sequence[torch.Tensor], *parameters: torch.Tensor) -> None:
+    """Hold the arguments of `Backend.norm_act_backward` against what it says of them.
 
     Args:
-        images: x, and for the latter y and grad.
+        images: x, y and grad.
         parameters: Weight, bias, mean and 1 / standard deviation.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The backend as C++ loops for a CPU: a layer is read once, and all arithmetic is in float32.
+"""The backend as C++ loops for a CPU: each reading of a layer serves several sums, all of them in float32.
 
 `kernels.cpp` is compiled for the processor at hand, in some seconds, by the compiler that the environment variable CXX
 names, or `c++`: when this module is imported, and for bfloat16 at its first use. `compile.py` keeps the libraries for
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from .backend import check_combine, check_combine_backward, check_moments, check_norm_act
+from .backend import check_combine, check_combine_backward, check_moments, check_norm_act_backward
 from .compile import compile_library
 from .layout import same_layout
 
-__all__ = ['combine', 'combine_backward', 'moments', 'norm_act', 'norm_act_backward']
+__all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 # and besides, of every function: the shape, whether in channels_last, and the number of threads
@@ -24,7 +24,6 @@ _PARAMETERS: dict[str, list[Any]] = {
     'combine': [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, _POINTER, *[_NUMBER] * 3],
     'combine_backward': [_POINTER, _NUMBER, *[_POINTER] * 2, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 2, _POINTER],
     'moments': [_POINTER] * 3,
-    'norm_act': [*[_POINTER] * 5, _NUMBER, _POINTER],
     'norm_act_backward': [*[_POINTER] * 6, _NUMBER, _NUMBER, *[_POINTER] * 3],
 }
 
@@ -96,22 +95,6 @@ def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, var
 
 
-def norm_act(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        mean: torch.Tensor,
-        invstd: torch.Tensor,
-        relu: bool = True,
-) -> torch.Tensor:
-    """See `Backend.norm_act`."""
-    check_norm_act([x], weight, bias, mean, invstd)
-    [x], inner = same_layout([x])
-    y = torch.empty_like(x)
-    _call('norm_act', x, inner, x, *_floats((weight, bias, mean, invstd)), relu, y)
-    return y
-
-
 def norm_act_backward(
         grad: torch.Tensor,
         x: torch.Tensor,
@@ -124,7 +107,7 @@ def norm_act_backward(
         relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `Backend.norm_act_backward`."""
-    check_norm_act([x, y, grad], weight, bias, mean, invstd)
+    check_norm_act_backward([x, y, grad], weight, bias, mean, invstd)
     (x, grad), inner = same_layout([x, grad])
     weight_grad, bias_grad = x.new_zeros(2, x.shape[1], dtype=torch.float32).unbind()
     parameters = _floats((weight, bias, mean, invstd))

@@ -287,7 +287,7 @@ class _LayerOutput(torch.autograd.Function):
             current.take_layers(layers[::-1])
         get_grads = _differentiable_grads if torch.is_grad_enabled() else _grads
         is_topmost = ctx.index == ctx.block.num_convs
-        grad, weight_grad = get_grads(current, ctx.index, layers[:1 if is_topmost else LAYERS_PER_PASS])
+        grad, weight_grad = get_grads(current, ctx.index, layers[:1] if is_topmost else layers)
         current.weight_grads[ctx.index, current.above()] = weight_grad
         del current.layers[ctx.index:]  # no result that is still to be computed again has it
         if direct_grad is not None:

@@ -9,7 +9,7 @@ import torch
 from . import aten
 from .backend import Backend
 
-__all__ = ['choose_backend', 'get_implementation', 'runs_fast', 'set_implementation', 'why_not_fast']
+__all__ = ['choose_backend', 'get_implementation', 'set_implementation', 'why_not_fast']
 
 IMPLEMENTATIONS = ('auto', 'reference', 'aten', 'cpp', 'triton')
 _implementation = 'auto'
@@ -57,13 +57,8 @@ def get_implementation() -> str:
     return _implementation
 
 
-def runs_fast(x: torch.Tensor) -> bool:
-    """Tell whether fast paths may run on a tensor: in plain eager mode, unless the reference was asked for."""
-    return why_not_fast(x) is None
-
-
 def why_not_fast(x: torch.Tensor) -> str | None:
-    """Get the reason why fast paths may not run on a tensor, None if they may."""
+    """Get the reason why fast paths may not run on a tensor, None if they may: in plain eager mode on most."""
     if torch.compiler.is_compiling():
         return 'the model is compiled or exported'
     if torch.jit.is_tracing():

@@ -1,4 +1,4 @@
-// The sums over layers and over positions for a CPU: every layer is read once, and all sums run in registers.
+// The sums over layers and over positions for a CPU: up to four sums take a layer that is read, in registers.
 //
 // A layer is a matrix. In channels_last memory its rows are positions and its columns are channels (BY_COLUMN); in
 // contiguous memory its rows are the channels of one image after the other and its columns are positions.
@@ -534,33 +534,17 @@ void moments(const T* x, float* mean, float* var, const Shape& shape, int thread
     }
 }
 
-// [2, channels]: what a normalisation with weight and bias multiplies by, and what it adds.
-std::vector<float> affine(const float* weight, const float* bias, const float* mean, const float* invstd,
-                          int64_t channels) {
-    std::vector<float> results(2 * channels);
-    for (int64_t k = 0; k < channels; k++) {
-        results[k] = weight[k] * invstd[k];
-        results[channels + k] = bias[k] - results[k] * mean[k];
-    }
-    return results;
-}
-
-template <bool BY_COLUMN, class T>
-void norm_act(const T* x, const float* weight, const float* bias, const float* mean, const float* invstd, bool relu,
-              T* out, const Shape& shape, int threads) {
-    const auto scale_and_shift = affine(weight, bias, mean, invstd, shape.channels);
-    const float *const scale = scale_and_shift.data(), *const shift = scale + shape.channels;
-    combine_results<BY_COLUMN, 1>(&x, 1, &scale, &shift, &out, false, relu, shape, threads);
-}
-
 template <bool BY_COLUMN, class T>
 void norm_act_backward(const T* grads, const T* x, const float* weight, const float* bias, const float* mean,
                        const float* invstd, bool training, bool relu, T* out, float* weight_grad, float* bias_grad,
                        const Shape& shape, int threads) {
-    const auto scale_and_shift = affine(weight, bias, mean, invstd, shape.channels);
-    const float *const scale = scale_and_shift.data(), *const shift = scale + shape.channels;
-    std::vector<float> centring(2 * shape.channels);
-    float *const x_scale = centring.data(), *const offset = x_scale + shape.channels;
+    std::vector<float> of_channels(4 * shape.channels);
+    float *const scale = of_channels.data(), *const shift = scale + shape.channels;
+    float *const x_scale = shift + shape.channels, *const offset = x_scale + shape.channels;
+    for (int64_t k = 0; k < shape.channels; k++) {
+        scale[k] = weight[k] * invstd[k];
+        shift[k] = bias[k] - scale[k] * mean[k];
+    }
     const Floats floor = Floats{} + (relu ? 0 : -std::numeric_limits<float>::infinity());
     const auto relu_grad = [=](auto vectors, int m, Floats values) {
         const Floats result = vectors.parameter(shift, m) + vectors.parameter(scale, m) * values;
@@ -620,12 +604,6 @@ void combine_backward(const Element* const* grads, int64_t num_grads, const floa
 
 void moments(const Element* x, float* mean, float* var, const Shape* shape, int64_t by_column, int64_t threads) {
     (by_column ? moments<true, Element> : moments<false, Element>)(x, mean, var, *shape, threads);
-}
-
-void norm_act(const Element* x, const float* weight, const float* bias, const float* mean, const float* invstd,
-              int64_t relu, Element* out, const Shape* shape, int64_t by_column, int64_t threads) {
-    (by_column ? norm_act<true, Element> : norm_act<false, Element>)(
-        x, weight, bias, mean, invstd, relu, out, *shape, threads);
 }
 
 void norm_act_backward(const Element* grads, const Element* x, const float* weight, const float* bias,

@@ -134,7 +134,7 @@ class _NormActConv(torch.autograd.Function):
         mean, invstd = statistics(x, running_mean, running_var, training, momentum, eps)
         ctx.save_for_backward(None if recompute else x, norm_weight, norm_bias, weight, mean, invstd)
         ctx.training, ctx.eps, ctx.relu, ctx.conv_args, ctx.recompute = training, eps, relu, conv_args, recompute
-        y = choose_backend(x).norm_act(x, norm_weight, norm_bias, mean, invstd, relu)
+        y = _norm_act(x, norm_weight, norm_bias, mean, invstd, relu)
         return conv2d(y, weight, conv_args)
 
     @staticmethod
@@ -148,7 +148,7 @@ class _NormActConv(torch.autograd.Function):
             if torch.is_grad_enabled():
                 grads = _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd)
                 return *grads, *[None] * 8
-            y = backend.norm_act(x, norm_weight, norm_bias, mean, invstd, ctx.relu).to(grad.dtype)
+            y = _norm_act(x, norm_weight, norm_bias, mean, invstd, ctx.relu).to(grad.dtype)
             grad_y, grad_weight = conv2d_backward(
                 grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
         grad_x, grad_norm_weight, grad_norm_bias = backend.norm_act_backward(
@@ -157,6 +157,13 @@ class _NormActConv(torch.autograd.Function):
             ctx.recompute.take_grad_sum(
                 torch.zeros_like(mean) if ctx.training else norm_weight * invstd * grad_norm_bias)
         return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 8
+
+
+def _norm_act(x, norm_weight, norm_bias, mean, invstd, relu) -> torch.Tensor:
+    """Normalise and apply the ReLU: a sum of one layer."""
+    scale = norm_weight * invstd
+    [y] = choose_backend(x).combine([x], [scale[None]], [norm_bias - scale * mean], relu=relu)
+    return y
 
 
 def _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd) -> list[torch.Tensor | None]:

@@ -1,4 +1,4 @@
-"""The backend as Triton kernels: every layer is read once, and all sums run in float32.
+"""The backend as Triton kernels: each sum reads its layers once, and runs in float32.
 
 A kernel finds the layers through a table of their addresses, so that one compiled kernel serves any number of them.
 """
@@ -10,10 +10,10 @@ import triton.language as tl
 
 from . import aten
 from .aten import moments, norm_act_backward
-from .backend import check_combine, check_combine_backward, check_norm_act
+from .backend import check_combine, check_combine_backward
 from .layout import same_layout
 
-__all__ = ['combine', 'combine_backward', 'moments', 'norm_act', 'norm_act_backward']
+__all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 TILE = 8192  # elements of a layer that a program works on
 ADDRESSES = 8  # that a kernel takes as its arguments
@@ -66,21 +66,6 @@ def combine_backward(
             _table([*tensors, *outs]), torch.stack(list(weights)).float(), torch.stack(list(means)).float(), tensors[0],
             dots, num_layers, num_grads, *shape, BEGUN=begun is not None, **block)
     return outs, dots.sum(0)
-
-
-def norm_act(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        mean: torch.Tensor,
-        invstd: torch.Tensor,
-        relu: bool = True,
-) -> torch.Tensor:
-    """See `Backend.norm_act`."""
-    check_norm_act([x], weight, bias, mean, invstd)
-    scale = weight * invstd
-    [y] = combine([x], [scale[None]], [bias - scale * mean], relu=relu)
-    return y
 
 
 def _aligned(layers: Sequence[torch.Tensor], like: torch.Tensor | None = None) -> tuple[list[torch.Tensor], int]:
