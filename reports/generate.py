@@ -65,7 +65,7 @@ def generate() -> dict[Path, str]:
             'aggregations': _aggregations(),
             'connection drop': _connection_drop(),
         },
-        'benchmarks/README.md': {'performance': _performance(), 'pruning': _pruning()},
+        'benchmarks/README.md': {'performance': _performance(), 'kernels': _kernels(), 'pruning': _pruning()},
     }
     texts = {REPOSITORY / 'MODEL_CARD.md': model_card(checkpoints)}
     for page, contents in blocks.items():
@@ -215,6 +215,26 @@ def _machines() -> list[dict[str, Any]]:
     """Read what benchmarks/run.py measured on each machine, and where it drew its figure."""
     files = sorted((REPOSITORY / 'benchmarks' / 'results').glob('*.json'))
     return [{**json.loads(path.read_text(encoding='utf-8')), 'figure': path.with_suffix('.png')} for path in files]
+
+
+def _kernels() -> str:
+    """Show the time of every C++ loop, of that of a copy_ of as many bytes: a table for each processor."""
+    parts = []
+    for path in sorted((REPOSITORY / 'benchmarks' / 'kernels').glob('*.json')):
+        machine = json.loads(path.read_text(encoding='utf-8'))
+        lines: dict[str, dict[str, str]] = {}
+        for row in machine['rows']:
+            cell = _cell({'value': row['time, of copy_'], 'at_most': machine['at_most'], 'at_least': None})
+            lines.setdefault(row['kernel'], {})[f'{row["dtype"]}, {row["layout"]}'] = cell
+        columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+        rows = [(kernel, *(line[column] for column in columns)) for kernel, line in lines.items()]
+        missed = sum('missed' in cell for line in lines.values() for cell in line.values())
+        parts += [
+            tabulate(rows, (machine['machine'], *columns), tablefmt='github', disable_numparse=True),
+            f'{machine["threads"]} threads, layers {" × ".join(map(str, machine["shape"]))}, torch {machine["torch"]}, '
+            f'{machine["date"]}; medians of {machine["rounds"]} interleaved rounds; goal ≤ {machine["at_most"]}, missed '
+            f'by {missed} of {len(machine["rows"])}.']
+    return '\n\n'.join(parts)
 
 
 def _by(criterion: str) -> str:
