@@ -2,9 +2,10 @@
 
     pip install -e '.[benchmark]' && python benchmarks/run.py
 
-Every comparison runs in a process of its own and alternates between its sides, so that both meet the same machine;
-a ratio is one of medians. R is the same network with residual sums (`aggregation='residual'`): in training in plain
-modules, as other networks of timm are; fused R trains as DelugeNets do, keeping only what convolutions take and give.
+Every comparison runs in a process of its own and alternates between its sides, in random order, so that all meet the
+same machine, and what another has left in its caches; a ratio is one of medians. R is the same network with residual
+sums (`aggregation='residual'`): in training in plain modules, as other networks of timm are; fused R trains as
+DelugeNets do, keeping only what convolutions take and give.
 
 A reference kernel is timed before, between and after a comparison's rounds: where its times differ, another load was
 present, and the comparison says so. One whose rounds disagree is repeated, and the calmer run counts.
@@ -14,6 +15,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -67,11 +69,11 @@ probes: list[float] = []
 
 
 def median_seconds(sides: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Alternate between the sides; the first round does not count."""
+    """Run all sides in each round, in random order; the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     probes.append(reference_seconds())
     for round_ in range(rounds + 1):
-        for name, run in sides.items():
+        for name, run in random.sample(list(sides.items()), len(sides)):
             begin = time.perf_counter()
             run()
             synchronize()
@@ -296,6 +298,7 @@ def measure(name: str, number_of_rounds: int, threads: int) -> dict[str, Any]:
     rounds = number_of_rounds
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    random.seed(0)
     kind, *subject = name.split()
     result = {
         'inference': measure_inference, 'training': measure_training, 'peer': measure_peer, 'growth': measure_growth,

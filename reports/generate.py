@@ -232,8 +232,8 @@ def _kernels() -> str:
         parts += [
             tabulate(rows, (machine['machine'], *columns), tablefmt='github', disable_numparse=True),
             f'{machine["threads"]} threads, layers {" × ".join(map(str, machine["shape"]))}, torch {machine["torch"]}, '
-            f'{machine["date"]}; medians of {machine["rounds"]} interleaved rounds; goal ≤ {machine["at_most"]}, missed '
-            f'by {missed} of {len(machine["rows"])}.']
+            f'{machine["date"]}; medians of {machine["rounds"]} interleaved rounds; goal ≤ {machine["at_most"]}, '
+            f'missed by {missed} of {len(machine["rows"])}.']
     return '\n\n'.join(parts)
 
 
