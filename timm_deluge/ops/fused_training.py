@@ -149,9 +149,8 @@ class _Block:
         self.parameters = [*weights, *biases]
         self.num_convs = len(weights)
         self.weights, self.biases = _by_layer(weights), _by_layer(biases)  # as they are in the forward pass
-        statistics_shape = len(self.weights), self.weights.shape[2]
-        self.means, self.invstds = self.weights.new_empty(2, *statistics_shape)  # of each layer
-        self.centres = self.weights.new_empty(statistics_shape)  # of what the sums take of it: its means, or 0
+        # of each layer; the centre is its mean, or 0 where stochastic depth scales its images, less their mean
+        self.means, self.invstds, self.centres = self.weights.new_empty(3, len(self.weights), self.weights.shape[2])
         self.scales: list[Any] = []  # of each convolution's connections, [l, N], or None for all of them
         self.recomputes: WeakSet[_Recompute] = WeakSet()
         self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
