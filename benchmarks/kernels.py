@@ -37,13 +37,13 @@ def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str,
         return torch.randn(num_layers, channels)
 
     def combine(num_layers: int, num_sums: int, begun: bool = False) -> tuple[Callable[[], Any], int]:
-        weights = [weight(num_layers)] * num_sums
+        weights = [weight(num_layers) for _ in range(num_sums)]
         return lambda: cpp.combine(
             layers[:num_layers], weights, [bias] * num_sums, outs[:num_sums], begun=begun
         ), num_layers + num_sums * (2 if begun else 1)
 
     def combine_backward(num_grads: int, num_layers: int) -> tuple[Callable[[], Any], int]:
-        weights, means = [weight(num_grads)] * num_layers, [per_channel] * num_layers
+        weights, means = [weight(num_grads) for _ in range(num_layers)], [per_channel] * num_layers
         return lambda: cpp.combine_backward(
             layers[:num_grads], weights, layers[-num_layers:], means, outs[:num_layers]), num_grads + 3 * num_layers
 

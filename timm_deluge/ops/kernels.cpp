@@ -8,7 +8,7 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -45,6 +45,8 @@ Floats widen(Floats values) { return values; }
 Floats widen(HalfWords bits) {
 #ifdef __AVX512F__
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
 #else
     return (Floats)(__builtin_convertvector(bits, Words) << 16);
 #endif
@@ -56,7 +58,13 @@ void narrow(Floats values, HalfWords& to) {  // rounds to the nearest, ties to e
     to = (HalfWords)_mm512_cvtneps_pbh((__m512)values);
 #else
     const Words wide = (Words)values, rounded = (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
-    to = __builtin_convertvector(values == values ? rounded : Words{} + 0x7fc0, HalfWords);
+    const Words halves = values == values ? rounded : Words{} + 0x7fc0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i both = (__m256i)halves;
+    to = (HalfWords)_mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+#else
+    to = __builtin_convertvector(halves, HalfWords);
+#endif
 #endif
 }
 
@@ -107,11 +115,32 @@ struct Vectors {
     void prefetch(const T* layer, int m) const {
         __builtin_prefetch(layer + offset + m * step + AHEAD, 0, 2);
     }
-    Floats parameter(const float* of_channels, int m = 0) const {
-        const Floats of_one_channel = Floats{} + of_channels[channel];
-        return ::load<WHOLE>(BY_COLUMN ? of_channels + channel + (ACROSS ? m * WIDTH : 0)
+    Floats parameter(const float* of_channels, int m = 0) const { return own_parameter(of_channels + channel, m); }
+    Floats own_parameter(const float* of_channel, int m = 0) const {
+        const Floats of_one_channel = Floats{} + *of_channel;
+        return ::load<WHOLE>(BY_COLUMN ? of_channel + (ACROSS ? m * WIDTH : 0)
                                        : reinterpret_cast<const float*>(&of_one_channel), count);
     }
+};
+
+// The weights of R sums in the order in which they are read: those of a few channels, [layers, channels] of each sum,
+// are so far apart that the first cache could not keep them.
+template <bool BY_COLUMN, int R>
+struct Weights {
+    static constexpr int64_t BLOCK = BY_COLUMN ? LINE / sizeof(float) : 1;  // channels side by side
+    static constexpr int64_t OF_LAYER = R * BLOCK;
+    int64_t of_block;
+    std::vector<float> values;  // [blocks of channels, layers, R, BLOCK]
+
+    Weights(const float* const* weights, int64_t num_layers, int64_t channels)
+        : of_block(num_layers * OF_LAYER), values((channels + BLOCK - 1) / BLOCK * of_block) {
+        float* to = values.data();
+        for (int64_t c = 0; c < channels; c += BLOCK)
+            for (int64_t i = 0; i < num_layers; i++)
+                for (int j = 0; j < R; j++, to += BLOCK)
+                    std::copy_n(weights[j] + i * channels + c, std::min(BLOCK, channels - c), to);
+    }
+    const float* of_channel(int64_t channel) const { return &values[channel / BLOCK * of_block + channel % BLOCK]; }
 };
 
 template <bool BY_COLUMN, class Work>
@@ -172,12 +201,13 @@ void for_each_vectors(const Shape& shape, const Tile& tile, Work work) {
 }
 
 template <bool BY_COLUMN, int R, class T>
-void combine_results(const T* const* layers, int64_t num_layers, const float* const* weights,
+void combine_results(const T* const* layers, int64_t num_layers, const float* const* all_weights,
                      const float* const* biases, T* const* outs, bool begun, bool relu, const Shape& shape,
                      int threads) {
+    const Weights<BY_COLUMN, R> weights(all_weights, num_layers, shape.channels);
     const Floats floor = Floats{} + (relu ? 0 : -std::numeric_limits<float>::infinity());
-    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& tile, int) {
-        for_each_vectors<BY_COLUMN>(shape, tile, [=](auto vectors) {
+    for_each_tile<BY_COLUMN>(shape, threads, [=, &weights](const Tile& tile, int) {
+        for_each_vectors<BY_COLUMN>(shape, tile, [=, &weights](auto vectors) {
             Floats results[R][vectors.size], values[vectors.size];
             for (int j = 0; j < R; j++)
                 for (int m = 0; m < vectors.size; m++) {
@@ -186,14 +216,15 @@ void combine_results(const T* const* layers, int64_t num_layers, const float* co
                     vectors.prefetch(outs[j], m);
                     results[j][m] += vectors.load(outs[j], m);
                 }
+            const float* weight = weights.of_channel(vectors.channel);
             for (int64_t i = 0; i < num_layers; i++) {
                 for (int m = 0; m < vectors.size; m++) {
                     vectors.prefetch(layers[i], m);
                     values[m] = vectors.load(layers[i], m);
                 }
-                for (int j = 0; j < R; j++)
+                for (int j = 0; j < R; j++, weight += weights.BLOCK)
                     for (int m = 0; m < vectors.size; m++)
-                        results[j][m] += vectors.parameter(weights[j] + i * shape.channels, m) * values[m];
+                        results[j][m] += vectors.own_parameter(weight, m) * values[m];
             }
             for (int j = 0; j < R; j++)
                 for (int m = 0; m < vectors.size; m++)
@@ -278,11 +309,12 @@ void in_fours(int64_t number, const Add& add) {
 // Adds N gradients to what was begun (FIRST) or to a tile's results, for R layers; these go out (LAST) or into the
 // results. Adds each one's products with a layer's values, which are kept beside the results, to a sum of their own.
 template <bool BY_COLUMN, int N, int R, bool FIRST, bool LAST, class T>
-void add_grads(const T* const* grads, const float* const* weights, int64_t first_weight, const T* const* layers,
+void add_grads(const T* const* grads, const Weights<BY_COLUMN, R>& weights, int64_t first_grad, const T* const* layers,
                const float* const* means, T* const* outs, bool begun, Floats* values, Floats* results, float* sums,
                int64_t num_sums, int64_t layer_sums, const Shape& shape, const Tile& tile) {
-    for_each_run<BY_COLUMN>(shape, tile, [=](auto whole, int64_t first, int64_t step, int64_t length, int64_t channel,
-                                             int count) mutable {
+    for_each_run<BY_COLUMN>(shape, tile, [=, &weights](auto whole, int64_t first, int64_t step, int64_t length,
+                                                       int64_t channel, int count) mutable {
+        const float* const grad_weights = weights.of_channel(channel) + first_grad * weights.OF_LAYER;
         Floats dots[R * N] = {};
         const auto add = [&](auto vectors) {
             constexpr int M = vectors.size;
@@ -303,7 +335,7 @@ void add_grads(const T* const* grads, const float* const* weights, int64_t first
                     if (FIRST && !LAST) values[j * M + m] = value[m];
                 }
                 for (int i = 0; i < N; i++) {
-                    const Floats weight = vectors.parameter(weights[j] + first_weight + i * shape.channels);
+                    const Floats weight = vectors.own_parameter(grad_weights + (i * R + j) * weights.BLOCK);
                     for (int m = 0; m < M; m++) {
                         total[m] += weight * grad[i * M + m];
                         dots[j * N + i] += grad[i * M + m] * value[m];
@@ -330,7 +362,7 @@ void add_grads(const T* const* grads, const float* const* weights, int64_t first
 
 // dots: zeros, [R, threads, num_grads, channels]
 template <bool BY_COLUMN, int R, class T>
-void combine_backward_layers(const T* const* grads, int64_t num_grads, const float* const* weights,
+void combine_backward_layers(const T* const* grads, int64_t num_grads, const float* const* all_weights,
                              const T* const* layers, const float* const* means, T* const* outs, bool begun,
                              double* dots, const Shape& shape, int threads) {
     const int64_t num_sums = BY_COLUMN ? (shape.channels + WIDTH - 1) / WIDTH * WIDTH : WIDTH;
@@ -339,14 +371,15 @@ void combine_backward_layers(const T* const* grads, int64_t num_grads, const flo
     float* const first_sums = all_sums.data();
     // long rows would leave few of each to sum in registers
     const int64_t max_columns = R == 1 || shape.columns <= COLUMNS / 2 ? COLUMNS : LINE / int64_t(sizeof(T));
-    for_each_tile<BY_COLUMN>(shape, threads, [=](const Tile& whole, int thread) {
+    const Weights<BY_COLUMN, R> weights(all_weights, num_grads, shape.channels);
+    for_each_tile<BY_COLUMN>(shape, threads, [=, &weights](const Tile& whole, int thread) {
         float* const sums = first_sums + thread * thread_sums;
-        for_each_part(whole, [=](const Tile& tile) {
+        for_each_part(whole, [=, &weights](const Tile& tile) {
             Floats values[R * VECTORS], results[R * VECTORS];
             const auto add = [&](auto number, auto is_first, auto is_last, int64_t i) {
                 add_grads<BY_COLUMN, number, R, is_first, is_last>(
-                    grads + i, weights, i * shape.channels, layers, means, outs, begun, values, results,
-                    sums + i * num_sums, num_sums, layer_sums, shape, tile);
+                    grads + i, weights, i, layers, means, outs, begun, values, results, sums + i * num_sums, num_sums,
+                    layer_sums, shape, tile);
             };
             in_fours(num_grads, add);
         });
