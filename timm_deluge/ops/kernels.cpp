@@ -127,7 +127,7 @@ struct Vectors {
 // are so far apart that the first cache could not keep them.
 template <bool BY_COLUMN, int R>
 struct Weights {
-    static constexpr int64_t BLOCK = BY_COLUMN ? LINE / sizeof(float) : 1;  // channels side by side
+    static constexpr int64_t BLOCK = BY_COLUMN ? LINE / sizeof(float) : 1;  // channels side by side, a line's
     static constexpr int64_t OF_LAYER = R * BLOCK;
     int64_t of_block;
     std::vector<float> values;  // [blocks of channels, layers, R, BLOCK]
@@ -192,6 +192,7 @@ void for_each_vectors(const Shape& shape, const Tile& tile, Work work) {
     // vectors below one another share their weights, but of narrow ones each takes but a part of a cache's line, the
     // rest of which would be lost meanwhile: all layers may begin at the same place in the first cache
     constexpr bool down = BY_COLUMN && sizeof(Floats) == LINE;
+    static_assert(down || !BY_COLUMN || UNROLL * WIDTH <= Weights<BY_COLUMN, 1>::BLOCK, "weights lie side by side");
     int64_t r = tile.row;
     if constexpr (down)
         for (; r + UNROLL <= tile.end_row; r += UNROLL)
@@ -386,8 +387,8 @@ void combine_backward_layers(const T* const* grads, int64_t num_grads, const flo
         for (int j = 0; j < R; j++)
             for (int64_t i = 0; i < num_grads; i++)
                 move_sums<BY_COLUMN>(
-                    sums + j * layer_sums + i * num_sums, dots + ((j * threads + thread) * num_grads + i) * shape.channels,
-                    shape, whole);
+                    sums + j * layer_sums + i * num_sums,
+                    dots + ((j * threads + thread) * num_grads + i) * shape.channels, shape, whole);
     }, max_columns);
 }
 
