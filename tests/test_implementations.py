@@ -295,11 +295,12 @@ def test_gradient_checkpointing_with_parameters_kept_elsewhere(kept_here):
         assert_near(gradient, expected[f'{name}.grad'], 1e-9, name)
 
 
-def test_gradient_checkpointing_under_autocast_runs_again_as_it_ran():
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_gradient_checkpointing_under_autocast_runs_again_as_it_ran(dtype):
     module, x = block().train(), torch.randn(4, 6, 5, 7)
-    expected = differentiate(module, x, 'auto', torch.autocast('cpu', torch.bfloat16))
+    expected = differentiate(module, x, 'auto', torch.autocast('cpu', dtype))
     module.grad_checkpointing = True
-    actual = differentiate(module, x, 'auto', torch.autocast('cpu', torch.bfloat16))
+    actual = differentiate(module, x, 'auto', torch.autocast('cpu', dtype))
     for name in (n for n in expected if n == 'y' or n == 'x' or n.endswith('grad')):
         assert_near(actual[name], expected[name], 1e-5, name)
 
@@ -602,6 +603,7 @@ def test_what_watches_every_operator_or_module_sees_them(training):
     ('norm', nn.BatchNorm2d(6)), ('norms.1', nn.BatchNorm2d(6)), ('norms.0', BatchNormAct2d(6, affine=False)),
     ('norm', BatchNormAct2d(6, affine=False)), ('drop_paths.0', nn.ReLU()), ('layers.1.conv2', nn.BatchNorm2d(3)),
     ('layers.0.norm1.drop', nn.AvgPool2d(3, 1, 1)),
+    ('layers.1.conv2', nn.Conv2d(3, 3, 3, padding=1, padding_mode='circular', bias=False)),
 ], ids=str)
 def test_a_part_that_does_something_else_takes_the_reference(place, part, monkeypatch):
     module, calls = block().train(), fused_calls(monkeypatch)
@@ -675,6 +677,14 @@ def test_hooks_and_replaced_parts_are_respected(monkeypatch):
     hooked.layers[1].norm2.register_forward_hook(lambda *args: seen.append(args))
     hooked(x)
     assert seen and not calls
+    for register in (
+            nn.Module.register_forward_pre_hook, nn.Module.register_full_backward_hook,
+            nn.Module.register_full_backward_pre_hook):
+        hooked = block()
+        seen.clear()
+        register(hooked.layers[1].conv2, lambda *args: seen.append(args))
+        hooked(x).sum().backward()
+        assert seen and not calls
     replaced = block()
     replaced.layers[1].conv2 = nn.Sequential(replaced.layers[1].conv2, nn.Dropout(0.5))
     replaced(x)
@@ -756,11 +766,15 @@ def test_no_images():
 
 
 @pytest.mark.parametrize('implementation', FAST)
-def test_relu_keeps_what_is_not_a_number(implementation):
-    layer = torch.tensor([-1., 2., float('nan')]).view(1, 3, 1, 1)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_relu_keeps_what_is_not_a_number(implementation, dtype):
+    layer = torch.tensor([-1., 2., float('nan'), 3.], dtype=dtype).view(1, 4, 1, 1)
+    weight = torch.ones(1, 4)
+    weight.view(torch.int32)[0, 3] = 0x7fffffff  # not a number either, as CUDA writes it
     backend = importlib.import_module(f'timm_deluge.ops.{implementation}')
-    x = backend.combine([layer], [torch.ones(1, 3)], [torch.zeros(3)], relu=True)[0]
-    torch.testing.assert_close(x.flatten(), torch.tensor([0., 2., float('nan')]), equal_nan=True)
+    x = backend.combine([layer], [weight], [torch.zeros(4)], relu=True)[0]
+    expected = torch.tensor([0., 2., float('nan'), float('nan')], dtype=dtype)
+    torch.testing.assert_close(x.flatten(), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize('implementation', FAST)
@@ -807,7 +821,8 @@ def test_gradients_by_vmap_are_refused_and_it_says_what_to_do():
 
 @pytest.mark.parametrize('change', [
     lambda norm: setattr(norm, 'bias', None), lambda norm: setattr(norm, 'num_batches_tracked', None),
-    lambda norm: (setattr(norm, 'running_mean', None), setattr(norm, 'running_var', None))])
+    lambda norm: (setattr(norm, 'running_mean', None), setattr(norm, 'running_var', None)),
+    lambda norm: setattr(norm, 'track_running_stats', False)])
 def test_a_norm_without_one_of_its_tensors_takes_the_reference(change):
     module, x = block().train(), torch.randn(4, 6, 5, 7)
     module.layers[1].norm2 = nn.BatchNorm2d(3)
@@ -1108,6 +1123,28 @@ def test_backends_agree_on_any_number_of_channels(name, layout, channels):
         expected_grads, expected_dots = aten.combine_backward(layers, *of_layers)
         torch.testing.assert_close(list(grads), list(expected_grads))
         assert_near(dots, expected_dots, TOLERANCE[torch.float32])
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')
+@pytest.mark.parametrize('num_threads', [3, 7, 40])  # 40: more than there are tiles
+@pytest.mark.parametrize('layout', ['channels_last', 'contiguous'])
+def test_every_threads_share_counts(layout, num_threads, monkeypatch):
+    backend = importlib.import_module('timm_deluge.ops.cpp')
+    torch.manual_seed(0)
+    layers = [LAYOUTS[layout](x) for x in torch.randn(6, 5, 3, 16, 16)]
+    weights, biases, means = torch.randn(4, 6, 3), torch.randn(4, 3), torch.randn(4, 3)
+    grad, x = torch.randn_like(layers[0]), layers[0]
+    mean, invstd = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0).reciprocal()
+    weight, bias = weights[0, 0], biases[0]
+    [y] = aten.combine([x], [(weight * invstd)[None]], [bias - weight * invstd * mean], relu=True)
+    calls = [
+        lambda of: of.combine(layers, weights, biases), lambda of: of.moments(x),
+        lambda of: of.norm_act_backward(grad.clone(), x, y, weight, bias, mean, invstd, True),
+        lambda of: of.combine_backward(layers, weights, layers[:4], means)]
+    expected = [[*call(aten)] for call in calls]
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: num_threads)
+    for call, of_aten in zip(calls, expected):
+        torch.testing.assert_close([*call(backend)], of_aten, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('name', FAST[1:])

@@ -1,6 +1,7 @@
 """A reparameterised model is the same function without batch normalisation, and as useful as before."""
 import copy
 import re
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -268,6 +269,10 @@ def test_training_mode_and_twice(kind):
     lambda layer: setattr(layer.conv2, 'padding', 'same'),
     lambda layer: setattr(layer, 'conv2', nn.Conv2d(4, 4, 3, padding=1, groups=2)),
     lambda layer: setattr(layer, 'conv2', timm.layers.StdConv2d(4, 4, 3, padding=1)),
+    lambda layer: setattr(layer.norm1, 'drop', nn.AvgPool2d(3, 1, 1)),
+    lambda layer: setattr(layer.norm2, 'drop', nn.AvgPool2d(3, 1, 1)),
+    lambda layer: setattr(layer, 'norm1', nn.Sequential(OrderedDict(norm=nn.Identity(), act=nn.ReLU()))),
+    lambda layer: setattr(layer.norm3, 'running_var', None),
 ])
 @pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
 def test_what_cannot_be_folded_is_refused(change, aggregation):
@@ -292,6 +297,20 @@ def test_a_last_convolution_of_3x3_is_folded():
     model.stages[0].layers[0].conv3 = nn.Conv2d(4, 8, 3, padding=1, bias=False)
     x = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
     assert_same_function(reparameterize_model(model), model, x)
+
+
+def test_a_last_convolution_that_pads_is_folded():
+    model = away_from_start(DelugeNet((2, 2), (4, 8), 5, stem_type='cifar')).eval()
+    layer = model.stages[0].layers[0]
+    layer.conv2.padding, layer.conv3.padding = (0, 0), (1, 1)
+    x = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
+    assert_same_function(reparameterize_model(model), model, x)
+
+
+def test_dropout_behind_a_norm_is_left_out():
+    model = away_from_start(DelugeNet((2, 2), (4, 8), 5, stem_type='cifar')).eval()
+    model.stages[0].layers[0].norm2.drop = nn.Dropout(0.5).eval()
+    assert_same_function(reparameterize_model(model), model, torch.randn(2, 3, 16, 16))
 
 
 def test_an_activation_behind_a_transitions_norm_stays():

@@ -26,7 +26,17 @@ __all__ = [
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get the scale and the shift, ``[C]``, in float32 or more, by which a batch normalisation acts in inference."""
+    """Get the scale and the shift, ``[C]``, in float32 or more, by which a batch normalisation acts in inference.
+
+    Raises:
+        ValueError: If it has no running statistics, or in its dropout's place (timm) is something else.
+    """
+    if getattr(norm, 'running_mean', None) is None or getattr(norm, 'running_var', None) is None:
+        raise ValueError(
+            f'cannot be reparameterised: a batch normalisation with running statistics was expected, not {norm}')
+    drop = getattr(norm, 'drop', None)
+    if not (drop is None or isinstance(drop, (nn.Identity, nn.Dropout, nn.Dropout2d))):
+        raise ValueError(f'cannot be reparameterised: dropout was expected behind a batch normalisation, not {drop}')
     dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
     scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -94,14 +104,14 @@ class InferenceConv2d(nn.Conv2d):
 
         Args:
             x: ``[N, C, H, W]``.
-            out: Memory in channels_last that the result of a 1x1 convolution, without bias and ReLU, may take.
+            out: Memory in channels_last, of x's size, that the result of a 1x1 convolution may take if it is only that.
 
         Returns:
             ``[N, C', H', W']``.
         """
         if not torch.jit.is_scripting():
             if self.keeps_order(x):
-                if out is not None and self.kernel_size == (1, 1) and self.bias is None and not self.relu:
+                if out is not None and self.is_product():
                     return self.forward_matmul(x, out)
                 return self.forward_onednn(x)
         x = self._conv_forward(x, self.weight, self.bias)
@@ -123,6 +133,12 @@ class InferenceConv2d(nn.Conv2d):
             and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
             and (x.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
         )
+
+    @torch.jit.ignore
+    def is_product(self) -> bool:
+        """Whether it is a product of matrices and nothing else."""
+        kind = self.kernel_size, self.stride, self.padding
+        return kind == ((1, 1), (1, 1), (0, 0)) and self.bias is None and not self.relu
 
     @torch.jit.ignore
     def forward_onednn(self, x: torch.Tensor) -> torch.Tensor:

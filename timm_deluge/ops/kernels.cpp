@@ -130,10 +130,10 @@ struct Weights {
     static constexpr int64_t BLOCK = BY_COLUMN ? LINE / sizeof(float) : 1;  // channels side by side, a line's
     static constexpr int64_t OF_LAYER = R * BLOCK;
     int64_t of_block;
-    std::vector<float> values;  // [blocks of channels, layers, R, BLOCK]
+    std::vector<float> values;  // [blocks of channels, layers, R, BLOCK], and a BLOCK to point to if there are no layers
 
     Weights(const float* const* weights, int64_t num_layers, int64_t channels)
-        : of_block(num_layers * OF_LAYER), values((channels + BLOCK - 1) / BLOCK * of_block) {
+        : of_block(num_layers * OF_LAYER), values((channels + BLOCK - 1) / BLOCK * of_block + BLOCK) {
         float* to = values.data();
         for (int64_t c = 0; c < channels; c += BLOCK)
             for (int64_t i = 0; i < num_layers; i++)
