@@ -81,8 +81,8 @@ def test_one_weight_for_all_channels_has_one_norm_wherever_it_comes_from(tmp_pat
 
 
 @pytest.mark.parametrize('name, content', [
-    ('a.safetensors', b'123'), ('a.pth', b''), ('b.pth', b'123'), ('c.pth', []), ('args.yaml', b'aa: null'),
-    ('summary.csv', b'epoch,loss')])
+    ('a.safetensors', b'123'), ('a.pth', b''), ('b.pth', b'123'), ('c.pth', []), ('d.pth', b'junk'),
+    ('args.yaml', b'aa: null'), ('summary.csv', b'epoch,loss')])
 def test_a_damaged_file_is_named(name, content, tmp_path):
     path = tmp_path / name
     if isinstance(content, bytes):
@@ -152,12 +152,12 @@ def test_pictures_are_png_or_svg(scratch_weights, tmp_path):
     assert result.exit_code == 2 and '.png or .svg' in result.stderr and not list(tmp_path.glob('picture*'))
 
 
-def train_one_step(folder, opt, momentum=0.9) -> None:
+def train_one_step(folder, opt, momentum=0.9, saved='') -> None:
     """Leave what train.py does of a network in which the gradient of a connection from h_i has the norm i + 1."""
-    size = dict(depths=(3, 2), widths=(2, 4))
+    size = {} if saved else dict(depths=(3, 2), widths=(2, 4))
     args = Namespace(
-        model='delugenet146', num_classes=5, in_chans=None, input_size=[1, 8, 8], model_kwargs=size, opt=opt, lr=0.1,
-        weight_decay=1e-4, momentum=momentum, opt_kwargs={})
+        model=saved or 'delugenet146', num_classes=5, in_chans=None, input_size=[1, 8, 8], model_kwargs=size, opt=opt,
+        lr=0.1, weight_decay=1e-4, momentum=momentum, opt_kwargs={})
     model = timm.create_model(args.model, num_classes=5, in_chans=1, **size)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args))
     for name, parameter in model.named_parameters():
@@ -203,6 +203,19 @@ def test_averaged_weights_in_the_last_ones_place_are_passed_over(tmp_path):
         path.unlink()
     with pytest.raises(CheckpointError, match='last.pth.tar: this is no checkpoint of train.py, it lacks args'):
         training_connectivity(tmp_path)
+
+
+@pytest.mark.parametrize('unit', ['connection', 'channel'])
+def test_training_of_a_pruned_network(tmp_path, unit):
+    model = timm.create_model('delugenet146', num_classes=5, in_chans=1, depths=(3, 2), widths=(2, 4))
+    save_pruned(prune_connections(model, 0.4, 'random', unit=unit), tmp_path / 'pruned')
+    name = f'local-dir:{tmp_path / "pruned"}'
+    train_one_step(tmp_path, 'sgd', saved=name)
+    (epoch, _), expected = training_connectivity(tmp_path), block_connectivity(read_state_dict(name))
+    for blocks in epoch.weights, epoch.gradients:
+        left = [[bool(norm) for block in of for norms in block.norms for norm in norms] for of in (blocks, expected)]
+        assert left[0] == left[1]
+        assert all(left[0]) == (unit == 'channel')
 
 
 def test_training_without_momentum(tmp_path):

@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -87,10 +88,13 @@ def test_scores_by_hand():
     torch.manual_seed(0)
     batches = [(torch.randn(4, 3, 16, 16), torch.arange(4)) for _ in range(2)]
     before = copy.deepcopy(model.state_dict())
-    scores = connection_scores(model.double(), 'taylor', [(x.double(), y) for x, y in batches])
+    batches = [(x.double(), y) for x, y in batches]
+    scores = connection_scores(model.double(), 'taylor', batches)
+    with torch.inference_mode():
+        assert connection_scores(model, 'taylor', batches) == scores
 
     def loss(network):
-        return sum(F.cross_entropy(network(x.double()), y, reduction='sum').item() for x, y in batches)
+        return sum(F.cross_entropy(network(x), y, reduction='sum').item() for x, y in batches)
 
     for connection in (('stages.0.cross_layers.1', 2), ('stages.1.cross_layers.3', 0)):
         nudged, epsilon = copy.deepcopy(model), 1e-6
@@ -415,6 +419,16 @@ def test_saved_and_made_again(tmp_path, aggregation):
     x = torch.randn(1, 1, 16, 16)
     for other in (like, loaded):
         torch.testing.assert_close(other(x), pruned(x))
+
+
+def test_a_network_of_torch_hub_is_saved_with_its_options(tmp_path):
+    repository = str(Path(__file__).resolve().parent.parent)
+    model = torch.hub.load(repository, 'delugenet92', source='local', num_classes=5, output_stride=8)
+    shallower = remove_layers(model, [[1], [], [], []]).eval()
+    save_pruned(shallower, tmp_path / 'shallower')
+    loaded = timm.create_model(f'local-dir:{tmp_path / "shallower"}', pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(x), shallower(x))
 
 
 def test_a_shallower_network_of_the_last_layers_is_saved_too(tmp_path):

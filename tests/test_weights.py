@@ -336,6 +336,17 @@ def test_scripts_that_take_the_configuration_from_the_registry_are_told_the_same
         timm.create_model(**timm.models.resolve_model_input_args(name), pretrained=True)
 
 
+@pytest.mark.parametrize('name, num_classes, size', [('delugenet122', 1000, 224), ('delugenet146', 100, 32)])
+def test_scripts_that_take_the_configuration_from_the_registry_train_the_same_network(name, num_classes, size):
+    models = [
+        timm.create_model(device='meta', **options)
+        for options in (timm.models.resolve_model_input_args(name), dict(model_name=name))]
+    for model in models:
+        assert (model.num_classes, model.pretrained_cfg['input_size'][1]) == (num_classes, size)
+    named = timm.create_model(f'{name}.{find_checkpoint(name).tag}', device='meta')
+    assert named.num_classes == len(find_checkpoint(name).class_names)
+
+
 def test_the_registrys_configuration_names_its_own_checkpoint():
     other = next(c for c in CHECKPOINTS if c.model == 'delugenet146' and c != find_checkpoint('delugenet146'))
     model = timm.create_model(**timm.models.resolve_model_input_args(other.name), pretrained=True)

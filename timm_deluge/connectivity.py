@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from torch import nn
 
 from .aggregation import CrossLayerDepthwiseConv2d
 from .weights import CheckpointError, read_tensors
@@ -19,7 +20,7 @@ from .weights import CheckpointError, read_tensors
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['BlockConnectivity', 'block_connectivity', 'draw_connectivity', 'read_state_dict']
+__all__ = ['BlockConnectivity', 'block_connectivity', 'draw_connectivity', 'read_state_dict', 'with_pruned']
 
 FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin')
 DEAD = 1e-3  # of the largest weight of a convolution
@@ -111,11 +112,29 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
             f'{source}: neither a file nor a model of timm. Name a checkpoint file, a model such as delugenet146, '
             f'hf-hub:USER/REPO or local-dir:FOLDER')
     model = timm.create_model(source, pretrained=True)
-    kernels = {
-        f'{name}.weight': module.kernel()[0][:len(module.weight)].detach()  # one channel has all a scalar sum's weights
-        for name, module in model.named_modules() if isinstance(module, CrossLayerDepthwiseConv2d)
-        and (module.mask is not None or len(module.sources) < module.num_layers)}
-    return {**model.state_dict(), **kernels}
+    return with_pruned(model.state_dict(), model)
+
+
+def with_pruned(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Give the cross-layer convolutions of a network the connections that were pruned: zeros.
+
+    Args:
+        tensors: The network's weights, or a tensor for each of some, by name.
+        model: A network of the same structure.
+
+    Returns:
+        The tensors by name.
+    """
+    whole = dict(tensors)
+    for name, module in model.named_modules():
+        if isinstance(module, CrossLayerDepthwiseConv2d) and f'{name}.weight' in tensors:
+            weight = tensors[f'{name}.weight']
+            if f'{name}.mask' in tensors:
+                weight = weight * tensors[f'{name}.mask']
+            every = weight.new_zeros(*weight.shape[:2], module.num_layers, 1)
+            every[:, :, module.sources] = weight
+            whole[f'{name}.weight'] = every
+    return whole
 
 
 def draw_connectivity(blocks: list[BlockConnectivity], title: str) -> 'Figure':

@@ -44,7 +44,7 @@ from timm.models._manipulate import checkpoint
 from .aggregation import AGGREGATIONS, CrossLayerDepthwiseConv2d
 from .fused import FusedModule
 from .ops import FusedCrossLayers, Recompute, checkpoint_layer, norm_act_conv
-from .pretrained import checkpoint_filter_fn, choose_checkpoint
+from .pretrained import checkpoint_filter_fn, choose_checkpoint, is_default_cfg
 from .reparameterize import (
     ChannelAffine,
     FoldedDelugeBlock,
@@ -719,7 +719,7 @@ default_cfgs = generate_default_cfgs({
 def _create_delugenet(variant: str, pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     if pretrained:
         choose_checkpoint(variant, kwargs)
-    elif not kwargs.get('pretrained_cfg'):
+    elif is_default_cfg(variant, kwargs.get('pretrained_cfg')):
         kwargs['pretrained_cfg'] = _CFG_FNS[variant]()  # the paper's classes and input, whatever a checkpoint's are
     return build_model_with_cfg(
         DelugeNet,

@@ -21,9 +21,21 @@ from .weights import (
     load_download,
 )
 
-__all__ = ['checkpoint_filter_fn', 'choose_checkpoint']
+__all__ = ['checkpoint_filter_fn', 'choose_checkpoint', 'is_default_cfg']
 
 _logger = logging.getLogger(__name__)
+
+
+def is_default_cfg(variant: str, cfg: Any) -> bool:
+    """Tell whether a model is wanted with no configuration of its own: none, or what newer scripts of timm take then.
+
+    Args:
+        variant: The model's name in timm's registry.
+        cfg: What `timm.create_model` was given as `pretrained_cfg`.
+    """
+    if not cfg or isinstance(cfg, str):
+        return not cfg
+    return bool(resolve_pretrained_cfg(variant, cfg) == resolve_pretrained_cfg(variant))
 
 
 def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:

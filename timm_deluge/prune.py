@@ -137,6 +137,7 @@ def _scores(
     raise ValueError(f'by={by!r}: must be one of {", ".join(map(repr, CRITERIA))}')
 
 
+@torch.inference_mode(False)
 def _taylor(
         model: nn.Module,
         consumers: dict[str, CrossLayerDepthwiseConv2d],
@@ -184,6 +185,8 @@ def prune_connections(
         The pruned network, in which every cross-layer convolution, or every channel of it, keeps at least its strongest
         connection. It trains, saves and exports like any other; ``timm.create_model`` makes one like it with
         ``pruned_connections=timm_deluge.pruned_connections(model)``, and for channels ``channel_masks=True``, too.
+        Layers that nothing is connected to any more have no gradients where it takes the reference implementation:
+        there, DistributedDataParallel needs ``find_unused_parameters=True``.
 
     Raises:
         ValueError: See `connection_scores`; if the fraction is no share, or less than what is gone already; if it
@@ -309,7 +312,7 @@ def save_pruned(model: nn.Module, folder: Path) -> None:
     The folder is also what a repository of the Hugging Face Hub has to hold for ``hf-hub:USER/REPO``.
 
     Args:
-        model: The network, as `timm.create_model`, `prune_connections` and `remove_layers` made it.
+        model: The network, as `timm.create_model` or `torch.hub.load`, `prune_connections` and `remove_layers` made it.
         folder: Where to; there must be nothing yet.
 
     Raises:

@@ -10,8 +10,9 @@ from typing import Any
 import timm
 import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
+from torch import nn
 
-from .connectivity import BlockConnectivity, block_connectivity
+from .connectivity import BlockConnectivity, block_connectivity, with_pruned
 from .weights import CheckpointError, read_training_state
 
 __all__ = ['EpochConnectivity', 'training_connectivity']
@@ -68,23 +69,28 @@ def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
                 continue
             raise CheckpointError(f'{path}: this is no checkpoint of train.py, it lacks {", ".join(sorted(missing))}')
         try:
-            gradients = _mean_gradients(checkpoint)
+            model = _untrained(checkpoint['args'])
+            gradients = _mean_gradients(checkpoint, model)
         except AttributeError as error:
             raise CheckpointError(f'{path}: its args are not the options of train.py: {error}') from error
         epochs[checkpoint['epoch']] = EpochConnectivity(
             epoch=checkpoint['epoch'],
-            weights=block_connectivity(checkpoint['state_dict']),
-            gradients=block_connectivity(gradients) if gradients else None,
+            weights=block_connectivity(with_pruned(checkpoint['state_dict'], model)),
+            gradients=block_connectivity(with_pruned(gradients, model)) if gradients else None,
         )
     return [epochs[number] for number in sorted(epochs)]
 
 
-def _mean_gradients(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Get the momenta by the parameters' names: the optimizer has numbers for them, in the order of its groups."""
-    args = checkpoint['args']
-    model = timm.create_model(
+def _untrained(args: Any) -> nn.Module:
+    """Make a run's network, without numbers."""
+    return timm.create_model(
         args.model, num_classes=args.num_classes, in_chans=args.in_chans or (args.input_size or [3])[0],
         device=torch.device('meta'), **args.model_kwargs)
+
+
+def _mean_gradients(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Get the momenta by the parameters' names: the optimizer has numbers for them, in the order of its groups."""
+    args = checkpoint['args']
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer: Any = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     groups = [group['params'] for group in optimizer.param_groups]

@@ -6,6 +6,7 @@ accuracies are derived from it, and every file is held against its SHA-256 befor
 import hashlib
 import json
 import re
+import struct
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +37,8 @@ MANIFEST = 'manifest.json'
 MAX_PACKAGED_PARAMS = 7_000_000  # pyproject.toml leaves out larger checkpoints
 REMEDY = 'Restore it with `git checkout` or reinstall timm-deluge.'
 _DAMAGE = (  # what reading a damaged checkpoint raises
-    AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, TypeError, UnpicklingError, ValueError)
+    AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, struct.error, TypeError, UnpicklingError,
+    ValueError)
 HUB_FILE = 'model.safetensors'  # timm's name of a checkpoint in a repository of the Hugging Face Hub
 
 
