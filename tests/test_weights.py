@@ -83,7 +83,7 @@ def test_sound_checkpoint_loads(scratch_weights):
     assert all(torch.equal(v, state_dict[k].to(v.dtype)) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize('name', ['delugenet146', 'delugenet146.muon43_avg_cifar100'])
+@pytest.mark.parametrize('name', ['delugenet146', 'delugenet146.muon51_avg_cifar100'])
 def test_weights_of_ones_own_take_the_place_of_the_packages(name):
     state_dict = timm.create_model('delugenet146').state_dict()
     counters = [key for key in state_dict if key.endswith('num_batches_tracked')]
