@@ -51,7 +51,7 @@ MUTATIONS = [
     ('ops/norm_act_conv.py', '1 / norm.num_batches_tracked.item()', '0.1', IMPLEMENTATIONS),
     ('ops/implementation.py', 'if torch._C._len_torch_dispatch_stack():', 'if False:', IMPLEMENTATIONS),
     ('ops/decision.py', 'or torch.nn.modules.module._has_any_global_hook()', '', IMPLEMENTATIONS),
-    ('fused.py', 'if part.affine == (place in self.unscaled):', 'if False:', IMPLEMENTATIONS),
+    ('fused.py', 'if part.affine == (last in self.not_affine):', 'if False:', IMPLEMENTATIONS),
     ('ops/fused_training.py', 'layer._replace(output=layer.output.detach())', 'layer', IMPLEMENTATIONS),
     ('ops/fused_training.py', 'recompute.layers = layers[:recompute.index + 2]', 'pass', IMPLEMENTATIONS),
     ('ops/fused_training.py', 'del current.layers[ctx.index:]', 'pass', IMPLEMENTATIONS),

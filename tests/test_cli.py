@@ -213,7 +213,7 @@ def test_recipe_trains_a_model_of_ours(name):
     assert options['device_modules'] == ['timm_deluge']
     model, _, tag = options['model'].partition('.')
     assert model in timm.list_models(module='delugenet')
-    assert not tag or find_checkpoint(model, tag)
+    assert not tag or find_checkpoint(f'{model}.{tag}')
 
 
 @pytest.mark.parametrize('name', ['delugenet122', 'resnetlike146_1x1'])

@@ -42,7 +42,7 @@ def test_the_answer_is_the_networks():
 
 
 def test_only_networks_on_this_machine_are_offered(monkeypatch):
-    here = find_checkpoint(*NAME.split('.'))
+    here = find_checkpoint(NAME)
     elsewhere = replace(here, tag='elsewhere_cifar100', file='elsewhere.safetensors')
     monkeypatch.setattr('timm_deluge.demo.list_checkpoints', lambda: [here, elsewhere])
     (dropdown,) = (block for block in create_page(NAME).blocks.values() if isinstance(block, gr.Dropdown))

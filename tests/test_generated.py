@@ -60,10 +60,11 @@ def test_model_table_shows_the_best_checkpoint_for_a_data_set(order):
 def test_first_table_shows_the_best_checkpoint_for_each_data_set():
     checkpoints = list_checkpoints()
     rows = best_table(checkpoints).splitlines()[2:]
-    assert len(rows) == len({c.data_set for c in checkpoints})
+    assert len(rows) == len({c.dataset_key for c in checkpoints})
     for checkpoint in checkpoints:
         better = any(
-            c.data_set == checkpoint.data_set and c.metrics['top1'] > checkpoint.metrics['top1'] for c in checkpoints)
+            c.dataset_key == checkpoint.dataset_key and c.metrics['top1'] > checkpoint.metrics['top1']
+            for c in checkpoints)
         shown = [row for row in rows if f'`{checkpoint.name}`' in row]
         assert bool(shown) != better
         assert all(f'| {checkpoint.metrics["top1"]:.2f}' in row for row in shown)

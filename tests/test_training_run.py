@@ -92,7 +92,7 @@ def test_accuracy_counts_right_answers():
 
 def test_run_becomes_a_checkpoint(run_dir, data_dir, weights_dir):
     checkpoint = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
-    assert weights.list_checkpoints() == [checkpoint] == [weights.find_checkpoint('resnetlike146_1x1', 'test_noise')]
+    assert weights.list_checkpoints() == [checkpoint] == [weights.find_checkpoint('resnetlike146_1x1.test_noise')]
     weights.verify_checkpoint(checkpoint)
     assert checkpoint.path.stat().st_mode & 0o777 == 0o644
     assert checkpoint.class_names == ['class_0', 'class_5', 'class_10']  # timm's natural order

@@ -128,8 +128,9 @@ class WeightedLayerSum(CrossLayerDepthwiseConv2d):
 class LastLayerScale(CrossLayerDepthwiseConv2d):
     """The last of the layers alone, each channel with its weight: a network without connections across layers."""
 
-    def __init__(self, num_layers: int, channels: int, device: Any = None, dtype: Any = None):
-        super().__init__(num_layers, channels, [num_layers - 1], device=device, dtype=dtype)
+    def __init__(self, num_layers: int, channels: int, sources: Any = None, *args: Any, **kwargs: Any):
+        """As `CrossLayerDepthwiseConv2d`, but `sources` is always the last one."""
+        super().__init__(num_layers, channels, [num_layers - 1], *args, **kwargs)
 
 
 AGGREGATIONS: dict[str, type[CrossLayerDepthwiseConv2d]] = {

@@ -36,7 +36,7 @@ def _error(checkpoint: Checkpoint) -> str:
 
 
 def _published_error(checkpoint: Checkpoint) -> str:
-    error = published(checkpoint.model).top1_error.get(checkpoint.data_set)
+    error = published(checkpoint.model).top1_error.get(checkpoint.dataset_key)
     return f'{error:.2f}' if error else ''
 
 
@@ -69,7 +69,7 @@ def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint
     from_worst_to_best = sorted(checkpoints, key=lambda c: c.metrics['top1'])
     for report in reports:
         printed = published(report.name)
-        ours = {c.data_set: f'{_error(c)} ({_data(c)})' for c in from_worst_to_best if c.model == report.name}
+        ours = {c.dataset_key: f'{_error(c)} ({_data(c)})' for c in from_worst_to_best if c.model == report.name}
         rows.append({
             'model': f'`{report.name}`',
             'default input': f'{report.input_size[1]}²',
@@ -95,7 +95,7 @@ def best_table(checkpoints: Sequence[Checkpoint]) -> str:
     """
     best: dict[str, Checkpoint] = {}
     for checkpoint in sorted(checkpoints, key=lambda c: c.metrics['top1']):
-        best[checkpoint.data_set] = checkpoint
+        best[checkpoint.dataset_key] = checkpoint
     return tabulate([{
         'data': _data(c),
         'classes': len(c.class_names),
@@ -146,10 +146,10 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['timm', 'image-classification', 'delugenet'],
-        datasets=sorted({c.data_set for c in checkpoints}),
+        datasets=sorted({c.dataset_key for c in checkpoints}),
         eval_results=[
             EvalResult(
-                task_type='image-classification', dataset_type=c.data_set, dataset_name=c.dataset['name'],
+                task_type='image-classification', dataset_type=c.dataset_key, dataset_name=c.dataset['name'],
                 dataset_split=_split(c), metric_type=metric_type, metric_name=f'{metric_name}, {c.name}',
                 metric_value=c.metrics[key],
             )
@@ -193,7 +193,7 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
     paper = f' The paper reports an error of {printed} %.' if printed else ''
     without = (f' On the {exact["num_images"]:,} of them that are exact copies of the published ones: '
                f'{100 - exact["top1"]:.2f} %.') if exact else ''
-    other_data = [] if checkpoint.data_set in published(checkpoint.model).top1_error else [
+    other_data = [] if checkpoint.dataset_key in published(checkpoint.model).top1_error else [
         f'Not the data that the paper trains `{checkpoint.model}` on: these weights know the '
         f'{len(checkpoint.class_names)} classes of {checkpoint.dataset["name"]}, at '
         f'{"×".join(map(str, checkpoint.input_size[1:]))} pixels. They are for trying the architecture, for features '

@@ -15,7 +15,6 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import timm
 import torch
 import typer
-import yaml
 from huggingface_hub.errors import HFValidationError, HTTPError
 from rich.console import Console
 from rich.markup import escape
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 from timm.utils import reparameterize_model
 
 from .aggregation import CrossLayerDepthwiseConv2d
-from .connectivity import block_connectivity, draw_connectivity, read_state_dict
+from .connectivity import block_connectivity, draw_connectivity, names_model, read_state_dict
 from .delugenet import DelugeBlock
 from .download import download_checkpoint
 from .hub import hub_files, push_to_hub
@@ -169,7 +168,7 @@ def report(
     for name in models:
         if '=' in name:
             _fail(f'{name}: no model; --model-kwargs takes one KEY=VALUE, and may be repeated')
-        if not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(name):
+        if not names_model(name):
             close = timm.list_models(f'*{name[:6]}*')[:5]
             _fail(f'timm has no model {name!r}' + (f'; similar names: {", ".join(close)}' if close else ''))
     kwargs = dict(map(_parse_model_kwarg, model_kwargs or []))
@@ -262,8 +261,8 @@ def prune(
 ) -> None:
     """Remove the weakest connections of a network, and save what is left.
 
-    Prints the numbers of connections, weights and layers left, and of the layers that run in inference, where those
-    that nothing uses are left out.
+    Prints how many connections, weights and layers are left, and how many layers run in inference: those that nothing
+    uses are left out there.
     """
     if os.path.lexists(output):
         _fail(f'{output} exists: name a folder that does not')
@@ -371,7 +370,7 @@ def weights_add(
             run_dirs, tag, data_dir, recipe_name, dataset_name, provenance, hardware,
             list(filter(None, inexact.read_text(encoding='utf-8').splitlines())) if inexact else (),
             _read_descriptions(descriptions) if descriptions else None, base_model, img_size, settled_images, split)
-    except (LookupError, OSError, RuntimeError, SafetensorError, ValueError, yaml.YAMLError) as error:
+    except (LookupError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         _fail(error)
     kind = 'last weights' if checkpoint.ema_decay is None else f'moving average, decay {checkpoint.ema_decay}'
     console.print(f'{checkpoint.path}, {kind}: {checkpoint.metrics}', markup=False)
@@ -474,7 +473,7 @@ def publish(
 
 def _find(name: str) -> Checkpoint:
     try:
-        return find_checkpoint(*name.split('.', 1))
+        return find_checkpoint(name)
     except CheckpointError as error:
         _fail(error)
 

@@ -20,7 +20,9 @@ from .weights import CheckpointError, read_tensors
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['BlockConnectivity', 'block_connectivity', 'draw_connectivity', 'read_state_dict', 'with_pruned']
+__all__ = [
+    'BlockConnectivity', 'block_connectivity', 'draw_connectivity', 'names_model', 'read_state_dict', 'with_pruned',
+]
 
 FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin')
 DEAD = 1e-3  # of the largest weight of a convolution
@@ -107,12 +109,17 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
         return read_tensors(source, use_ema=False)
     if Path(source).suffix in FILE_SUFFIXES:
         raise CheckpointError(f'{source}: no such file')
-    if not source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(source):
+    if not names_model(source):
         raise CheckpointError(
             f'{source}: neither a file nor a model of timm. Name a checkpoint file, a model such as delugenet146, '
             f'hf-hub:USER/REPO or local-dir:FOLDER')
     model = timm.create_model(source, pretrained=True)
     return with_pruned(model.state_dict(), model)
+
+
+def names_model(source: str) -> bool:
+    """Tell whether `timm.create_model` takes a name: of timm's registry, or with the prefix of another source."""
+    return source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(source)
 
 
 def with_pruned(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

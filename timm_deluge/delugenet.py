@@ -12,10 +12,10 @@ the outputs of its composite layers::
     x_l = sum_i  weight_l[i] * norm(h_i) + bias_l[i],    i = 0 … l - 1        the cross-layer convolution, of l sources
     h_l = Conv1x1(ReLU(BN(Conv3x3(ReLU(BN(Conv1x1(ReLU(BN(x_l)))))))))        the composite layer
 
-``norm`` is batch normalisation without affine parameters: the released code applies it to every input of every
-cross-layer convolution, and only that reproduces the paper's parameter counts. It depends on the source layer alone,
-so it is computed once, where the layer is produced. The paper's bias, one for each channel, is kept as l
-summands, as in the released code. x_{L+1} is what the block hands on: to the next block's transition (BN, strided 3x3
+``norm`` is batch normalisation without affine parameters, which the released code applies to every input of every
+cross-layer convolution. It depends on the source layer alone, so it is computed once, where the layer is produced.
+The paper's Eq. 1 has one bias per channel; the released code has one per source layer and channel, and only these
+give the paper's parameter counts. x_{L+1} is what the block hands on: to the next block's transition (BN, strided 3x3
 convolution), or after the last block to BN, ReLU, pooling and the classifier. The paper's block transition is both:
 the cross-layer convolution x_{L+1} and that strided one.
 
@@ -47,6 +47,7 @@ from .ops import FusedCrossLayers, Recompute, checkpoint_layer, norm_act_conv
 from .pretrained import checkpoint_filter_fn, choose_checkpoint, is_default_cfg
 from .reparameterize import (
     ChannelAffine,
+    FoldedCompositeLayer,
     FoldedDelugeBlock,
     InferenceConv2d,
     check_relu,
@@ -68,7 +69,7 @@ class FinalNorm(BatchNormAct2d):
 
     def fuse(self) -> ChannelAffine:
         """Get what it does in inference, for `timm.utils.reparameterize_model`."""
-        return keep_hooks(self, ChannelAffine(self, self.act))
+        return keep_hooks(self, ChannelAffine(self))
 
 
 class Stem(nn.Sequential):
@@ -83,7 +84,7 @@ class Stem(nn.Sequential):
 
 class CompositeLayer(FusedModule):
     """Composite layer: a pre-activation bottleneck without a shortcut of its own."""
-    places = {
+    part_types = {
         **dict.fromkeys(('norm1', 'norm2', 'norm3'), (nn.BatchNorm2d, BatchNormAct2d)),
         **dict.fromkeys(('conv1', 'conv2', 'conv3'), (nn.Conv2d,)),
         'act': (nn.ReLU, nn.Identity),
@@ -139,10 +140,9 @@ class CompositeLayer(FusedModule):
         """Fold the inner BNs into the convolutions before them, for `timm.utils.reparameterize_model`."""
         if not isinstance(self.conv1, InferenceConv2d):
             check_relu(self.norm1)
-            self.norm1 = ChannelAffine(self.norm1, nn.ReLU(inplace=True))
-            self.conv1, self.norm2 = fold_into_conv(self.conv1, self.norm2), nn.Identity()
-            self.conv2, self.norm3 = fold_into_conv(self.conv2, self.norm3), nn.Identity()
-            self.conv3 = InferenceConv2d(self.conv3)
+            norm1, folded = ChannelAffine(self.norm1), FoldedCompositeLayer(self)
+            self.norm1, self.norm2, self.norm3 = norm1, nn.Identity(), nn.Identity()
+            self.conv1, self.conv2, self.conv3 = folded.conv1, folded.conv2, folded.conv3
 
 
 class ProjectionLayer(CompositeLayer):
@@ -170,7 +170,7 @@ class BlockTransition(FusedModule):
 
     Its cross-layer convolution is the last one of the block before.
     """
-    places = {
+    part_types = {
         'norm': (nn.BatchNorm2d, BatchNormAct2d),
         'conv': (nn.Conv2d,),
         'act': (nn.ReLU, nn.Identity),
@@ -204,7 +204,7 @@ class BlockTransition(FusedModule):
         The convolution pads with zeros after the BN, and so cannot take the shift in.
         """
         if not isinstance(self.norm, ChannelAffine):
-            self.norm = ChannelAffine(self.norm, getattr(self.norm, 'act', nn.Identity()))
+            self.norm = ChannelAffine(self.norm)
             self.conv = InferenceConv2d(self.conv)
 
 
@@ -253,15 +253,15 @@ class DelugeBlock(FusedModule, ResidualBlock):
     In the module's terms, with i counted from 0: `norm` normalises h_0 and `norms[i]` h_{i+1}, which `layers[i]`
     computes from x_{i+1}; `cross_layers[i]` gives x_{i+2}, the last one what the block hands on.
     """
-    places = {
-        **CompositeLayer.places,
+    part_types = {
+        **CompositeLayer.part_types,
         **dict.fromkeys(('layers', 'norms', 'drop_paths', 'cross_layers'), (nn.ModuleList,)),
         **dict.fromkeys(('norm', 'norms[]'), (nn.BatchNorm2d,)),
         'layers[]': (CompositeLayer,),
         'drop_paths[]': (DropPath, nn.Identity),
         'cross_layers[]': tuple(AGGREGATIONS.values()),
     }
-    unscaled = ('norm', 'norms[]')
+    not_affine = ('norm', 'norms[]')
 
     def __init__(
             self,
@@ -291,12 +291,9 @@ class DelugeBlock(FusedModule, ResidualBlock):
         self.norms = nn.ModuleList([nn.BatchNorm2d(2 * width, affine=False, **dd) for _ in range(depth)])
         self.cross_layers = nn.ModuleList()
         for i in range(depth):
-            options: dict[str, Any] = {'drop_rate': connection_drop_rate} if connection_drop_rate else {}
-            if channel_masks:
-                options['masked'] = True
-            if pruned_connections and pruned_connections[i]:
-                options['sources'] = [source for source in range(i + 2) if source not in pruned_connections[i]]
-            self.cross_layers.append(cross_layer(i + 2, 2 * width, **options, **dd))
+            pruned = pruned_connections[i] if pruned_connections else ()
+            sources = [source for source in range(i + 2) if source not in pruned]
+            self.cross_layers.append(cross_layer(i + 2, 2 * width, sources, connection_drop_rate, channel_masks, **dd))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.transition(x)
@@ -383,9 +380,9 @@ class DelugeNet(nn.Module):
                 With the CIFAR stem and three blocks it is 4 in any case.
             stem_type: 'imagenet' (7x7 convolution and max pooling, stride 4) or 'cifar' (3x3 convolution; the first
                 composite layer of `depths` gives h_0).
-            aggregation: What gives a layer's input: 'cross_layer' depthwise convolutions; with only one weight for each
-                source layer, 'scalar'; only the 'last' output, scaled; or the 'residual' sum of the layer outputs, not
-                normalised.
+            aggregation: What gives a layer's input: 'cross_layer', depthwise convolutions with a weight per source
+                layer and channel; 'scalar', with one per source layer; 'last', the last output alone, scaled; or
+                'residual', the plain sum of the layer outputs, not normalised.
             transition_type: '3x3' block transitions, or '1x1' for the projection shortcuts of a standard ResNet, where
                 the first composite layer of every block gives h_0 (paper, Table 2).
             pruned_connections: Of each block's cross-layer convolutions, the source layers that take no part; all do if
@@ -445,17 +442,17 @@ class DelugeNet(nn.Module):
         block_fn: type[ResidualBlock] = ResidualBlock
         block_args: dict[str, Any] = {}
         if aggregation in AGGREGATIONS:
-            block_fn, block_args['cross_layer'] = DelugeBlock, AGGREGATIONS[aggregation]
+            block_fn = DelugeBlock
+            block_args.update(
+                cross_layer=AGGREGATIONS[aggregation], channel_masks=channel_masks,
+                connection_drop_rate=connection_drop_rate)
         _check_pruned_connections(pruned_connections, block_depths, aggregation)
         if not 0 <= connection_drop_rate < 1:
             raise ValueError(f'connection_drop_rate={connection_drop_rate}: must be from 0 to less than 1')
         if connection_drop_rate:
             _check_has_connections('connection_drop_rate', aggregation)
-            block_args['connection_drop_rate'] = connection_drop_rate
-        if channel_masks:
-            if aggregation != 'cross_layer':
-                raise ValueError(f"channel_masks: only aggregation='cross_layer' takes them, got {aggregation!r}")
-            block_args['channel_masks'] = True
+        if channel_masks and aggregation != 'cross_layer':
+            raise ValueError(f"channel_masks: only aggregation='cross_layer' takes them, got {aggregation!r}")
         dilation = 1
         self.stages = nn.Sequential()
         for i, (depth, width, dpr) in enumerate(zip(block_depths, widths, block_dprs)):
@@ -506,7 +503,7 @@ class DelugeNet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Group parameters for layer-wise learning rate decay: a block (coarse) or a composite layer a group."""
+        """Group parameters for layer-wise learning rate decay: by block (coarse) or by composite layer."""
         return dict(
             stem=r'^stem',
             blocks=r'^stages\.(\d+)' if coarse else [

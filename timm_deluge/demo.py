@@ -119,7 +119,7 @@ def answer(
     config = resolve_data_config(model=model)
     x = create_transform(**config)(picture)[None].contiguous(memory_format=torch.channels_last)
     probabilities, times = _time_together([whole, rest], x)
-    labels = [label.replace('_', ' ') for label in class_labels(find_checkpoint(*name.split('.', 1)))]
+    labels = [label.replace('_', ' ') for label in class_labels(find_checkpoint(name))]
     before, after = (dict(zip(labels, values.tolist())) for values in probabilities)
     overlay = _lay_over(grad_cam(model, x), picture, config['crop_pct'])
     layers = [

@@ -43,7 +43,7 @@ def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
                             headers=build_hf_headers(), displayed_filename=checkpoint.file)
                         break
                     except HTTPError as error:  # lost, which not every huggingface_hub takes up again
-                        if isinstance(error, HfHubHTTPError) or file.tell() == begin:
+                        if isinstance(error, HfHubHTTPError) or file.tell() <= begin:
                             raise
             sha256 = hashlib.sha256(incomplete.read_bytes()).hexdigest()
             if sha256 != checkpoint.sha256:

@@ -14,12 +14,12 @@ class FusedModule(nn.Module):
     """A module that can compute the same with less memory traffic, and keep less of it for the backward pass.
 
     Attributes:
-        places: Of each of its parts, at any depth, what may stand there: types, by the last part of its name, with
-            ``[]`` for a number. A `transition` and its parts may be anything.
-        unscaled: The places whose normalisation has no affine parameters; all others have.
+        part_types: The types that a part, at any depth, may have, by the last component of its name; ``layers[]``
+            stands for the elements of ``layers``. A `transition` and its parts may be anything.
+        not_affine: Names of the batch normalisations without affine parameters; all others have them.
     """
-    places: dict[str, tuple[type[nn.Module], ...]] = {}
-    unscaled: tuple[str, ...] = ()
+    part_types: dict[str, tuple[type[nn.Module], ...]] = {}
+    not_affine: tuple[str, ...] = ()
 
     @torch.jit.ignore
     def runs_fused(self, x: torch.Tensor) -> bool:
@@ -33,24 +33,23 @@ class FusedModule(nn.Module):
         Args:
             x: What it would take.
         """
-        reason = why_not_fast(x)
-        if reason is None and x.numel() <= x.shape[1]:
-            reason = f'an input {list(x.shape)} has no more than one value for each channel'
-        if reason is None:
-            for name, part in self.named_modules():
-                if part is not self and name.split('.')[0] != 'transition':
-                    reason = self._why_not_plain(name, part)
-                    if reason:
-                        return f'{name} {reason}'
-        return reason
+        if reason := why_not_fast(x):
+            return reason
+        if x.numel() <= x.shape[1]:
+            return f'an input {list(x.shape)} has no more than one value for each channel'
+        for name, part in self.named_modules():
+            if part is not self and name.split('.')[0] != 'transition':
+                if reason := self._why_not_plain(name, part):
+                    return f'{name} {reason}'
+        return None
 
     def _why_not_plain(self, name: str, part: Any) -> str | None:
         """Get the reason why more than a part's parameters matters, None if nothing does."""
         *parents, last = name.split('.')
-        place = f'{parents[-1]}[]' if last.isdigit() else last
+        last = f'{parents[-1]}[]' if last.isdigit() else last
         if isinstance(part, (ChannelAffine, InferenceConv2d)):
             return 'was reparameterised'
-        if type(part) not in self.places.get(place, ()):
+        if type(part) not in self.part_types.get(last, ()):
             return f'was replaced by a {type(part).__name__}'
         if has_hooks(part):
             return 'has hooks'
@@ -63,6 +62,6 @@ class FusedModule(nn.Module):
                 return 'has no running statistics'
             if part.affine and any(parameter is None for parameter in part._parameters.values()):
                 return 'has only one parameter'
-            if part.affine == (place in self.unscaled):
+            if part.affine == (last in self.not_affine):
                 return f'has {"parameters of its own" if part.affine else "no parameters"}'
         return None

@@ -1,4 +1,4 @@
-"""What the paper printed: parameters, GFLOPs and test errors, to hold our own figures against."""
+"""What the paper printed: parameters, GFLOPs and test errors, to compare ours with."""
 from dataclasses import dataclass, field
 
 __all__ = ['PUBLISHED', 'Published', 'published']

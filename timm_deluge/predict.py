@@ -58,7 +58,7 @@ def predict(
     Raises:
         CheckpointError: If the model has no such checkpoint or its file is damaged.
     """
-    checkpoint = find_checkpoint(*model_name.split('.', 1))
+    checkpoint = find_checkpoint(model_name)
     model = timm.create_model(checkpoint.name, pretrained=True).eval().to(device)
     transform = create_transform(**resolve_data_config(model=model))
     labels = class_labels(checkpoint)

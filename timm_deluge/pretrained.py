@@ -39,7 +39,7 @@ def is_default_cfg(variant: str, cfg: Any) -> bool:
 
 
 def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
-    """Read the checkpoint that a model is to be created with, hold it against the manifest, and say what it is.
+    """Read the checkpoint that a model is to be created with, check it against the manifest, and say what it is.
 
     Args:
         variant: The model's name in timm's registry.
@@ -57,7 +57,7 @@ def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
             cfg = given.tag or ''  # the registry's: newer scripts of timm take it there
     checkpoint: Checkpoint | None
     if isinstance(cfg, str) and not own_source:
-        checkpoint = find_checkpoint(variant, cfg)
+        checkpoint = find_checkpoint(f'{variant}.{cfg}')
         if checkpoint.hf_hub_id and not checkpoint.files:
             try:
                 download_checkpoint(checkpoint, checkpoint.hf_hub_id)
@@ -83,8 +83,8 @@ def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
 @cache
 def _say_what_it_is(name: str) -> None:
     """Log once what a checkpoint is; so that it is seen if its data are not those that the model is known for."""
-    checkpoint = find_checkpoint(*name.split('.', 1))
-    level = logging.INFO if checkpoint.data_set in published(checkpoint.model).top1_error else logging.WARNING
+    checkpoint = find_checkpoint(name)
+    level = logging.INFO if checkpoint.dataset_key in published(checkpoint.model).top1_error else logging.WARNING
     _logger.log(
         level, '%s knows the %d classes of %s and takes %dx%d pixels; %.2f %% of %d %s images are classified right.',
         name, len(checkpoint.class_names), checkpoint.dataset['name'], *checkpoint.input_size[:0:-1],
@@ -93,11 +93,11 @@ def _say_what_it_is(name: str) -> None:
 
 def _without_neutral(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Leave out the ones and zeros that `timm.utils.freeze` gives a batch normalisation which has no parameters."""
-    without = {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.affine}
-    return {
-        k: v for k, v in state_dict.items()
-        if not (k.endswith(('.weight', '.bias')) and k.rpartition('.')[0] in without
-                and bool((v == k.endswith('.weight')).all()))}
+    neutral = {
+        f'{name}.{parameter}': value
+        for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.affine
+        for parameter, value in (('weight', 1.), ('bias', 0.))}
+    return {k: v for k, v in state_dict.items() if k not in neutral or not bool((v == neutral[k]).all())}
 
 
 def checkpoint_filter_fn(
@@ -105,7 +105,7 @@ def checkpoint_filter_fn(
         model: nn.Module,
         strict: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Hold a checkpoint's tensors against the model before any is copied.
+    """Check a checkpoint's tensors against the model before any is copied.
 
     Args:
         state_dict: The checkpoint, or the first part of one that its configuration names the file of. Where

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from .aggregation import CrossLayerDepthwiseConv2d, LastLayerScale
+from .aggregation import CrossLayerDepthwiseConv2d, LastLayerScale, WeightedLayerSum
 from .delugenet import CompositeLayer, DelugeBlock
 
 __all__ = [
-    'Connection', 'connection_scores', 'prune_connections', 'pruned_connections', 'remove_layers', 'save_pruned',
+    'Connection', 'connection_scores', 'find_cross_layers', 'prune_connections', 'pruned_connections',
+    'record_model_args', 'remove_layers', 'save_pruned',
 ]
 
 CRITERIA = ('norm', 'taylor', 'random')
@@ -198,7 +199,7 @@ def prune_connections(
     if unit not in UNITS:
         raise ValueError(f'unit={unit!r}: must be one of {", ".join(map(repr, UNITS))}')
     consumers = find_cross_layers(model)
-    if unit == 'channel' and any(len(conv.weight) == 1 < conv.channels for conv in consumers.values()):
+    if unit == 'channel' and any(isinstance(conv, WeightedLayerSum) for conv in consumers.values()):
         raise ValueError("unit='channel': with aggregation='scalar' all channels of a connection have the same weight")
     scores = {n: score.cpu() for n, score in _scores(model, consumers, unit, by, batches, seed).items()}
     there = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}

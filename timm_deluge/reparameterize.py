@@ -46,7 +46,7 @@ def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_relu(norm: Any) -> None:
-    """Raise a ValueError if what follows a batch normalisation is no ReLU, as which it would be folded."""
+    """Raise a ValueError if the activation behind a batch normalisation is not the ReLU that folding assumes."""
     act = getattr(norm, 'act', None)
     if not isinstance(act, nn.ReLU):
         raise ValueError(f'cannot be reparameterised: a ReLU was expected behind a batch normalisation, not {act}')
@@ -77,7 +77,7 @@ class InferenceConv2d(nn.Conv2d):
             relu: Whether a ReLU follows.
 
         Raises:
-            ValueError: If the convolution has groups, does not pad with a number of zeros, or is of a class that
+            ValueError: If the convolution has groups, does not pad with a fixed number of zeros, or is of a class that
                 computes something else.
         """
         if conv.groups != 1 or conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
@@ -104,7 +104,8 @@ class InferenceConv2d(nn.Conv2d):
 
         Args:
             x: ``[N, C, H, W]``.
-            out: Memory in channels_last, of x's size, that the result of a 1x1 convolution may take if it is only that.
+            out: Memory in channels_last, of the result's size, that a plain 1x1 convolution (no bias, no ReLU) may
+                write its result into.
 
         Returns:
             ``[N, C', H', W']``.
@@ -185,7 +186,7 @@ def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv2d:
         One convolution, with bias, that gives what both gave in inference.
 
     Raises:
-        ValueError: If it is no ReLU, or see `InferenceConv2d`.
+        ValueError: If the activation is not ReLU; see also `affine_of` and `InferenceConv2d`.
     """
     check_relu(norm)
     return InferenceConv2d(conv, *affine_of(norm), relu=True)
@@ -194,12 +195,12 @@ def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv2d:
 class ChannelAffine(nn.Module):
     """Scale and shift of each channel, then ReLU or nothing: a batch normalisation that has no convolution before."""
 
-    def __init__(self, norm: nn.Module, act: nn.Module):
+    def __init__(self, norm: nn.Module):
         super().__init__()
         scale, shift = affine_of(norm)
         self.weight = nn.Parameter(scale[:, None, None])
         self.bias = nn.Parameter(shift[:, None, None])
-        self.act = act
+        self.act = getattr(norm, 'act', nn.Identity())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(torch.addcmul(self.bias, x, self.weight).to(x.dtype))
@@ -342,7 +343,7 @@ class FoldedDelugeBlock(nn.Module):
 
 
 def keep_hooks(module: nn.Module, replacement: Any) -> Any:
-    """Let those who watch a module's calls watch those of what takes its place.
+    """Give a module's forward hooks to what takes its place.
 
     Args:
         module: The module; from now on both have the same hooks, which their handles remove from both.

@@ -27,8 +27,8 @@ class EpochConnectivity:
     Attributes:
         epoch: Number of the epoch, from 0 on as train.py counts.
         weights: Norms of the weights, for each block.
-        gradients: Norms of the weights' mean gradients, for each block; None if the optimizer has no momentum. SGD's
-            include the weight decay, which it adds to the gradients.
+        gradients: Norms of the weights' mean gradients, for each block; None if the optimizer has no momentum, or its
+            parameter groups are not those that timm makes. SGD's include the weight decay.
     """
     epoch: int
     weights: list[BlockConnectivity]
@@ -82,7 +82,7 @@ def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
 
 
 def _untrained(args: Any) -> nn.Module:
-    """Make a run's network, without numbers."""
+    """Make a run's network, on the meta device."""
     return timm.create_model(
         args.model, num_classes=args.num_classes, in_chans=args.in_chans or (args.input_size or [3])[0],
         device=torch.device('meta'), **args.model_kwargs)

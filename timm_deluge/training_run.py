@@ -116,7 +116,7 @@ def add_checkpoint(
     first_args = _read_args(run_dirs[0])
     start = _pretrained_checkpoint(first_args)
     if base_model:
-        _check_made_of(find_checkpoint(*base_model.split('.', 1)), first_args.get('initial_checkpoint'))
+        _check_made_of(find_checkpoint(base_model), first_args.get('initial_checkpoint'))
     log, epochs_done = _read_log(run_dirs, starts_elsewhere=base_model is not None)
     if epochs_done < args['epochs']:
         raise ValueError(f'{run_dir}: {epochs_done} of {args["epochs"]} epochs are done; resume the run with '
@@ -248,7 +248,7 @@ def _pretrained_checkpoint(args: dict[str, Any]) -> Checkpoint | None:
         raise ValueError(f'the run started from the checkpoint of {model_name} that was the default then; write which '
                          f'that was, {model_name}.TAG, as the model into its args.yaml, and give this file its time '
                          f'back (touch -d)')
-    return find_checkpoint(model_name, tag)
+    return find_checkpoint(args['model'])
 
 
 def _hours(run_dir: Path) -> float:
@@ -260,7 +260,7 @@ def _hours(run_dir: Path) -> float:
 
 
 def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
-    """Hold what a run started from against the checkpoint of which it was made: they begin and end alike."""
+    """Check what a run started from against the checkpoint of which it was made: they begin and end alike."""
     if not initial_checkpoint:
         raise ValueError(
             f'the run had no --initial-checkpoint that could have been made of {base.name}; if it was resumed without '

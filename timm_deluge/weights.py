@@ -1,7 +1,7 @@
 """The checkpoints: what the manifest says of each, and the proof that a file is what it says.
 
 `weights/manifest.json` is the one source of truth. timm's pretrained configurations, the model card and the README's
-accuracies are derived from it, and every file is held against its SHA-256 before a tensor is read from it.
+accuracies are derived from it, and every file is checked against its SHA-256 before a tensor is read from it.
 """
 import hashlib
 import json
@@ -28,9 +28,9 @@ from safetensors.torch import load, load_file, save
 from timm.models import load_state_dict
 
 __all__ = [
-    'Checkpoint', 'CheckpointError', 'downloads_dir', 'find_checkpoint', 'join_parts', 'joined_bytes',
+    'HUB_FILE', 'Checkpoint', 'CheckpointError', 'downloads_dir', 'find_checkpoint', 'join_parts', 'joined_bytes',
     'list_checkpoints', 'load_checkpoint', 'load_download', 'read_tensors', 'read_training_state',
-    'verify_checkpoint', 'weights_dir',
+    'verify_checkpoint', 'weights_dir', 'write_manifest',
 ]
 
 MANIFEST = 'manifest.json'
@@ -116,7 +116,7 @@ class Checkpoint:
         return f'{self.model}.{self.tag}'
 
     @property
-    def data_set(self) -> str:
+    def dataset_key(self) -> str:
         """Short name of the data set, as the tag ends with it."""
         return self.tag.rsplit('_', 1)[-1]
 
@@ -218,12 +218,11 @@ def list_checkpoints() -> list[Checkpoint]:
         raise CheckpointError(f'{path}: not a manifest of checkpoints ({error}); reinstall timm-deluge.') from error
 
 
-def find_checkpoint(model: str, tag: str = '') -> Checkpoint:
+def find_checkpoint(name: str) -> Checkpoint:
     """Look up a checkpoint.
 
     Args:
-        model: Name in timm's registry.
-        tag: Pretrained tag, by default the model's first.
+        name: `<model>.<tag>`, or `<model>` for its first one.
 
     Returns:
         The manifest's entry.
@@ -231,6 +230,7 @@ def find_checkpoint(model: str, tag: str = '') -> Checkpoint:
     Raises:
         CheckpointError: If there is none; says which there are and how to train this one.
     """
+    model, _, tag = name.partition('.')
     checkpoints = list_checkpoints()
     for checkpoint in checkpoints:
         if checkpoint.model == model and tag in ('', checkpoint.tag):
@@ -250,7 +250,7 @@ def find_checkpoint(model: str, tag: str = '') -> Checkpoint:
 
 
 def verify_checkpoint(checkpoint: Checkpoint) -> None:
-    """Hold a checkpoint's files against the manifest.
+    """Check a checkpoint's files against the manifest.
 
     Args:
         checkpoint: The manifest's entry.
@@ -263,7 +263,7 @@ def verify_checkpoint(checkpoint: Checkpoint) -> None:
 
 
 def _verified_contents(checkpoint: Checkpoint) -> Iterator[tuple[Path, bytes]]:
-    """Read a checkpoint's files one by one, each held against the manifest."""
+    """Read a checkpoint's files one by one, each checked against the manifest."""
     files = checkpoint.files
     if not files:
         raise CheckpointError(_where_it_is_not(checkpoint))
@@ -295,7 +295,7 @@ def _where_it_is_not(checkpoint: Checkpoint) -> str:
 
 
 def load_checkpoint(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Read a checkpoint's tensors, as they are stored, from the very bytes that were held against the manifest.
+    """Read a checkpoint's tensors, as they are stored, from the very bytes that were checked against the manifest.
 
     Args:
         checkpoint: The manifest's entry.
@@ -390,7 +390,7 @@ def load_download(
         filename: str = HUB_FILE,
         cache_dir: str | Path | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors of a file from the Hugging Face Hub, from the very bytes that were held against the manifest.
+    """Read the tensors of a file from the Hugging Face Hub, from the very bytes that were checked against the manifest.
 
     Without an entry of the manifest, what the Hub says of the file takes its place.
 

@@ -46,14 +46,13 @@ def combine_backward(
     check_combine_backward(grads, weights, layers, means, begun, scales)
     tensors, _ = same_layout([*layers, *grads])  # of mixed ones, ATen makes wrong sums where there is one image
     layers, grads = tensors[:len(layers)], tensors[len(layers):]
+    zeros = torch.zeros_like(means[0])
     if scales is None:
         dots = [_dot(grad, layer, mean) for layer, mean in zip(layers, means) for grad in grads]
     else:
         dots = [
             (scale[:, None] * ((layer - mean[:, None, None]) * grad).sum((2, 3))).sum(0)
             for layer, mean, of_layer in zip(layers, means, scales) for grad, scale in zip(grads, of_layer)]
-    zeros = torch.zeros_like(means[0])
-    if scales is not None:
         zeros = zeros.expand(len(layers[0]), -1)
     sums = combine(grads, weights, [zeros] * len(layers), begun, False, scales, begun is not None)
     return sums, torch.stack(dots).unflatten(0, (len(layers), len(grads)))

@@ -37,7 +37,7 @@ class Backend(Protocol):
             layers: l tensors ``[N, C, H, W]``; there may be none to add to sums that were begun.
             weights: ``[l, C]``, of each sum.
             biases: ``[C]``, of each sum; with scales, one for each image, ``[N, C]``.
-            outs: Memory in the first layer's dtype and format that the sums may take. A single sum may take a layer's.
+            outs: Memory in the first layer's dtype and format that the sums may take.
             relu: Apply a ReLU to the first sum.
             scales: ``[l, N]``, of each sum: what the images of a layer are multiplied by, besides the weight.
             begun: Whether `outs` hold what the sums are to be added to; their dtype and format are then the sums'.
@@ -121,7 +121,7 @@ def check_combine(
         scales: Sequence[torch.Tensor] | None,
         begun: bool,
 ) -> torch.Tensor:
-    """Hold the arguments of `Backend.combine` against what it says of them.
+    """Check the arguments of `Backend.combine`.
 
     Returns:
         The one whose shape, dtype and format the sums have.
@@ -151,7 +151,7 @@ def check_combine_backward(
         begun: Sequence[torch.Tensor] | None,
         scales: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Hold the arguments of `Backend.combine_backward` against what it says of them.
+    """Check the arguments of `Backend.combine_backward`.
 
     Raises:
         ValueError: If there is one of another shape, dtype, device or number.
@@ -168,7 +168,7 @@ def check_combine_backward(
 
 
 def check_moments(x: torch.Tensor) -> None:
-    """Hold the argument of `Backend.moments` against what it says of it.
+    """Check the argument of `Backend.moments`.
 
     Raises:
         ValueError: If it is of another shape or dtype, or empty.
@@ -179,7 +179,7 @@ def check_moments(x: torch.Tensor) -> None:
 
 
 def check_norm_act_backward(images: Sequence[torch.Tensor], *parameters: torch.Tensor) -> None:
-    """Hold the arguments of `Backend.norm_act_backward` against what it says of them.
+    """Check the arguments of `Backend.norm_act_backward`.
 
     Args:
         images: x, y and grad.

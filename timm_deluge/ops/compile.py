@@ -61,8 +61,8 @@ def compile_library(source: Path, options: Sequence[str]) -> ctypes.CDLL:
         except OSError as error:
             with tempfile.TemporaryDirectory() as private:
                 library = _write_and_load(Path(private), name, compiled)
-            _say_once(
-                logging.WARNING, '%s is not used as a cache, so every process compiles %s for itself: %s. '
+            _warn_once(
+                '%s is not used as a cache, so every process compiles %s for itself: %s. '
                 'XDG_CACHE_HOME can name another place.', folder, source.name, error.strerror or error)
             return library
     except (OSError, subprocess.CalledProcessError) as error:
@@ -152,7 +152,7 @@ def _processor() -> list[str]:
 
 def _compile(source: Path, compiler: Sequence[str], options: Sequence[str]) -> bytes:
     """Make a library, and say so if that takes a while."""
-    timer = Timer(PATIENCE, _say_once, (logging.INFO, 'Compiling %s for this processor: some seconds.', source.name))
+    timer = Timer(PATIENCE, _warn_once, ('Compiling %s for this processor: some seconds.', source.name))
     timer.start()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +164,7 @@ def _compile(source: Path, compiler: Sequence[str], options: Sequence[str]) -> b
         timer.cancel()
 
 
-def _say_once(level: int, message: str, *values: object) -> None:
+def _warn_once(message: str, *values: object) -> None:
     if message not in _said:
         _said.add(message)
-        _logger.log(level, message, *values)
+        _logger.warning(message, *values)

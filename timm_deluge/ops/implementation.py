@@ -21,9 +21,9 @@ def set_implementation(name: str) -> None:
 
     The environment variable `TIMM_DELUGE_IMPLEMENTATION` chooses the same before the package is imported.
 
-    All implementations give the same numbers. While a model is traced, scripted, compiled or exported, under
-    `torch.func`, forward-mode differentiation or a dispatch mode such as `FlopCounterMode`, in float16 on a CPU, and on
-    other devices than CPU and CUDA it is always the reference.
+    All implementations compute the same function; their results differ by rounding alone. While a model is traced,
+    scripted, compiled or exported, under `torch.func`, forward-mode differentiation or a dispatch mode such as
+    `FlopCounterMode`, in float16 on a CPU, and on other devices than CPU and CUDA it is always the reference.
 
     Args:
         name: One of

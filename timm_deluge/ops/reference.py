@@ -1,5 +1,4 @@
 """The definition of the cross-layer depthwise convolution (paper, Eq. 1)."""
-
 import torch
 
 
