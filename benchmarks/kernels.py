@@ -3,10 +3,11 @@ file for each processor.
 
     pip install -e '.[benchmark]' && python benchmarks/kernels.py
 
-Each kernel alternates with a `copy_` that reads and writes as many bytes, in memory of its own; a ratio is one of
-medians.
+Each kernel alternates, in random order, with a `copy_` that reads and writes as many bytes, in memory of its own; a
+ratio is one of medians. With stochastic depth, every image of a layer has a factor.
 """
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -36,26 +37,37 @@ def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str,
     def weight(num_layers: int) -> torch.Tensor:
         return torch.randn(num_layers, channels)
 
-    def combine(num_layers: int, num_sums: int, begun: bool = False) -> tuple[Callable[[], Any], int]:
+    def drop_path(num_sums: int, num_terms: int) -> list[torch.Tensor]:
+        return [torch.bernoulli(torch.full((num_terms, shape[0]), 0.5)) * 2 for _ in range(num_sums)]
+
+    def combine(
+            num_layers: int, num_sums: int, begun: bool = False, relu: bool = False, scaled: bool = False,
+    ) -> tuple[Callable[[], Any], int]:
         weights = [weight(num_layers) for _ in range(num_sums)]
+        biases = [bias.expand(shape[0], -1).contiguous() if scaled else bias] * num_sums
+        scales = drop_path(num_sums, num_layers) if scaled else None
         return lambda: cpp.combine(
-            layers[:num_layers], weights, [bias] * num_sums, outs[:num_sums], begun=begun
+            layers[:num_layers], weights, biases, outs[:num_sums], relu, scales, begun
         ), num_layers + num_sums * (2 if begun else 1)
 
-    def combine_backward(num_grads: int, num_layers: int) -> tuple[Callable[[], Any], int]:
+    def combine_backward(num_grads: int, num_layers: int, scaled: bool = False) -> tuple[Callable[[], Any], int]:
         weights, means = [weight(num_grads) for _ in range(num_layers)], [per_channel] * num_layers
+        scales = drop_path(num_layers, num_grads) if scaled else None
         return lambda: cpp.combine_backward(
-            layers[:num_grads], weights, layers[-num_layers:], means, outs[:num_layers]), num_grads + 3 * num_layers
+            layers[:num_grads], weights, layers[-num_layers:], means, outs[:num_layers], scales
+        ), num_grads + 3 * num_layers
 
     return {
-        'combine, 1 layer': combine(1, 1),
+        'combine, 1 layer and ReLU': combine(1, 1, relu=True),
         'combine, 3 layers': combine(3, 1),
         'combine, 1 layer to a sum that was begun': combine(1, 1, begun=True),
         'combine, 8 layers, 4 sums': combine(8, 4),
         'combine, 16 layers, 4 sums': combine(16, 4),
+        'combine, 8 layers, 4 sums, stochastic depth': combine(8, 4, scaled=True),
         'combine_backward, 2 gradients, 1 layer': combine_backward(2, 1),
         'combine_backward, 8 gradients, 4 layers': combine_backward(8, 4),
         'combine_backward, 16 gradients, 4 layers': combine_backward(16, 4),
+        'combine_backward, 8 gradients, 4 layers, stochastic depth': combine_backward(8, 4, scaled=True),
         'moments': (lambda: cpp.moments(layers[0]), 1),
         'norm_act_backward': (lambda: cpp.norm_act_backward(
             outs[0], layers[0], outs[0], *[per_channel] * 4, True), 5),
@@ -73,8 +85,12 @@ def measure(run: Callable[[], Any], num_tensors: int, like: torch.Tensor, rounds
     num_bytes = num_tensors * like.nbytes
     source = torch.ones(num_bytes // 2, dtype=torch.uint8)
     target = torch.empty_like(source)
-    pairs = [(seconds(run), seconds(lambda: target.copy_(source))) for _ in range(rounds + 2)][2:]
-    kernel, copy = map(statistics.median, zip(*pairs))
+    sides = {'kernel': run, 'copy_': lambda: target.copy_(source)}
+    taken: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds + 2):
+        for side in random.sample(list(sides), len(sides)):
+            taken[side].append(seconds(sides[side]))
+    kernel, copy = (statistics.median(taken[side][2:]) for side in sides)
     return {'GB/s': num_bytes / kernel / 1e9, 'copy_ GB/s': num_bytes / copy / 1e9, 'time, of copy_': kernel / copy}
 
 

@@ -42,7 +42,7 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
 def measure_importance(
         model: nn.Module, images: torch.Tensor, targets: torch.Tensor, scores: dict[str, dict[Connection, float]],
 ) -> dict[str, Any]:
-    """Hold scores against the loss without each connection, for each block and for all of them."""
+    """Compare scores with the loss without each connection, for each block and for all of them."""
     found: dict[str, Any] = {'num_images': len(images)}
     for what, keep_mean in (('replaced by its mean', True), ('set to zero', False)):
         loss, losses = removal_losses(model, images, targets, keep_mean)

@@ -135,7 +135,7 @@ def accuracies() -> list[dict[str, Any]]:
         {'data': data, 'source': 'paper', 'name': name, 'gflops': published.gflops, 'top1': 100 - error}
         for name, published in PUBLISHED.items() if published.gflops for data, error in published.top1_error.items()]
     return points + [
-        {'data': c.data_set, 'source': 'ours', 'name': c.name, 'gflops': create_report(c.name).paper_flops / 1e9,
+        {'data': c.dataset_key, 'source': 'ours', 'name': c.name, 'gflops': create_report(c.name).paper_flops / 1e9,
          'top1': c.metrics['top1']} for c in list_checkpoints()]
 
 
@@ -146,7 +146,7 @@ def draw_accuracies(path: Path) -> None:
         path: PNG file to write.
     """
     points = accuracies()
-    data_sets = {**DATA_SETS, **{c.data_set: c.dataset['name'] for c in list_checkpoints()}}
+    data_sets = {**DATA_SETS, **{c.dataset_key: c.dataset['name'] for c in list_checkpoints()}}
     figure, axes = plt.subplots(1, len(data_sets), figsize=(9, 3.6), layout='constrained')
     for axis, (data, title) in zip(axes, data_sets.items()):
         for source, marker, size, colour in (('paper', 'o', 30, '#0072B2'), ('ours', '*', 90, '#D55E00')):
@@ -297,7 +297,7 @@ def _features(checkpoints: list[Checkpoint]) -> str:
         (f'from {f"`{c.base_model}`" if c.base_model else "random weights"}, `{c.name}`',
          f'{c.dataset["train_images"]:,}', c.epochs, f'{c.metrics["top1"]:.2f}')
         for c in checkpoints
-        if c.data_set == frozen[0]['data'] and not (c.base_model or '').endswith(f'_{c.data_set}')]
+        if c.dataset_key == frozen[0]['data'] and not (c.base_model or '').endswith(f'_{c.dataset_key}')]
     headers = ('', 'training images', 'epochs', f'top-1 %, {frozen[0]["test images"]:,} test images')
     return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
 
@@ -309,16 +309,13 @@ def _baselines(zoo: list[ModelReport]) -> str:
         for machine in _machines() if (row := machine['rows'].get('baselines delugenet146'))}
     rows = []
     for report in zoo:
-        errors = []
-        for path in sorted((REPORTS / 'baselines').glob(f'{report.name}.*.csv')):
-            with path.open(newline='') as f:
-                *_, last = csv.DictReader(f)
-            errors.append(100 - float(last['eval_top1']))
-        if errors:
+        results = [_result(path) for path in sorted((REPORTS / 'baselines').glob(f'{report.name}.*.csv'))]
+        if results:
+            _, errors, epochs = zip(*results)
             rows.append((
                 f'`{report.name}`', f'{report.params:,}', f'{report.paper_flops / 1e9:.2f}',
-                *(f'{speed[report.name]:.0f}' for speed in speeds.values()), f'{mean(errors):.2f}',
-                ', '.join(f'{error:.2f}' for error in errors), int(last['epoch']) + 1,
+                *(f'{speed[report.name]:.0f}' for speed in speeds.values()), f'{mean(map(float, errors)):.2f}',
+                ', '.join(errors), epochs[-1],
                 f'{PUBLISHED[report.name].top1_error["cifar100"]:.2f}'))
     headers = ('', 'parameters', 'GFLOPs, paper’s way', *speeds, 'error %, mean', 'of each seed', 'epochs',
                'paper: error %, 300 epochs')
@@ -387,16 +384,22 @@ def _cell(figure: dict[str, Any]) -> str:
 def _conditions(machine: dict[str, Any]) -> str:
     rows = machine['rows'].values()
     dates, torches, rounds = (sorted({row[key] for row in rows}) for key in ('date', 'torch', 'rounds'))
+    seconds = [row.get('wall_seconds', math.nan) for row in rows]
+    took = '' if any(map(math.isnan, seconds)) else f', in {sum(seconds) / 60:.0f} minutes'
     return (
         f'{machine["machine"]}: {machine["threads"]} threads, channels_last, eager, torch {", ".join(torches)}, '
-        f'{", ".join(dates)}; medians of {" or ".join(map(str, rounds))} interleaved rounds.')
+        f'{", ".join(dates)}; medians of {" or ".join(map(str, rounds))} interleaved rounds{took}.')
 
 
 def _doubts(machine: dict[str, Any], kinds: tuple[str, ...] = ('',)) -> str:
     """Name the comparisons, of kinds that begin with these words, of which a figure may be off."""
+    if 'max_load' not in machine:
+        return ' Whether another load was present, or rounds disagreed, was not recorded.'
     rows = [(_comparison(name), row) for name, row in machine['rows'].items() if name.startswith(kinds)]
-    disturbed = [name for name, row in rows if row.get('load', 1) > 1.15]
-    unsteady = [f'{name} ({row["disagreement"]:.0%})' for name, row in rows if row.get('disagreement', 0) > 0.15]
+    disturbed = [name for name, row in rows if row['load'] > machine['max_load']]
+    unsteady = [
+        f'{name} ({row["disagreement"]:.0%})' for name, row in rows
+        if row['disagreement'] > machine['max_disagreement']]
     return (
         (f' Another load was present in: {", ".join(disturbed)}.' if disturbed else '')
         + (f' Rounds disagree (interquartile range, of the median) in: {", ".join(unsteady)}.' if unsteady else ''))

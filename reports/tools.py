@@ -127,7 +127,8 @@ def main(names: Annotated[list[str] | None, typer.Argument(help=f'Of {", ".join(
         sys.exit("TIMM_SCRIPTS: name a checkout of timm's repository, whose scripts are tried, too")
     if unknown := set(names or ()) - set(TOOLS):
         sys.exit(f'{unknown.pop()}: must be one of {", ".join(TOOLS)}')
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {'tools': {}, 'exporters': {}}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {
+        'tools': {}, 'exporters': {}, 'exported with': 'Not tried yet'}
     try_tools(names or list(TOOLS), results)
 
 
