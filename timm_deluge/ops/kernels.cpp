@@ -25,7 +25,8 @@ constexpr int64_t AHEAD = 512;  // and second caches of 512 KB, for what is fetc
 #endif
 constexpr int LINE = 64;         // bytes of a cache's line
 constexpr int64_t ROWS = 64;     // whose products a float may sum
-constexpr int SUMMED = 64 / WIDTH;  // vectors side by side that sums take from a row, where it has them
+template <bool BY_COLUMN>  // vectors side by side that sums take at once: 256 bytes of a row, or what registers can sum
+constexpr int SUMMED = BY_COLUMN ? 64 / WIDTH : 4;
 constexpr int64_t VECTORS = 64;  // whose sums stay in a core's first cache
 constexpr int64_t COLUMNS = VECTORS / UNROLL * WIDTH;
 constexpr int64_t APART = 64;    // floats between what two threads write, lest a line of a cache go to and fro
@@ -520,7 +521,6 @@ std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& t
                 second_totals[channel] += sum_of(second[0]);
             }
         };
-        constexpr int64_t across = SUMMED * WIDTH;
         const int64_t row = tile.row * shape.columns, rows = tile.end_row - tile.row;
         int64_t c = tile.column;
         if constexpr (BY_COLUMN) {
@@ -528,12 +528,13 @@ std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& t
                 for (; c + size * WIDTH <= tile.end_column; c += size * WIDTH)
                     add(size, std::true_type{}, row + c, shape.columns, rows, c, WIDTH);
             };
-            add_all(Int<SUMMED>{});
-            add_all(Int<SUMMED / 2>{});
+            add_all(Int<SUMMED<true>>{});
+            add_all(Int<SUMMED<true> / 2>{});
             add_all(Int<1>{});
         } else {
+            constexpr int64_t across = SUMMED<false> * WIDTH;
             const int64_t channel = tile.row % shape.channels, length = (tile.end_column - c) / across;
-            if (length) add(Int<SUMMED>{}, std::true_type{}, row + c, across, length, channel, WIDTH);
+            if (length) add(Int<SUMMED<false>>{}, std::true_type{}, row + c, across, length, channel, WIDTH);
             c += length * across;
             const int64_t rest = (tile.end_column - c) / WIDTH;
             if (rest) add(Int<1>{}, std::true_type{}, row + c, WIDTH, rest, channel, WIDTH);
