@@ -393,16 +393,19 @@ def _conditions(machine: dict[str, Any]) -> str:
 
 def _doubts(machine: dict[str, Any], kinds: tuple[str, ...] = ('',)) -> str:
     """Name the comparisons, of kinds that begin with these words, of which a figure may be off."""
-    if 'max_load' not in machine:
+    named = [(_comparison(name), row) for name, row in machine['rows'].items() if name.startswith(kinds)]
+    rows = [(name, row) for name, row in named if 'load' in row]
+    if not rows:
         return ' Whether another load was present, or rounds disagreed, was not recorded.'
-    rows = [(_comparison(name), row) for name, row in machine['rows'].items() if name.startswith(kinds)]
     disturbed = [name for name, row in rows if row['load'] > machine['max_load']]
     unsteady = [
         f'{name} ({row["disagreement"]:.0%})' for name, row in rows
         if row['disagreement'] > machine['max_disagreement']]
+    unknown = [name for name, row in named if 'load' not in row]
     return (
         (f' Another load was present in: {", ".join(disturbed)}.' if disturbed else '')
-        + (f' Rounds disagree (interquartile range, of the median) in: {", ".join(unsteady)}.' if unsteady else ''))
+        + (f' Rounds disagree (interquartile range, of the median) in: {", ".join(unsteady)}.' if unsteady else '')
+        + (f' Neither was recorded of: {", ".join(unknown)}.' if unknown else ''))
 
 
 def _comparison(name: str) -> str:

@@ -114,6 +114,17 @@ def test_training_log_ends_with_the_published_accuracy(checkpoint):
     assert all(float(e['train_loss']) > 0 for e in epochs)
 
 
+def test_what_was_not_recorded_is_not_called_calm(generator):
+    doubts, old = generator['_doubts'], {'rounds': 5}
+    assert doubts({'rows': {'training a': old}}).endswith('was not recorded.')
+    machine = {'max_load': 1.15, 'max_disagreement': 0.15, 'rows': {
+        'training a': old, 'training b': {'load': 1.2, 'disagreement': 0.1},
+        'training c': {'load': 1.1, 'disagreement': 0.2}}}
+    assert doubts(machine) == (
+        ' Another load was present in: training b. Rounds disagree (interquartile range, of the median) in: '
+        'training c (20%). Neither was recorded of: training a.')
+
+
 def test_learning_curves_are_those_of_the_logs(generator, tmp_path):
     figure = generator['draw_learning_curves'](tmp_path / 'curves.png')
     for axis, column, of_percent in zip(figure.axes, ('train_loss', 'eval_top1'), (lambda x: x, lambda x: 100 - x)):

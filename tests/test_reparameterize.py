@@ -277,9 +277,14 @@ def test_training_mode_and_twice(kind):
 @pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
 def test_what_cannot_be_folded_is_refused(change, aggregation):
     model = DelugeNet((2, 2), (4, 8), 5, stem_type='cifar', aggregation=aggregation).eval()
-    change(model.stages[0].layers[0])
+    layer = model.stages[0].layers[0]
+    change(layer)
     with pytest.raises(ValueError, match='cannot be reparameterised'):
         reparameterize_model(model)
+    parts = dict(layer.named_modules())
+    with pytest.raises(ValueError, match='cannot be reparameterised'):
+        layer.reparameterize()
+    assert dict(layer.named_modules()) == parts
 
 
 @pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])

@@ -4,6 +4,10 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HTTPError
+
+from timm_deluge.download import download_checkpoint
+from timm_deluge.weights import find_checkpoint
 
 REPO = 'somebody/delugenet146'
 NAME = 'delugenet146.test_random'
@@ -46,6 +50,22 @@ def test_download(call, published, downloads, server):
     server.repos.clear()
     assert download(call).returncode == 0
     assert call(CREATE).stdout.strip() == result.stdout.strip()
+
+
+def test_a_download_that_begins_anew_is_given_up(published, downloads, monkeypatch):
+    lengths = [1000, 500, 800]
+
+    def http_get(url, file, **options):  # as of a server that ignores where to resume
+        file.truncate(0)
+        file.seek(0)
+        file.write(published[:lengths.pop(0)])
+        raise HTTPError('lost')
+
+    monkeypatch.setattr('timm_deluge.weights.HF_ASSETS_CACHE', str(downloads.parent))
+    monkeypatch.setattr('timm_deluge.download.http_get', http_get)
+    with pytest.raises(HTTPError, match='lost'):
+        download_checkpoint(find_checkpoint(NAME), REPO)
+    assert lengths == [800] and files(downloads) == [f'{NAME}.incomplete']
 
 
 def test_a_revision_is_the_one_that_was_named(call, published, server):
