@@ -69,6 +69,13 @@ void narrow(Floats values, HalfWords& to) {  // rounds to the nearest, ties to e
 #endif
 }
 
+// GCC would load a vector again for each of its products.
+void keep_in_register(Floats& values) {
+#ifdef __AVX2__
+    asm("" : "+v"(values));
+#endif
+}
+
 template <class T>
 using Vector = std::conditional_t<std::is_same_v<T, float>, Floats, HalfWords>;
 
@@ -214,9 +221,8 @@ void combine_results(const T* const* layers, int64_t num_layers, const float* co
             for (int j = 0; j < R; j++)
                 for (int m = 0; m < vectors.size; m++) {
                     results[j][m] = vectors.parameter(biases[j], m);
-                    if (!begun) continue;
                     vectors.prefetch(outs[j], m);
-                    results[j][m] += vectors.load(outs[j], m);
+                    if (begun) results[j][m] += vectors.load(outs[j], m);
                 }
             const float* weight = weights.of_channel(vectors.channel);
             for (int64_t i = 0; i < num_layers; i++) {
@@ -335,6 +341,7 @@ void add_grads(const T* const* grads, const Weights<BY_COLUMN, R>& weights, int6
                     value[m] = FIRST ? vectors.load(layers[j], m) - vectors.parameter(means[j]) : values[j * M + m];
                     total[m] = !FIRST ? results[j * M + m] : begun ? vectors.load(outs[j], m) : Floats{};
                     if (FIRST && !LAST) values[j * M + m] = value[m];
+                    keep_in_register(value[m]);
                 }
                 for (int i = 0; i < N; i++) {
                     const Floats weight = vectors.own_parameter(grad_weights + (i * R + j) * weights.BLOCK);
