@@ -167,6 +167,12 @@ def test_a_workspace_asks_for_huge_pages():
     pytest.fail('the workspace is in no mapping')
 
 
+def test_tensors_of_a_workspace_begin_at_different_places_of_a_cache():
+    with workspace(8, torch.empty(4, 8, 16, 16)) as tensors:
+        assert len({tensor.data_ptr() % 4096 for tensor in tensors}) == 8
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+
+
 def test_a_workspace_may_be_empty():
     with workspace(0, torch.empty(2, 8, 4, 4)) as tensors:
         assert tensors == []

@@ -8,7 +8,8 @@ import torch
 
 __all__ = ['split_batch', 'workspace']
 
-WORKSPACE_BYTES = 128 * 2 ** 20  # at most, in each thread
+WORKSPACE_BYTES = 128 * 2 ** 20  # of tensors, at most, in each thread
+BYTES_BETWEEN = 9 * 64  # two tensors: a cache keeps few of what begins at the same place of it
 _thread = threading.local()
 
 
@@ -38,15 +39,15 @@ def workspace(num_tensors: int, like: torch.Tensor) -> Iterator[list[torch.Tenso
         Tensors in channels_last, on the CPU, whose contents are lost when the context ends.
     """
     n, c, h, w = like.shape
-    size = num_tensors * like.nbytes
+    stride = like.nbytes + BYTES_BETWEEN
     memory = _thread.__dict__.pop('memory', None)
-    if memory is None or len(memory) < size:
-        memory = _allocate(size)
+    if memory is None or len(memory) < num_tensors * stride:
+        memory = _allocate(num_tensors * stride)
     try:
-        tensors = memory[:size].view(like.dtype).view(num_tensors, n, h, w, c)
-        yield list(tensors.permute(0, 1, 4, 2, 3).unbind())
+        tensors = memory[:num_tensors * stride].view(num_tensors, stride)[:, :like.nbytes].view(like.dtype)
+        yield list(tensors.view(num_tensors, n, h, w, c).permute(0, 1, 4, 2, 3).unbind())
     finally:
-        if memory.nbytes <= WORKSPACE_BYTES:
+        if num_tensors * like.nbytes <= WORKSPACE_BYTES:
             _thread.memory = memory
 
 
