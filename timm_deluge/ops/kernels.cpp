@@ -25,8 +25,8 @@ constexpr int64_t AHEAD = 512;  // and second caches of 512 KB, for what is fetc
 #endif
 constexpr int LINE = 64;         // bytes of a cache's line
 constexpr int64_t ROWS = 64;     // whose products a float may sum
-template <bool BY_COLUMN>  // vectors side by side that sums take at once: 256 bytes of a row, or what registers can sum
-constexpr int SUMMED = BY_COLUMN ? 64 / WIDTH : 4;
+template <bool BY_COLUMN>  // vectors side by side that sums take at once
+constexpr int SUMMED = (BY_COLUMN ? 64 : 32) / WIDTH;
 constexpr int64_t VECTORS = 64;  // whose sums stay in a core's first cache
 constexpr int64_t COLUMNS = VECTORS / UNROLL * WIDTH;
 constexpr int64_t APART = 64;    // floats between what two threads write, lest a line of a cache go to and fro
@@ -79,11 +79,45 @@ void keep_in_register(Floats& values) {
 template <class T>
 using Vector = std::conditional_t<std::is_same_v<T, float>, Floats, HalfWords>;
 
+// Fewer than WIDTH elements. A call of memcpy, for a number that is not known here, takes as long as several vectors.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+Floats load_first(const float* from, int count) { return (Floats)_mm512_maskz_loadu_ps((1u << count) - 1, from); }
+HalfWords load_first(const bfloat16* from, int count) {
+    return (HalfWords)_mm256_maskz_loadu_epi16((1u << count) - 1, from);
+}
+void store_first(Floats values, float* to, int count) { _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)values); }
+void store_first(HalfWords values, bfloat16* to, int count) {
+    _mm256_mask_storeu_epi16(to, (1u << count) - 1, (__m256i)values);
+}
+#else
+template <int N = WIDTH / 2, class T>
+void copy_first(T* to, const T* from, int count) {  // fewer than 2 * N
+    if (count & N) {
+        std::memcpy(to, from, N * sizeof(T));
+        to += N, from += N;
+    }
+    if constexpr (N > 1) copy_first<N / 2>(to, from, count);
+}
+
+template <class T>
+Vector<T> load_first(const T* from, int count) {
+    Vector<T> values{};
+    copy_first(reinterpret_cast<T*>(&values), from, count);
+    return values;
+}
+
+template <class T>
+void store_first(Vector<T> values, T* to, int count) {
+    copy_first(to, reinterpret_cast<const T*>(&values), count);
+}
+#endif
+
 // WHOLE vectors have WIDTH elements, others the first `count`.
 template <bool WHOLE, class T>
 Floats load(const T* from, int count) {
-    Vector<T> values{};
-    std::memcpy(&values, from, WHOLE ? sizeof values : count * sizeof(T));
+    if constexpr (!WHOLE) return widen(load_first(from, count));
+    Vector<T> values;
+    std::memcpy(&values, from, sizeof values);
     return widen(values);
 }
 
@@ -91,7 +125,8 @@ template <bool WHOLE, class T>
 void store(Floats values, T* to, int count) {
     Vector<T> narrowed;
     narrow(values, narrowed);
-    std::memcpy(to, &narrowed, WHOLE ? sizeof narrowed : count * sizeof(T));
+    if constexpr (WHOLE) std::memcpy(to, &narrowed, sizeof narrowed);
+    else store_first(narrowed, to, count);
 }
 
 struct Shape {
