@@ -214,6 +214,17 @@ def test_hooks_of_stem_and_norm_are_called():
     assert seen == ['stem.norm', 'norm']
 
 
+@pytest.mark.parametrize('size', (2, 8), ids=lambda size: f'{size ** 2} positions')
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16))
+def test_a_1x1_convolution_writes_into_given_memory(size, dtype):
+    conv = InferenceConv2d(torch.nn.Conv2d(8, 16, 1, bias=False)).to(dtype, memory_format=torch.channels_last)
+    x = torch.randn(1, 8, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    out = torch.empty(1, 16, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert conv(x, out) is out
+        torch.testing.assert_close(out, torch.nn.functional.conv2d(x, conv.weight))
+
+
 def test_a_convolution_with_relu_has_it_wherever_it_writes():
     conv = InferenceConv2d(torch.nn.Conv2d(4, 6, 1, bias=False), relu=True)
     x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
