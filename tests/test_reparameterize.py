@@ -221,8 +221,10 @@ def test_a_1x1_convolution_writes_into_given_memory(size, dtype):
     x = torch.randn(1, 8, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
     out = torch.empty(1, 16, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        assert conv(x, out) is out
-        torch.testing.assert_close(out, torch.nn.functional.conv2d(x, conv.weight))
+        y = conv(x, out)
+        assert (y is out) == conv.keeps_order(x)  # not in bfloat16 on a processor that emulates it
+        assert y is out or dtype is torch.bfloat16
+        torch.testing.assert_close(y, torch.nn.functional.conv2d(x, conv.weight))
 
 
 def test_a_convolution_with_relu_has_it_wherever_it_writes():

@@ -156,10 +156,11 @@ class InferenceConv2d(nn.Conv2d):
 
         A product reorders the weight each time, though: for fewer positions than channels, it takes less to copy.
         """
-        if len(rows(x)) < self.out_channels:
+        matrix = rows(x)
+        if len(matrix) < self.out_channels:
             return out.copy_(self.forward_onednn(x))
         weight = self.reordered((), lambda weight: weight.flatten(1).t().contiguous())
-        torch.mm(rows(x), weight, out=rows(out))
+        torch.mm(matrix, weight, out=rows(out))
         return out
 
     @torch.jit.ignore

@@ -25,7 +25,7 @@ constexpr int64_t AHEAD = 512;  // and second caches of 512 KB, for what is fetc
 #endif
 constexpr int LINE = 64;         // bytes of a cache's line
 constexpr int64_t ROWS = 64;     // whose products a float may sum
-template <bool BY_COLUMN>  // vectors side by side that sums take at once
+template <bool BY_COLUMN>  // vectors side by side that sums take at once; contiguous rows may be short
 constexpr int SUMMED = (BY_COLUMN ? 64 : 32) / WIDTH;
 constexpr int64_t VECTORS = 64;  // whose sums stay in a core's first cache
 constexpr int64_t COLUMNS = VECTORS / UNROLL * WIDTH;
@@ -115,9 +115,9 @@ void store_first(Vector<T> values, T* to, int count) {
 // WHOLE vectors have WIDTH elements, others the first `count`.
 template <bool WHOLE, class T>
 Floats load(const T* from, int count) {
-    if constexpr (!WHOLE) return widen(load_first(from, count));
     Vector<T> values;
-    std::memcpy(&values, from, sizeof values);
+    if constexpr (WHOLE) std::memcpy(&values, from, sizeof values);
+    else values = load_first(from, count);
     return widen(values);
 }
 
