@@ -240,7 +240,7 @@ def evaluate(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, args
         model: The model; in training mode afterwards.
         images: ``[N, H, W, 3]``, bytes.
         targets: ``[N]``.
-        args: `input_size`, `interpolation`, `validation_batch_size` and the tensors `mean` and `std`.
+        args: `input_size`, `interpolation`, `validation_batch_size` and the tensors `mean_` and `std_`.
     """
     model.eval()
     loss = hits1 = hits5 = 0.
@@ -255,8 +255,8 @@ def evaluate(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, args
         hits = logits.topk(min(5, logits.shape[1])).indices.eq(target[:, None])
         hits1, hits5 = hits1 + hits[:, 0].sum().item(), hits5 + hits.sum().item()
     model.train()
-    count = len(targets) / 100
-    return dict(eval_loss=loss / 100 / count, eval_top1=hits1 / count, eval_top5=hits5 / count)
+    percent = 100 / len(targets)
+    return dict(eval_loss=loss / len(targets), eval_top1=hits1 * percent, eval_top5=hits5 * percent)
 
 
 def train(args: Namespace) -> dict[str, float]:

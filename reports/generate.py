@@ -16,9 +16,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import timm
 from matplotlib.figure import Figure
-from tabulate import tabulate
 
-from timm_deluge.card import DATA_SETS, best_table, checkpoint_table, model_card, model_table
+from timm_deluge.card import DATA_SETS, best_table, checkpoint_table, markdown_table, model_card, model_table
 from timm_deluge.connectivity import block_connectivity, draw_connectivity
 from timm_deluge.paper import PUBLISHED
 from timm_deluge.prune import CRITERIA
@@ -208,7 +207,7 @@ def _performance_lines(machines: list[dict[str, Any]]) -> dict[str, dict[str, di
 def _performance_table(subject: str, lines: dict[str, dict[str, str]], machines: list[dict[str, Any]]) -> str:
     columns = [*(machine['machine'] for machine in machines), 'goal']
     rows = [(what, *(line.get(column, '–') for column in columns)) for what, line in lines.items()]
-    return tabulate(rows, (subject, *columns), tablefmt='github', disable_numparse=True)
+    return markdown_table(rows, headers=(subject, *columns))
 
 
 def _machines() -> list[dict[str, Any]]:
@@ -230,7 +229,7 @@ def _kernels() -> str:
         rows = [(kernel, *(line[column] for column in columns)) for kernel, line in lines.items()]
         missed = sum('missed' in cell for line in lines.values() for cell in line.values())
         parts += [
-            tabulate(rows, (machine['machine'], *columns), tablefmt='github', disable_numparse=True),
+            markdown_table(rows, headers=(machine['machine'], *columns)),
             f'{machine["threads"]} threads, layers {" × ".join(map(str, machine["shape"]))}, torch {machine["torch"]}, '
             f'{machine["date"]}; medians of {machine["rounds"]} interleaved rounds; goal ≤ {machine["at_most"]}, '
             f'missed by {missed} of {len(machine["rows"])}.']
@@ -268,8 +267,7 @@ def _pruning() -> str:
             f'{by}, {what}': f'{importance[part][what][by]:.2f}'
             for what in ('replaced by its mean', 'set to zero') for by in ('norm', 'taylor')}}
         for part in importance if part not in ('num_images', 'loss')]
-    tables = [tabulate(table, headers='keys', tablefmt='github', disable_numparse=True)
-              for table in (rows, after, correlations)]
+    tables = [markdown_table(table) for table in (rows, after, correlations)]
     return '\n\n'.join((
         f'`{results["checkpoint"]}`, {results["connections"]} connections, top-1 {whole["top1"]:.2f} % on '
         f'{whole["num_images"]:,} test images in {results["dtype"]}, no fine-tuning; inference time, pruned by norm, '
@@ -299,7 +297,7 @@ def _features(checkpoints: list[Checkpoint]) -> str:
         for c in checkpoints
         if c.dataset_key == frozen[0]['data'] and not (c.base_model or '').endswith(f'_{c.dataset_key}')]
     headers = ('', 'training images', 'epochs', f'top-1 %, {frozen[0]["test images"]:,} test images')
-    return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
+    return markdown_table(rows, headers=headers)
 
 
 def _baselines(zoo: list[ModelReport]) -> str:
@@ -319,7 +317,7 @@ def _baselines(zoo: list[ModelReport]) -> str:
                 f'{PUBLISHED[report.name].top1_error["cifar100"]:.2f}'))
     headers = ('', 'parameters', 'GFLOPs, paper’s way', *speeds, 'error %, mean', 'of each seed', 'epochs',
                'paper: error %, 300 epochs')
-    return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
+    return markdown_table(rows, headers=headers)
 
 
 def _learning_rates() -> str:
@@ -329,7 +327,7 @@ def _learning_rates() -> str:
         model, _, rate = path.stem.partition('.')
         errors.setdefault(model, {})[f'error %, {rate}'] = _result(path)[1]
     rows = [{'': f'`{model}`', **of_rates} for model, of_rates in errors.items()]
-    return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
+    return markdown_table(rows)
 
 
 def _cross_layer_weights() -> str:
@@ -339,7 +337,7 @@ def _cross_layer_weights() -> str:
         results = [_result(path) for path in sorted((REPORTS / 'cross_layer_weights').glob(f'{name}.*.csv'))]
         losses, errors, epochs = zip(*results)
         rows.append((options, ', '.join(losses), ', '.join(errors), epochs[0]))
-    return tabulate(rows, ('', *RESULT_HEADERS), tablefmt='github', disable_numparse=True)
+    return markdown_table(rows, headers=('', *RESULT_HEADERS))
 
 
 def _aggregations() -> str:
@@ -350,7 +348,7 @@ def _aggregations() -> str:
         rows.append((label, f'{report.params:,}', f'{report.paper_flops / 1e9:.2f}',
                      *_result(REPORTS / 'aggregations' / f'{name}.csv')))
     headers = ('`aggregation`', 'parameters', 'GFLOPs, paper’s way', *RESULT_HEADERS)
-    return tabulate(rows, headers, tablefmt='github', disable_numparse=True)
+    return markdown_table(rows, headers=headers)
 
 
 def _connection_drop() -> str:
@@ -358,7 +356,7 @@ def _connection_drop() -> str:
     logs = {'0': REPORTS / 'aggregations' / 'cross_layer.csv'}
     logs.update((path.stem, path) for path in sorted((REPORTS / 'connection_drop').glob('*.csv')))
     rows = [(rate, *_result(path)) for rate, path in logs.items()]
-    return tabulate(rows, ('`connection_drop_rate`', *RESULT_HEADERS), tablefmt='github', disable_numparse=True)
+    return markdown_table(rows, headers=('`connection_drop_rate`', *RESULT_HEADERS))
 
 
 def _result(log: Path) -> tuple[str, str, str]:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from timm.data import Mixup, create_dataset, create_loader, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import resume_checkpoint
@@ -15,20 +14,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver, ModelEmaV3
 
-from timm_deluge.cli import EXAMPLE_IMAGE
-
 NUM_CLASSES, BATCH_SIZE, EPOCHS = 2, 4, 3
-
-
-@pytest.fixture
-def images(tmp_path):
-    """Twelve pieces of a photograph in two classes."""
-    photograph = Image.open(EXAMPLE_IMAGE)
-    for i in range(12):
-        path = tmp_path / 'images' / f'class_{i % NUM_CLASSES}' / f'{i}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        photograph.crop((20 * i, 10 * i, 20 * i + 40, 10 * i + 40)).save(path)
-    return tmp_path / 'images'
 
 
 class Run:
@@ -40,7 +26,7 @@ class Run:
             'delugenet146', depths=(3, 2, 2), widths=(4, 8, 8), num_classes=NUM_CLASSES, **model_kwargs)
         config = resolve_data_config({'input_size': (3, 16, 16)}, model=self.model)
         self.loader = create_loader(
-            create_dataset('', root=str(images)), config['input_size'], BATCH_SIZE, is_training=True,
+            create_dataset('', root=str(images / 'train')), config['input_size'], BATCH_SIZE, is_training=True,
             mean=config['mean'], std=config['std'], num_workers=0, persistent_workers=False, use_prefetcher=False,
             color_jitter=0.1, re_prob=0.2)
         self.optimizer = create_optimizer_v2(self.model, opt=opt, lr=0.01, weight_decay=0.02)

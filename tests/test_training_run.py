@@ -330,7 +330,7 @@ def test_settled_statistics_are_the_mean_over_the_batches():
     assert model.training and model[0].training and model[1].momentum == 0.1 and not model[2].training
 
 
-def test_statistics_that_cannot_be_settled_stay(tmp_path):
+def test_statistics_that_cannot_be_settled_stay():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
     model(torch.randn(4, 3, 5, 5))
     before = copy.deepcopy(model.state_dict())

@@ -1,6 +1,7 @@
 """Text made from the manifest and the reports: the README's table of models and the Hugging Face model card."""
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from huggingface_hub import EvalResult, ModelCardData
 from tabulate import tabulate
@@ -9,8 +10,9 @@ from .paper import published
 from .report import ModelReport
 from .weights import Checkpoint, list_checkpoints
 
-__all__ = ['best_table', 'checkpoint_table', 'model_card', 'model_table']
+__all__ = ['best_table', 'checkpoint_table', 'markdown_table', 'model_card', 'model_table']
 
+markdown_table = partial(tabulate, headers='keys', tablefmt='github', disable_numparse=True)
 DATA_SETS = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'imagenet': 'ImageNet'}
 CITATION = '''```bibtex
 @inproceedings{kuen2017delugenets,
@@ -38,10 +40,6 @@ def _error(checkpoint: Checkpoint) -> str:
 def _published_error(checkpoint: Checkpoint) -> str:
     error = published(checkpoint.model).top1_error.get(checkpoint.dataset_key)
     return f'{error:.2f}' if error else ''
-
-
-def _split(checkpoint: Checkpoint) -> str:
-    return checkpoint.dataset['split']
 
 
 def _start(checkpoint: Checkpoint) -> str:
@@ -81,7 +79,7 @@ def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint
             'our best checkpoint: error %': ', '.join(error for _, error in sorted(ours.items())) or 'none',
             'paper: error %': ', '.join(f'{e:.2f} ({DATA_SETS[d]})' for d, e in printed.top1_error.items()),
         })
-    return tabulate(rows, headers='keys', tablefmt='github', disable_numparse=True)
+    return markdown_table(rows)
 
 
 def best_table(checkpoints: Sequence[Checkpoint]) -> str:
@@ -96,16 +94,15 @@ def best_table(checkpoints: Sequence[Checkpoint]) -> str:
     best: dict[str, Checkpoint] = {}
     for checkpoint in sorted(checkpoints, key=lambda c: c.metrics['top1']):
         best[checkpoint.dataset_key] = checkpoint
-    return tabulate([{
+    return markdown_table([{
         'data': _data(c),
         'classes': len(c.class_names),
         'checkpoint': f'`{c.name}`',
         'top-1 %': f'{c.metrics["top1"]:.2f}',
         'top-5 %': f'{c.metrics["top5"]:.2f}',
-        'measured on': f'{c.metrics["num_images"]:,} {_split(c)} images',
+        'measured on': f'{c.metrics["num_images"]:,} {c.dataset["split"]} images',
         'paper: top-1 %': f'{100 - float(_published_error(c)):.2f}' if _published_error(c) else '',
-    } for c in sorted(best.values(), key=lambda c: -c.metrics['top1'])],
-        headers='keys', tablefmt='github', disable_numparse=True)
+    } for c in sorted(best.values(), key=lambda c: -c.metrics['top1'])])
 
 
 def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> str:
@@ -117,7 +114,7 @@ def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> str:
     Returns:
         The table.
     """
-    return tabulate([{
+    return markdown_table([{
         'checkpoint': f'`{c.name}`',
         'data': _data(c),
         'error %': _error(c),
@@ -126,7 +123,7 @@ def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> str:
         'epochs since': c.epochs,
         'hours': c.hours,
         'hardware': re.split(r' virtual machine| \(|,', c.hardware)[0],
-    } for c in checkpoints], headers='keys', tablefmt='github', disable_numparse=True)
+    } for c in checkpoints])
 
 
 def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) -> str:
@@ -150,7 +147,7 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         eval_results=[
             EvalResult(
                 task_type='image-classification', dataset_type=c.dataset_key, dataset_name=c.dataset['name'],
-                dataset_split=_split(c), metric_type=metric_type, metric_name=f'{metric_name}, {c.name}',
+                dataset_split=c.dataset['split'], metric_type=metric_type, metric_name=f'{metric_name}, {c.name}',
                 metric_value=c.metrics[key],
             )
             for c in checkpoints
@@ -162,13 +159,13 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         f'---\n{data.to_yaml()}\n---',
         *(BASELINE if checkpoints and not any(c.has_connections for c in checkpoints) else DELUGENETS),
         '## Checkpoints',
-        tabulate([{
+        markdown_table([{
             'checkpoint': f'`{c.name}`', 'data': c.dataset['name'], 'classes': len(c.class_names),
             'top-1 %': f'{c.metrics["top1"]:.2f}', 'top-5 %': f'{c.metrics["top5"]:.2f}',
-            'measured on': f'{c.metrics["num_images"]:,} {_split(c)} images', 'started from': _start(c),
+            'measured on': f'{c.metrics["num_images"]:,} {c.dataset["split"]} images', 'started from': _start(c),
             'epochs since': c.epochs, 'hours': c.hours,
             'MB': f'{c.bytes / 1e6:.1f}',
-        } for c in checkpoints], headers='keys', tablefmt='github', disable_numparse=True),
+        } for c in checkpoints]),
         *(_checkpoint_section(c) for c in checkpoints),
         '## Use',
         'timm alone does not know these networks: install the package `timm-deluge` from a checkout of its repository.',
@@ -223,8 +220,8 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
     ]
     return '\n\n'.join([
         f'### {checkpoint.name}',
-        f'Error on {checkpoint.metrics["num_images"]:,} {_split(checkpoint)} images: {_error(checkpoint)} % (top-5: '
-        f'{100 - checkpoint.metrics["top5"]:.2f} %), measured from the published fp16 file.{without}{paper}',
+        f'Error on {checkpoint.metrics["num_images"]:,} {checkpoint.dataset["split"]} images: {_error(checkpoint)} % '
+        f'(top-5: {100 - checkpoint.metrics["top5"]:.2f} %), measured from the published fp16 file.{without}{paper}',
         *other_data,
-        tabulate(rows, headers=('', checkpoint.tag), tablefmt='github', disable_numparse=True),
+        markdown_table(rows, headers=('', checkpoint.tag)),
     ])

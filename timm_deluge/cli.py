@@ -23,16 +23,13 @@ from rich.table import Table
 from safetensors import SafetensorError
 from timm.utils import reparameterize_model
 
-from .aggregation import CrossLayerDepthwiseConv2d
 from .connectivity import block_connectivity, draw_connectivity, names_model, read_state_dict
-from .delugenet import DelugeBlock
 from .download import download_checkpoint
 from .hub import hub_files, push_to_hub
 from .images import find_images
 from .predict import EXAMPLE_IMAGE, Prediction, predict
-from .prune import CRITERIA, prune_connections, save_pruned
+from .prune import CRITERIA, find_cross_layers, prune_connections, save_pruned
 from .recipes import list_recipes, recipe_path, recipe_summary
-from .reparameterize import FoldedDelugeBlock
 from .report import create_report, format_reports
 from .training_connectivity import EpochConnectivity, training_connectivity
 from .training_run import add_checkpoint
@@ -274,17 +271,15 @@ def prune(
         if data_dir is not None:
             loader = create_validation_loader(model, data_dir, 100, 1, num_images)
             batches = _show_progress(loader, len(loader), 'batches')
-        pruned = prune_connections(model, fraction, by, batches, seed, unit)
-        fused = reparameterize_model(pruned)
+        pruned: Any = prune_connections(model, fraction, by, batches, seed, unit)
+        fused: Any = reparameterize_model(pruned)
         save_pruned(pruned, output)
     except LOADING_ERRORS as error:
         _fail(error)
-    before, after = ([m for m in network.modules() if isinstance(m, CrossLayerDepthwiseConv2d)]
-                     for network in (model, pruned))
+    before, after = (find_cross_layers(network).values() for network in (model, pruned))
     connections = [sum(len(conv.sources) for conv in convs) for convs in (before, after)]
     weights = [sum(int(conv.masked_weight().count_nonzero()) for conv in convs) for convs in (before, after)]
-    layers = [sum(len(m.layers) for m in network.modules() if isinstance(m, kind))
-              for network, kind in ((pruned, DelugeBlock), (fused, FoldedDelugeBlock))]
+    layers = [sum(len(stage.layers) for stage in network.stages) for network in (pruned, fused)]
     print(json.dumps({
         'connections': connections[1], 'removed': connections[0] - connections[1], 'weights': weights[1],
         'removed weights': weights[0] - weights[1], 'layers': layers[0], 'layers in inference': layers[1],

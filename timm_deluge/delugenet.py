@@ -85,10 +85,9 @@ class Stem(nn.Sequential):
 class CompositeLayer(FusedModule):
     """Composite layer: a pre-activation bottleneck without a shortcut of its own."""
     part_types = {
+        **FusedModule.part_types,
         **dict.fromkeys(('norm1', 'norm2', 'norm3'), (nn.BatchNorm2d, BatchNormAct2d)),
         **dict.fromkeys(('conv1', 'conv2', 'conv3'), (nn.Conv2d,)),
-        'act': (nn.ReLU, nn.Identity),
-        'drop': (nn.Identity,),
     }
 
     def __init__(
@@ -171,10 +170,9 @@ class BlockTransition(FusedModule):
     Its cross-layer convolution is the last one of the block before.
     """
     part_types = {
+        **FusedModule.part_types,
         'norm': (nn.BatchNorm2d, BatchNormAct2d),
         'conv': (nn.Conv2d,),
-        'act': (nn.ReLU, nn.Identity),
-        'drop': (nn.Identity,),
     }
 
     def __init__(
@@ -477,10 +475,9 @@ class DelugeNet(nn.Module):
 
         self.feature_info = feature_info
         self.num_features = prev_chs
-        norm: nn.Module = FinalNorm(prev_chs, **dd)
-        self.norm = norm
+        self.norm: nn.Module = FinalNorm(prev_chs, **dd)
         self.head = ClassifierHead(prev_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = prev_chs * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self.head.num_features
 
         self.init_weights(needs_reset=False)
 

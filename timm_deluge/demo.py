@@ -16,12 +16,10 @@ from timm.data import create_transform, resolve_data_config
 from timm.utils import reparameterize_model
 from torch import nn
 
-from .aggregation import CrossLayerDepthwiseConv2d
 from .connectivity import block_connectivity, draw_connectivity, read_state_dict
 from .images import ImageError, read_image
 from .predict import EXAMPLE_IMAGE, class_labels
-from .prune import prune_connections
-from .reparameterize import FoldedDelugeBlock
+from .prune import find_cross_layers, prune_connections
 from .weights import find_checkpoint, list_checkpoints
 
 __all__ = ['answer', 'create_page', 'grad_cam', 'launch_page']
@@ -44,11 +42,11 @@ def _network(name: str) -> Any:
 
 
 @lru_cache(maxsize=4)
-def _fast(name: str, fraction: float) -> tuple[nn.Module, int]:
+def _fast(name: str, fraction: float) -> tuple[Any, int]:
     """Get a network without its weakest connections, reparameterised, and how many of them are left."""
     pruned = prune_connections(_network(name), fraction)
-    connections = [len(m.sources) for m in pruned.modules() if isinstance(m, CrossLayerDepthwiseConv2d)]
-    return reparameterize_model(pruned, inplace=True), sum(connections)
+    num_connections = sum(len(conv.sources) for conv in find_cross_layers(pruned).values())
+    return reparameterize_model(pruned, inplace=True), num_connections
 
 
 def grad_cam(model: Any, x: torch.Tensor) -> torch.Tensor:
@@ -122,9 +120,7 @@ def answer(
     labels = [label.replace('_', ' ') for label in class_labels(find_checkpoint(name))]
     before, after = (dict(zip(labels, values.tolist())) for values in probabilities)
     overlay = _lay_over(grad_cam(model, x), picture, config['crop_pct'])
-    layers = [
-        sum(len(module.layers) for module in network.modules() if isinstance(module, FoldedDelugeBlock))
-        for network in (whole, rest)]
+    layers = [sum(len(stage.layers) for stage in network.stages) for network in (whole, rest)]
     facts = (f'{num_left} of {num_connections} connections and {layers[1]} of {layers[0]} layers are left. An image '
              f'takes {times[1]:.1f} ms here, instead of {times[0]:.1f} ms.')
     return before, overlay, after, facts

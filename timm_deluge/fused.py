@@ -15,10 +15,11 @@ class FusedModule(nn.Module):
 
     Attributes:
         part_types: The types that a part, at any depth, may have, by the last component of its name; ``layers[]``
-            stands for the elements of ``layers``. A `transition` and its parts may be anything.
+            stands for the elements of ``layers``. A `transition` and its parts may be anything. Those here are
+            of timm's `BatchNormAct2d`.
         not_affine: Names of the batch normalisations without affine parameters; all others have them.
     """
-    part_types: dict[str, tuple[type[nn.Module], ...]] = {}
+    part_types: dict[str, tuple[type[nn.Module], ...]] = {'act': (nn.ReLU, nn.Identity), 'drop': (nn.Identity,)}
     not_affine: tuple[str, ...] = ()
 
     @torch.jit.ignore

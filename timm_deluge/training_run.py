@@ -115,9 +115,10 @@ def add_checkpoint(
     base = _pretrained_checkpoint(args)
     first_args = _read_args(run_dirs[0])
     start = _pretrained_checkpoint(first_args)
+    known_start = first_args.get('initial_checkpoint') if base_model else None
     if base_model:
-        _check_made_of(find_checkpoint(base_model), first_args.get('initial_checkpoint'))
-    log, epochs_done = _read_log(run_dirs, starts_elsewhere=base_model is not None)
+        _check_made_of(find_checkpoint(base_model), known_start)
+    log, epochs_done = _read_log(run_dirs, known_start)
     if epochs_done < args['epochs']:
         raise ValueError(f'{run_dir}: {epochs_done} of {args["epochs"]} epochs are done; resume the run with '
                          f'train.py --resume {run_dir / "last.pth.tar"}')
@@ -275,12 +276,12 @@ def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
             raise ValueError(f'{initial_checkpoint}: was not made of {base.name}, whose {name} is another one')
 
 
-def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[int, dict[str, str]], int]:
+def _read_log(run_dirs: Sequence[Path], known_start: str | None) -> tuple[dict[int, dict[str, str]], int]:
     """Read each epoch's row of train.py's summaries; a resumed run's later folder has the last word.
 
     Args:
         run_dirs: See `add_checkpoint`.
-        starts_elsewhere: Whether what the first run started from is known.
+        known_start: The first run's `--initial-checkpoint`, if it is known what that was made of.
 
     Returns:
         The rows by epoch, counted on where a run started from another one, and the number of epochs that the last run
@@ -292,12 +293,11 @@ def _read_log(run_dirs: Sequence[Path], starts_elsewhere: bool) -> tuple[dict[in
     """
     log: dict[int, dict[str, str]] = {}
     before = 0
-    first_start = _read_args(run_dirs[0]).get('initial_checkpoint')
     for i, run_dir in enumerate(run_dirs):
         args = _read_args(run_dir)
         start, resumed = args.get('initial_checkpoint'), args.get('resume')
         goes_on = resumed and Path(resumed).resolve().parent in [folder.resolve() for folder in run_dirs[:i]]
-        if start and not goes_on and not (starts_elsewhere and start == first_start):
+        if start and not goes_on and start != known_start:
             if not Path(start).exists() or not any(Path(start).samefile(d / 'last.pth.tar') for d in run_dirs[:i]):
                 raise ValueError(f'{run_dir}: the run started from {start}, which is not published; give the folder of '
                                  f'the run that left it, too, or publish it, and start from it with --pretrained, or '

@@ -328,7 +328,7 @@ def read_tensors(path: str, use_ema: bool = True) -> dict[str, torch.Tensor]:
         if not Path(path).exists():
             raise FileNotFoundError(f'{path}: no such file')
         return join_parts(dict(load_state_dict(path, use_ema=use_ema)), path)
-    except (CheckpointError, OSError):
+    except CheckpointError:
         raise
     except _DAMAGE as error:
         raise CheckpointError(f'{path}: this is no checkpoint, or damaged: {error}') from error
@@ -347,8 +347,6 @@ def read_training_state(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([Namespace]):
             return dict(torch.load(path, map_location='cpu', weights_only=True))
-    except OSError:
-        raise
     except _DAMAGE as error:
         raise CheckpointError(f'{path}: this is no checkpoint, or damaged: {error}') from error
 
