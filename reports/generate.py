@@ -184,10 +184,12 @@ def _performance_summary() -> str:
              for line in of_subject.values() for machine in machines if machine['machine'] in line]
     with_goal = [cell for goal, cell in cells if goal]
     missed = [cell for cell in with_goal if 'missed' in cell]
+    slow_loops = [row['time, of copy_'] > machine['at_most'] for machine in _loops() for row in machine['rows']]
     return '\n\n'.join((
         _performance_table('', chosen, machines),
-        f'Of the {len(with_goal)} goals here and in [all that was measured](benchmarks/README.md), {len(missed)} are '
-        'missed.',
+        f'Of the {len(with_goal)} goals for networks and blocks, here and [on the page of benchmarks]'
+        f'(benchmarks/README.md), {len(missed)} are missed, of the {len(slow_loops)} for single C++ loops there, '
+        f'{sum(slow_loops)}.',
         *(_conditions(machine) + _doubts(machine, ('inference', 'training', 'autocast')) for machine in machines)))
 
 
@@ -216,11 +218,16 @@ def _machines() -> list[dict[str, Any]]:
     return [{**json.loads(path.read_text(encoding='utf-8')), 'figure': path.with_suffix('.png')} for path in files]
 
 
+def _loops() -> list[dict[str, Any]]:
+    """Read what benchmarks/kernels.py measured on each machine."""
+    files = sorted((REPOSITORY / 'benchmarks' / 'kernels').glob('*.json'))
+    return [json.loads(path.read_text(encoding='utf-8')) for path in files]
+
+
 def _kernels() -> str:
     """Show the time of every C++ loop, of that of a copy_ of as many bytes: a table for each processor."""
     parts = []
-    for path in sorted((REPOSITORY / 'benchmarks' / 'kernels').glob('*.json')):
-        machine = json.loads(path.read_text(encoding='utf-8'))
+    for machine in _loops():
         lines: dict[str, dict[str, str]] = {}
         for row in machine['rows']:
             cell = _cell({'value': row['time, of copy_'], 'at_most': machine['at_most'], 'at_least': None})

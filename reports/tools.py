@@ -33,7 +33,7 @@ TOOLS = {
 INTRODUCTION = """# Tools that take a DelugeNet
 
 Written by `python reports/tools.py`. Each tool was installed beside this package into an environment of its own, and
-given a network as it is; the tests are in `tests/tools`.
+given a network as it is; the tests are in `tests/tools`. They and the code are those of the day that is given.
 
 Two things a package can only work around. timm loads no other package's networks by itself, so that `import
 timm_deluge` has to come first, in every process. And transformers passes `num_classes` a second time where a

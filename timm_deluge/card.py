@@ -202,8 +202,8 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
                  f'{checkpoint.dataset["provenance"]}'),
         ('training', f'recipe `{checkpoint.recipe}`, whose first lines have the commands, '
                      f'{checkpoint.epochs} epoch{"s" * (checkpoint.epochs != 1)} '
-                     f'from {_start(checkpoint)}, '
-                     f'seed {checkpoint.seed}, {checkpoint.hours} hours on {checkpoint.hardware}; '
+                     f'from {_start(checkpoint)}, seed {checkpoint.seed} (of a run in parts, the last one\'s), '
+                     f'{checkpoint.hours} hours on {checkpoint.hardware}; '
                      + ('weights averaged with those it started from; '
                         if '_avg_' in checkpoint.tag and checkpoint.base_model else '')
                      + (f'weights averaged with decay {checkpoint.ema_decay}; ' if checkpoint.ema_decay else '')

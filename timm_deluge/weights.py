@@ -73,7 +73,7 @@ class Checkpoint:
         base_model: Name of the checkpoint that training started from, or None.
         recipe: Name of the recipe, see `timm-deluge recipe`.
         epochs: Passes over the training images, since `base_model`.
-        seed: Random seed.
+        seed: Random seed; of a run in parts, the last one's.
         ema_decay: Decay of the moving average of the weights, if that was published, or None.
         settled_images: Number of training images from which the running statistics were taken after training, or None.
         hardware: What it was trained on.
