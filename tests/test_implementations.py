@@ -1064,15 +1064,29 @@ def test_triton_that_does_not_compile_is_left_alone(monkeypatch, caplog):
     triton = pytest.importorskip('timm_deluge.ops.triton')
     find = timm_deluge.ops.implementation._triton.__wrapped__
     device = torch.device('cpu')  # where conftest.py has Triton interpret its kernels
-    assert find(device) is triton
+    assert find(device, torch.float32) is triton
 
     def fail(*_):
         raise Exception('Failed to find C compiler')  # as Triton's own errors are
     monkeypatch.setattr(triton, 'combine', fail)
-    assert find(device) is None
-    assert 'do not run on cpu: Failed to find C compiler' in caplog.text
+    assert find(device, torch.float32) is None
+    assert 'do not run on cpu in torch.float32: Failed to find C compiler' in caplog.text
     monkeypatch.setattr(timm_deluge.ops.implementation, '_has_triton', lambda: False)
-    assert find(device) is None
+    assert find(device, torch.float32) is None
+
+
+def test_triton_takes_no_dtype_that_the_device_lacks(monkeypatch, caplog):
+    triton = pytest.importorskip('timm_deluge.ops.triton')
+    module = timm_deluge.ops.implementation
+    find = module._triton.__wrapped__
+    monkeypatch.setattr(module, '_triton', find)
+    monkeypatch.setattr(triton, 'combine', lambda *_: None)
+    monkeypatch.setattr(torch, 'ones', lambda number, device, dtype: torch.empty(number, dtype=dtype))
+    for capability, expected in (((7, 5), None), ((8, 0), triton)):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _, capability=capability: capability)
+        assert find(torch.device('cuda', 0), torch.float32) is triton
+        assert find(torch.device('cuda', 0), torch.bfloat16) is expected
+    assert caplog.text.count('do not run on cuda:0 in torch.bfloat16: it has no bfloat16') == 1
 
 
 @pytest.mark.parametrize('name', FAST[1:])

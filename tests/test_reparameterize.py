@@ -185,6 +185,15 @@ def test_a_workspace_that_is_too_large_is_not_kept(monkeypatch):
     assert not hasattr(memory._thread, 'memory')
 
 
+def test_groups_of_a_batch_fit_into_the_workspace(monkeypatch):
+    monkeypatch.setattr(memory, 'WORKSPACE_BYTES', 350)
+    for num_images, expected in ((0, [0]), (1, [1]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [2, 2, 2, 1])):
+        groups = memory.split_batch(torch.empty(num_images, 1, 5, 5, dtype=torch.uint8), 4)
+        assert [len(group) for group in groups] == expected
+    groups = memory.split_batch(torch.empty(3, 1, 5, 5), 4)
+    assert [len(group) for group in groups] == [1, 1, 1]
+
+
 def test_threads_do_not_share_a_workspace():
     model = reparameterize_model(trained()).to(memory_format=torch.channels_last)
     xs = [torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last) for _ in range(8)]

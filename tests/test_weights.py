@@ -1,7 +1,9 @@
 """A checkpoint is loaded only when it is what the manifest says, and every refusal says why."""
+import errno
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import zipfile
@@ -193,9 +195,14 @@ def test_the_first_of_several_parts_loads_as_a_file(split_weights):
     expected = {name: tensor for path in sorted(first.parent.glob('mine-*')) for name, tensor in
                 safetensors.torch.load_file(path).items()}
     assert all(torch.equal(v, expected[k].to(v.dtype)) for k, v in create().state_dict().items())
-    index.write_text('{}')
-    with pytest.raises(CheckpointError, match='index.json: not an index of mine-00001-of-00004.safetensors'):
-        create()
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:100]), Path.unlink):
+        damage(first.with_name('mine-00003-of-00004.safetensors'))
+        with pytest.raises(CheckpointError, match='00003-of-00004.safetensors: a part of mine-00001-of-00004.safetens'):
+            create()
+    for text in ('{}', '[]', 'null', '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../b"}}'):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match='index.json: not an index of mine-00001-of-00004.safetensors'):
+            create()
 
 
 @pytest.mark.slow
@@ -367,6 +374,20 @@ def test_the_places_are_looked_through_in_order(scratch_weights, split_weights, 
             (folder / part['file']).write_bytes((split_weights[0].parent / part['file']).read_bytes())
         assert {file['path'].parent for file in checkpoint.files} == {folder}
         verify_checkpoint(checkpoint)
+
+
+def test_a_folder_that_may_not_be_entered_has_nothing(tmp_path, monkeypatch):
+    stat = os.stat
+
+    def refuse(path, *args, **kwargs):
+        if str(path).startswith(str(tmp_path)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(weights, 'weights_dirs', lambda: {'checkout': tmp_path / 'weights'})
+    monkeypatch.setattr(os, 'stat', refuse)
+    for checkpoint in CHECKPOINTS:
+        assert checkpoint.files == [] and checkpoint.pretrained_cfg()['num_classes'] == len(checkpoint.class_names)
 
 
 @pytest.mark.parametrize('url, expected', [

@@ -26,7 +26,7 @@ def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
 
     Raises:
         CheckpointError: If the repository's file is not what the manifest says; nothing of it is kept.
-        huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
+        huggingface_hub.errors.HTTPError: If the Hub refuses (HfHubHTTPError), or the connection is lost.
         OSError: If it cannot be written, such as on a full disk.
     """
     target = downloads_dir() / checkpoint.file

@@ -47,7 +47,8 @@ def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
             the Hugging Face Hub go in.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or it is not what was published.
+        CheckpointError: If there is no such checkpoint, it is not what was published, or it could not be downloaded.
+        huggingface_hub.errors.HTTPError, OSError: If another repository's could not be; as from timm.
     """
     cfg, overlay = kwargs.get('pretrained_cfg') or '', kwargs.get('pretrained_cfg_overlay') or {}
     own_source = overlay.keys() & {'file', 'url', 'hf_hub_id', 'state_dict'}

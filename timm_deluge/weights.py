@@ -5,6 +5,7 @@ accuracies are derived from it, and every file is checked against its SHA-256 be
 """
 import hashlib
 import json
+import os
 import re
 import struct
 from argparse import Namespace
@@ -127,7 +128,7 @@ class Checkpoint:
         for folder in weights_dirs().values():
             for files in self.parts, [whole]:
                 found = [{**file, 'path': folder / file['file']} for file in files]
-                if found and all(file['path'].is_file() for file in found):
+                if found and all(os.path.isfile(file['path']) for file in found):
                     return found
         return []
 
@@ -146,7 +147,7 @@ class Checkpoint:
         """Whether it is one of the large ones, which the package leaves out, and nothing of it is on this machine."""
         is_large = bool(self.parts) or self.num_params > MAX_PACKAGED_PARAMS
         return is_large and not any(
-            (folder / name).exists() for folder in weights_dirs().values() for name in self.file_names)
+            os.path.exists(folder / name) for folder in weights_dirs().values() for name in self.file_names)
 
     @property
     def path(self) -> Path:
@@ -214,7 +215,7 @@ def list_checkpoints() -> list[Checkpoint]:
         return [Checkpoint(**entry) for entry in entries]
     except FileNotFoundError:
         raise CheckpointError(f'{path}: the manifest of checkpoints is missing; reinstall timm-deluge.') from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f'{path}: not a manifest of checkpoints ({error}); reinstall timm-deluge.') from error
 
 
@@ -363,18 +364,22 @@ def join_parts(state_dict: dict[str, torch.Tensor], path: str | Path) -> dict[st
         The same dictionary. The tensors stay on the disk until they are used.
 
     Raises:
-        CheckpointError: If there is no index, or it is not one.
+        CheckpointError: If there is no index, or it is not one, or a part is missing or damaged.
     """
     path = Path(path)
     if part := re.fullmatch(r'(.+)-\d{5}-of-\d{5}', path.stem):
         index = path.with_name(f'{part[1]}.safetensors.index.json')
         try:
             weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
-        except (OSError, ValueError, KeyError) as error:
+            others = sorted({path.with_name(file) for name, file in weight_map.items() if name not in state_dict})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f'{index}: not an index of {path.name} and its other parts ({error}). '
                                   f'It has to lie beside them.') from error
-        for file in sorted({file for name, file in weight_map.items() if name not in state_dict}):
-            state_dict.update(load_file(path.with_name(file)))
+        for other in others:
+            try:
+                state_dict.update(load_file(other))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f'{other}: a part of {path.name} is missing or damaged: {error}') from error
     return state_dict
 
 

@@ -56,7 +56,8 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
         x: Its input, such as images ``[N, in_chans, H, W]``.
 
     Returns:
-        The decision of each module that has a fast path, by the module's name.
+        The decision of each module that had to make one, by its name: a block that takes its fast path decides for its
+        layers.
     """
     model = copy.deepcopy(model)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}

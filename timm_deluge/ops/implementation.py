@@ -89,7 +89,7 @@ def choose_backend(x: torch.Tensor) -> Backend:
             from . import triton
             return triton
         if _implementation == 'auto' and x.is_cuda:
-            return _triton(x.device) or aten
+            return _triton(x.device, x.dtype) or aten
     if _implementation in ('auto', 'cpp', 'triton') and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
         return _cpp(x.dtype) or aten
     return aten
@@ -112,17 +112,20 @@ def _cpp(dtype: torch.dtype) -> Backend | None:
 
 
 @cache
-def _triton(device: torch.device) -> Backend | None:
-    """Get Triton's kernels, or None where it is not installed, or, with one warning, where they do not compile."""
-    if not _has_triton():
+def _triton(device: torch.device, dtype: torch.dtype) -> Backend | None:
+    """Get Triton's kernels, or None where it is not installed, or, with a warning, where they do not compile."""
+    if not _has_triton() or (dtype is not torch.float32 and not _triton(device, torch.float32)):
         return None
     try:
         from . import triton
-        one = torch.ones(1, device=device)
+        if dtype is torch.bfloat16 and device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
+            raise TypeError('it has no bfloat16')
+        one = torch.ones(1, device=device, dtype=dtype)
         triton.combine([one.view(1, 1, 1, 1)], [one.view(1, 1)], [one])
     except Exception as error:  # of Triton, of the compilers that it needs, or of the device
         _logger.warning(
-            "ATen's operators take the place of Triton's kernels, which do not run on %s: %s", device, error)
+            "ATen's operators take the place of Triton's kernels, which do not run on %s in %s: %s",
+            device, dtype, error)
         return None
     return triton
 

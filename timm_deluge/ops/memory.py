@@ -14,7 +14,7 @@ _thread = threading.local()
 
 
 def split_batch(x: torch.Tensor, num_tensors: int) -> tuple[torch.Tensor, ...]:
-    """Split a batch into groups of images, of which `num_tensors` tensors fit into the workspace.
+    """Split a batch into groups of images of which `num_tensors` tensors, if possible, fit into the workspace.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -23,7 +23,8 @@ def split_batch(x: torch.Tensor, num_tensors: int) -> tuple[torch.Tensor, ...]:
     Returns:
         At least one group, at most N, a power of two if possible: convolutions prepare themselves for each size.
     """
-    num_groups = 1 << (max(0, x.nbytes * num_tensors - 1) // WORKSPACE_BYTES).bit_length()
+    fitting = max(1, WORKSPACE_BYTES // max(1, x[:1].nbytes * num_tensors))
+    num_groups = 1 << ((len(x) - 1) // fitting).bit_length() if len(x) else 1
     return x.tensor_split(min(num_groups, max(1, len(x))))
 
 
