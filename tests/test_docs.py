@@ -23,7 +23,14 @@ def test_the_tour_runs(monkeypatch):
     nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
     monkeypatch.setenv('PYTHONPATH', str(DOCS.parent), prepend=os.pathsep)
     notebook = nbformat.read(DOCS / 'tour.ipynb', as_version=4)
+
+    def numbers_of_layers():
+        outputs = [output for cell in notebook.cells for output in cell.get('outputs', ())]
+        return re.findall(r'\d+ layers', ''.join(output.get('text', '') for output in outputs))
+
+    expected = numbers_of_layers()
     nbclient.NotebookClient(notebook, timeout=500, resources={'metadata': {'path': str(DOCS)}}).execute()
+    assert len(expected) == 2 and numbers_of_layers() == expected
     last = notebook.cells[-1].outputs[-1]['text']
     accuracy = re.fullmatch(r'([\d.]+)% of 400 digits that it has not seen\n', last)
     assert accuracy and float(accuracy[1]) > 50, last
