@@ -6,7 +6,11 @@ import functools
 
 import timm
 
-import timm_deluge  # noqa: F401 registers the models
+try:
+    import timm_deluge  # noqa: F401 registers the models
+except ImportError as error:  # torch.hub asks only whether the packages are there
+    raise ImportError(f'timm-deluge needs timm>=1.0.31 (pip install --upgrade timm), and this is timm '
+                      f'{timm.__version__}: {error}') from error
 
 dependencies = ['torch', 'timm']
 for name in timm.list_models(module='delugenet'):

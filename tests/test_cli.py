@@ -1,6 +1,7 @@
 """The command line, as a person and as a script use it."""
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -225,6 +226,13 @@ def test_torch_hub_from_the_checkout(name):
 def test_torch_hub_knows_every_model():
     entrypoints = runpy.run_path(str(REPOSITORY / 'hubconf.py'))
     assert sorted(n for n, f in entrypoints.items() if callable(f)) == sorted(timm.list_models(module='delugenet'))
+
+
+def test_torch_hub_says_which_timm_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm_deluge', None)
+    needed, *_ = re.findall(r'"(timm>=.+)"', (REPOSITORY / 'pyproject.toml').read_text())
+    with pytest.raises(ImportError, match=f'timm-deluge needs {needed} .* this is timm {timm.__version__}'):
+        runpy.run_path(str(REPOSITORY / 'hubconf.py'))
 
 
 def test_run_executes_a_script_with_the_models_registered(tmp_path):

@@ -198,6 +198,15 @@ def test_reset_classifier_keeps_or_replaces_pooling():
     assert model.get_classifier() is model.head.fc
 
 
+def test_modules_are_grouped_with_their_layers():
+    model = timm.create_model('delugenet146')
+    groups = timm.models.group_modules(model, model.group_matcher(), reverse=True)
+    for others, name in ((('transition.conv', 'norm'), 'transition.norm'),
+                         (('norms.3', 'cross_layers.3', 'layers.3.conv1'), 'layers.3.norm1')):
+        assert {groups[f'stages.1.{other}'] for other in others} == {groups[f'stages.1.{name}']}
+    assert groups['stages.1.norms.3'] < groups['stages.1.norms.4'] < groups['stages.2.norm'] < groups['head.fc']
+
+
 def test_layer_decay_orders_stem_to_head():
     model = timm.create_model('delugenet146')
     optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, layer_decay=0.9)

@@ -504,8 +504,8 @@ class DelugeNet(nn.Module):
         return dict(
             stem=r'^stem',
             blocks=r'^stages\.(\d+)' if coarse else [
-                (r'^stages\.(\d+)\.transition', None),
-                (r'^stages\.(\d+)\.(?:layers|cross_layers)\.(\d+)', None),
+                (r'^stages\.(\d+)\.(?:transition|norm)\b', None),
+                (r'^stages\.(\d+)\.(?:layers|norms|cross_layers)\.(\d+)', None),
                 (r'^norm', (99999,)),
             ],
         )
