@@ -382,7 +382,8 @@ def _goal(figure: dict[str, Any]) -> str:
 def _cell(figure: dict[str, Any]) -> str:
     value = figure['value']
     missed = value > (figure['at_most'] or math.inf) or value < (figure['at_least'] or 0)
-    digits = 3 if missed and round(value, 2) in (figure['at_most'], figure['at_least']) else 2
+    goals = [round(goal, 2) for goal in (figure['at_most'], figure['at_least']) if goal]
+    digits = 3 if missed and round(value, 2) in goals else 2
     return f'{value:.{digits}f} ×' + (', missed' if missed else '')
 
 

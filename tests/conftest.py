@@ -16,6 +16,7 @@ import torch
 os.environ['COLUMNS'] = '200'  # for tables, whose width is looked up at import; pytest-xdist says 80
 os.environ['_TYPER_FORCE_DISABLE_TERMINAL'] = '1'  # GITHUB_ACTIONS and FORCE_COLOR would colour what tests read
 os.environ.pop('FORCE_COLOR', None)
+os.environ.pop('TIMM_DELUGE_IMPLEMENTATION', None)
 os.environ['NO_PROXY'] = os.environ['no_proxy'] = '127.0.0.1,localhost'  # the tests' servers
 os.environ['TRITON_INTERPRET'] = '1'  # the tests' tensors are on the CPU; Triton wants to know before it is imported
 
@@ -38,7 +39,7 @@ def cache_home(tmp_path_factory):
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv('XDG_CACHE_HOME', str(folder))
-        yield
+        yield folder
 
 
 @pytest.fixture(scope='session')

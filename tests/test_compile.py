@@ -263,7 +263,8 @@ def test_a_compiler_that_cannot_be_parsed_is_named(monkeypatch):
         compile.compile_library(Path('kernels.cpp'), [])
 
 
-def test_without_a_compiler_aten_takes_over_with_one_warning(place, caplog, monkeypatch):
+@needs_compiler
+def test_without_a_compiler_aten_takes_over_with_one_warning(place, caplog, monkeypatch, cache_home):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     monkeypatch.setenv('XDG_CACHE_HOME', '/proc/nowhere')
     monkeypatch.delitem(sys.modules, 'timm_deluge.ops.cpp', raising=False)
@@ -275,8 +276,8 @@ def test_without_a_compiler_aten_takes_over_with_one_warning(place, caplog, monk
     with pytest.raises(ImportError, match="kernels.cpp cannot be compiled with 'no-such-compiler'"):
         implementation.set_implementation('cpp')
     assert len(caplog.records) == 1
-    for name in 'CXX', 'XDG_CACHE_HOME':
-        monkeypatch.delenv(name)
+    monkeypatch.delenv('CXX')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(cache_home))
     for name, expected in ('reference', aten), ('auto', aten), ('cpp', None), ('auto', None):
         implementation.set_implementation(name)  # 'cpp' looks anew: one may have been installed
         assert ops.choose_backend(torch.empty(0)) is (expected or sys.modules['timm_deluge.ops.cpp'])

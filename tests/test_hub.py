@@ -125,6 +125,17 @@ def test_dry_run_refuses_what_the_hub_refuses(server, publish):
     assert result.stdout == '' and not server.requests
 
 
+def test_an_installed_packages_manifest_records_nothing(server, call, scratch_weights):
+    installed = scratch_weights.parent.rename(scratch_weights.parent.with_name('checkpoints'))
+    code = f'''
+from pathlib import Path
+from timm_deluge import hub, weights
+weights.weights_dir = hub.weights_dir = lambda: Path({str(installed)!r})
+hub.push_to_hub(weights.find_checkpoint('delugenet146'), {REPO!r})'''
+    result = call(code)
+    assert 'publish from a checkout (`pip install -e .`)' in result.stderr and not server.repos, result.stderr
+
+
 def test_a_manifest_that_cannot_be_written_does_not_hide_that_it_was_published(server, call):
     full_disk = """
 import timm_deluge.hub

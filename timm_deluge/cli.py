@@ -46,7 +46,8 @@ T = TypeVar('T')
 
 # what making a model and loading its weights may raise
 LOADING_ERRORS = (
-    AssertionError, HTTPError, LookupError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
+    AssertionError, AttributeError, EOFError, HTTPError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
+    ValueError)
 
 
 class Format(str, Enum):
@@ -136,7 +137,7 @@ def _print_predictions(predictions: list[Prediction]) -> None:
     for prediction in predictions:
         image = escape(_printable(_shorten(prediction.path)))
         for name, probability in prediction.classes:
-            table.add_row(image, name.replace('_', ' '), f'{probability:.1%}')
+            table.add_row(image, escape(name.replace('_', ' ')), f'{probability:.1%}')
             image = ''
         table.add_section()
     if predictions:
@@ -246,7 +247,9 @@ def prune(
         source: Annotated[str, typer.Argument(
             metavar='MODEL', help='Model, model.tag, hf-hub:USER/REPO or local-dir:FOLDER; its pretrained weights.')],
         output: Annotated[Path, typer.Option(help='Folder to create; load it as local-dir:FOLDER.')],
-        fraction: Annotated[float, typer.Option(min=0, max=1, help='Share of all connections to remove.')],
+        fraction: Annotated[float, typer.Option(
+            min=0, max=1,
+            help="Share of the unpruned network's connections (or, by --unit, weights) that are to be gone in all.")],
         by: Annotated[str, typer.Option(
             help=f'How connections are scored: {", ".join(CRITERIA)}. taylor keeps the most accuracy.')] = 'norm',
         unit: Annotated[str, typer.Option(
@@ -391,7 +394,7 @@ def weights_list() -> None:
         table.add_column(column, justify='right')
     for c in list_checkpoints():
         top1, top5 = (f'{c.metrics[key]:.2f}' for key in ('top1', 'top5'))
-        table.add_row(c.name, c.dataset['name'], top1, top5, str(c.epochs), f'{c.bytes / 1e6:.0f}')
+        table.add_row(c.name, escape(c.dataset['name']), top1, top5, str(c.epochs), f'{c.bytes / 1e6:.0f}')
     console.print(table, soft_wrap=False)
 
 
@@ -454,7 +457,7 @@ def publish(
             return
         for path, content in hub_files(checkpoint, repo_id).items():
             size = content.stat().st_size if isinstance(content, Path) else len(content)
-            console.rule(f'{repo_id}/{path}, {size:,} bytes', align='left')
+            console.print(f'==== {repo_id}/{path}, {size:,} bytes', markup=False)
             if isinstance(content, Path) or path == HUB_FILE:
                 console.print(f'SHA-256 {checkpoint.sha256}', markup=False)
             else:

@@ -107,9 +107,9 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
     """
     if Path(source).is_file():
         return read_tensors(source, use_ema=False)
-    if Path(source).suffix in FILE_SUFFIXES:
-        raise CheckpointError(f'{source}: no such file')
     if not names_model(source):
+        if Path(source).suffix in FILE_SUFFIXES:
+            raise CheckpointError(f'{source}: no such file')
         raise CheckpointError(
             f'{source}: neither a file nor a model of timm. Name a checkpoint file, a model such as delugenet146, '
             f'hf-hub:USER/REPO or local-dir:FOLDER')

@@ -16,11 +16,13 @@ from .card import model_card
 from .delugenet import checkpoint_cfg
 from .weights import (
     HUB_FILE,
+    INSTALLED,
     Checkpoint,
     CheckpointError,
     joined_bytes,
     list_checkpoints,
     load_checkpoint,
+    weights_dir,
     write_manifest,
 )
 
@@ -93,11 +95,14 @@ def push_to_hub(checkpoint: Checkpoint, repo_id: str) -> str:
 
     Raises:
         huggingface_hub.errors.HFValidationError: If the Hub would not take such a name.
-        CheckpointError: If the checkpoint's file is not what the manifest says, or, once it is published, if the
-            manifest cannot be written.
+        CheckpointError: If the checkpoint's file is not what the manifest says, the manifest is that of an installed
+            package, or, once it is published, if it cannot be written.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
     """
     files = hub_files(checkpoint, repo_id)
+    if weights_dir().name == INSTALLED:
+        raise CheckpointError(f'{weights_dir()}: what is published is recorded in the manifest, and this one goes with '
+                              f'the installed package; publish from a checkout (`pip install -e .`)')
     api = HfApi()
     api.create_repo(repo_id, exist_ok=True)
     commit = api.create_commit(

@@ -40,6 +40,7 @@ REMEDY = 'Restore it with `git checkout` or reinstall timm-deluge.'
 _DAMAGE = (  # what reading a damaged checkpoint raises
     AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, struct.error, TypeError, UnpicklingError,
     ValueError)
+INSTALLED = 'checkpoints'  # the folder in an installed package
 HUB_FILE = 'model.safetensors'  # timm's name of a checkpoint in a repository of the Hugging Face Hub
 
 
@@ -173,7 +174,7 @@ class Checkpoint:
 def weights_dir() -> Path:
     """Folder of the manifest: `checkpoints/` in an installed package, `weights/` in a checkout."""
     package = Path(__file__).resolve().parent
-    installed = package / 'checkpoints'
+    installed = package / INSTALLED
     return installed if installed.is_dir() else package.parent / 'weights'
 
 

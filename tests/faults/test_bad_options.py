@@ -30,7 +30,8 @@ BAD = [
         '', 'nonsense', 'delugenet146.x', 'hf-hub:', 'local-dir:', 'local-dir:absent', 'DELUGENET146')),
     *(options('report delugenet146', format=text) for text in ('', 'xml', 'JSON ')),
     *(options('report delugenet146', model_kwargs=text) for text in (
-        '', '=', '=1', 'aggregation', 'aggregation=sum', 'nonsense=1', 'depths=1', 'output_stride=3', 'widths=(1,)')),
+        '', '=', '=1', 'aggregation', 'aggregation=sum', 'nonsense=1', 'depths=1', 'output_stride=3', 'widths=(1,)',
+        'global_pool=False')),
     ['connectivity'], *(['connectivity', source] for source in (
         '', 'nonsense', 'resnetlike146_1x1', 'absent.safetensors', '/dev/null', '/', 'delugenet146.x',
         'local-dir:absent', LONG)),

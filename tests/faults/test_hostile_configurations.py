@@ -43,7 +43,9 @@ def test_what_is_no_option_is_refused(model_args, error, tmp_path):
         timm.create_model(f'local-dir:{tmp_path}')
 
 
-@pytest.mark.parametrize('config', [{**CONFIG, 'model_args': {'code': 1}}, {'num_classes': 10}], ids=json.dumps)
+@pytest.mark.parametrize('config', [
+    {**CONFIG, 'model_args': {'code': 1}}, {'num_classes': 10},
+    *({**CONFIG, key: None} for key in ('model_args', 'pretrained_cfg', 'architecture'))], ids=json.dumps)
 @pytest.mark.parametrize('command', ['connectivity', 'prune', 'report'])
 def test_a_configuration_that_is_none_is_an_error_of_each_command(command, config, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(config))
