@@ -1,4 +1,5 @@
 """Text made from the manifest and the reports: the README's table of models and the Hugging Face model card."""
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -35,6 +36,11 @@ BASELINE = (
 
 def _error(checkpoint: Checkpoint) -> str:
     return f'{100 - checkpoint.metrics["top1"]:.2f}'
+
+
+def _standard_error(checkpoint: Checkpoint) -> float:
+    top1 = checkpoint.metrics['top1']
+    return math.sqrt(top1 * (100 - top1) / checkpoint.metrics['num_images'])
 
 
 def _published_error(checkpoint: Checkpoint) -> str:
@@ -176,8 +182,8 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         'For research on how layers connect, for feature extraction and fine-tuning on small images, and as a '
         'baseline of short training. The checkpoints know only the classes they were trained on and answer with one of '
         'them for any picture; their probabilities are not calibrated. No images were held out for choices: image '
-        'sizes, averaging and learning rates were chosen by errors on the images that the figures are of, which makes '
-        'these optimistic. The checkpoints carry the biases of their training images '
+        'sizes, averaging, learning rates, and which run is kept, were chosen by errors on the images that the figures '
+        'are of, which makes these optimistic. The checkpoints carry the biases of their training images '
         'and are not meant for decisions about people.',
         '## Citation',
         CITATION,
@@ -221,7 +227,8 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
     return '\n\n'.join([
         f'### {checkpoint.name}',
         f'Error on {checkpoint.metrics["num_images"]:,} {checkpoint.dataset["split"]} images: {_error(checkpoint)} % '
-        f'(top-5: {100 - checkpoint.metrics["top5"]:.2f} %), measured from the published fp16 file.{without}{paper}',
+        f'(standard error {_standard_error(checkpoint):.2f}, top-5 {100 - checkpoint.metrics["top5"]:.2f} %), '
+        f'measured from the published fp16 file.{without}{paper}',
         *other_data,
         markdown_table(rows, headers=('', checkpoint.tag)),
     ])
