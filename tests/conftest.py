@@ -90,7 +90,7 @@ def write_entry(path: Path) -> None:
         dataset=dict(name='none', split='test', train_images=0, test_images=0, provenance='none'), base_model=None,
         recipe='none', epochs=0, seed=0, ema_decay=None, settled_images=None, hardware='none', hours=0.0,
         command='none', hf_hub_id=None,
-        metrics=dict(top1=1.0, top5=5.0, num_images=0),
+        metrics=dict(top1=1.0, top5=5.0, num_images=100),
     )
     (path.parent / 'manifest.json').write_text(json.dumps({'checkpoints': [entry]}))
 
