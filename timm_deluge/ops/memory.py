@@ -24,7 +24,7 @@ def split_batch(x: torch.Tensor, num_tensors: int) -> tuple[torch.Tensor, ...]:
         At least one group, at most N, a power of two if possible: convolutions prepare themselves for each size.
     """
     fitting = max(1, WORKSPACE_BYTES // max(1, x[:1].nbytes * num_tensors))
-    num_groups = 1 << ((len(x) - 1) // fitting).bit_length() if len(x) else 1
+    num_groups = 1 << ((len(x) - 1) // fitting).bit_length()
     return x.tensor_split(min(num_groups, max(1, len(x))))
 
 
