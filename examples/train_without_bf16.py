@@ -4,7 +4,7 @@
         --config $(timm-deluge recipe cifar100_resnetlike146) --data-dir cifar100
 
 timm's Muon orthogonalises every update in bfloat16. A processor that emulates it takes many times as long for that as
-in float32, a large part of each training step. `lscpu | grep avx512_bf16` finds out what a processor has.
+in float32, a large part of each training step. `lscpu | grep bf16` prints nothing where a processor has none.
 """
 from functools import partial
 
