@@ -99,6 +99,7 @@ MUTATIONS = [
     ('weights.py', 'for other in others:', 'for other in ():', 'test_weights.py test_connectivity.py'),
     ('weights.py', "tag in ('', checkpoint.tag)", "tag != '-'", 'test_weights.py'),
     ('pretrained.py', 'if differing:', 'if False:', 'test_weights.py'),
+    ('delugenet.py', 'tags.appendleft(c.tag)', 'tags.append(c.tag)', 'test_weights.py'),
     ('pretrained.py', 'other_head = model.num_classes != len(', 'other_head = 0 > len(',
      'test_weights.py test_timm_contract.py'),
     ('download.py', 'if sha256 != checkpoint.sha256:', 'if False:', 'faults/test_download.py'),

@@ -175,12 +175,7 @@ def test_altered_checkpoint_is_not_published(server, publish, scratch_weights):
 
 def test_what_is_loaded_is_what_was_checked(call, publish, scratch_weights):
     assert publish().returncode == 0
-    swapped_after_the_check = """
-from timm.models import _builder
-read = _builder.load_state_dict_from_hf
-_builder.load_state_dict_from_hf = lambda *args, **kwargs: {k: v + 1 for k, v in read(*args, **kwargs).items()}
-"""
-    loaded = call(swapped_after_the_check + LOAD)
+    loaded = call('from timm.models import _builder; _builder.load_state_dict_from_hf = None' + LOAD)  # reads once more
     assert loaded.returncode == 0, loaded.stderr
     total = safetensors.torch.load_file(scratch_weights)['stem.conv.weight'].float().sum()
     assert loaded.stdout.split()[-1] == str(float(total))

@@ -21,7 +21,7 @@ from huggingface_hub import save_torch_state_dict
 from test_cli import invoke
 from timm.models import adapt_input_conv
 
-from timm_deluge import weights
+from timm_deluge import delugenet, weights
 from timm_deluge.paper import PUBLISHED
 from timm_deluge.weights import (
     CheckpointError,
@@ -303,6 +303,21 @@ def test_wrong_tensors(scratch_weights, change, message):
         create_from_scratch_checkpoint()
 
 
+def test_a_checkpoint_that_timm_does_not_know_is_refused(tmp_path):
+    file = tmp_path / 'tutorial.pth'
+    torch.save({'epoch': 3, 'model_state_dict': timm.create_model('delugenet146').state_dict()}, file)
+    with pytest.raises(CheckpointError, match=r'does not fit this model: .*, the first one is epoch \(model: absent'):
+        timm.create_model('delugenet146', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+
+
+def test_a_whole_file_may_be_named_like_a_part(tmp_path):
+    file = tmp_path / 'fold-00001-of-00005.pth'
+    model = timm.create_model('delugenet146')
+    torch.save(model.state_dict(), file)
+    loaded = timm.create_model('delugenet146', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+    assert torch.equal(loaded.stem.conv.weight, model.stem.conv.weight)
+
+
 def test_malformed_manifest(scratch_weights):
     manifest = scratch_weights.parent / 'manifest.json'
     for text in ('', '{}', '{"checkpoints": [{"model": "delugenet146"}]}'):
@@ -341,6 +356,15 @@ def test_scripts_that_take_the_configuration_from_the_registry_are_told_the_same
     monkeypatch.setattr(weights, 'weights_dirs', lambda: {'package': tmp_path})
     with pytest.raises(CheckpointError, match=f'the file of {name}.{cfg.tag} is missing. Looked in package'):
         timm.create_model(**timm.models.resolve_model_input_args(name), pretrained=True)
+
+
+def test_the_default_is_the_manifests_first_one_even_where_only_another_is_here(tmp_path, monkeypatch):
+    first, other = (c for c in CHECKPOINTS if c.model == 'delugenet218')
+    (tmp_path / other.file).touch()
+    monkeypatch.setattr(weights, 'weights_dirs', lambda: {'package': tmp_path})
+    cfgs = delugenet._default_cfgs(CHECKPOINTS)['delugenet218']
+    assert list(cfgs.tags) == [first.tag, other.tag]
+    assert [bool(cfgs.cfgs[tag].has_weights) for tag in cfgs.tags] == [False, True]
 
 
 @pytest.mark.parametrize('name, num_classes, size', [('delugenet122', 1000, 224), ('delugenet146', 100, 32)])

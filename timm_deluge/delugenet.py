@@ -696,7 +696,6 @@ _CFG_FNS = {
         'resnetlike146_1x1', 'resnetlike218_1x1', 'wide_resnetlike146_1x1',
     ), _cfg_cifar),
 }
-_CHECKPOINTS = list_checkpoints()
 
 
 def checkpoint_cfg(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -704,15 +703,24 @@ def checkpoint_cfg(checkpoint: Checkpoint) -> dict[str, Any]:
     return _CFG_FNS[checkpoint.model](**checkpoint.pretrained_cfg())
 
 
-default_cfgs = generate_default_cfgs({
-    **{c.name: checkpoint_cfg(c) for c in _CHECKPOINTS},
-    **{name: cfg() for name, cfg in _CFG_FNS.items() if name not in {c.model for c in _CHECKPOINTS}},
-})
+def _default_cfgs(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    cfgs: dict[str, Any] = generate_default_cfgs({
+        **{c.name: checkpoint_cfg(c) for c in checkpoints},
+        **{name: cfg() for name, cfg in _CFG_FNS.items() if name not in {c.model for c in checkpoints}},
+    })
+    for c in reversed(checkpoints):  # timm puts one whose file is here first, but the default is the manifest's
+        cfgs[c.model].tags.remove(c.tag)
+        cfgs[c.model].tags.appendleft(c.tag)
+    return cfgs
+
+
+default_cfgs = _default_cfgs(list_checkpoints())
 
 
 def _create_delugenet(variant: str, pretrained: bool = False, **kwargs: Any) -> DelugeNet:
     if pretrained:
-        choose_checkpoint(variant, kwargs)
+        given = {k: kwargs.get(k) for k in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')}
+        kwargs['pretrained_cfg_overlay'] = choose_checkpoint(variant, **given)
     elif is_default_cfg(variant, kwargs.get('pretrained_cfg')):
         kwargs['pretrained_cfg'] = _CFG_FNS[variant]()  # the paper's classes and input, whatever a checkpoint's are
     return build_model_with_cfg(

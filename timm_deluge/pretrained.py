@@ -1,6 +1,7 @@
 """Which checkpoint a model is created with, and whether it is what it should be."""
 import logging
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,19 +39,26 @@ def is_default_cfg(variant: str, cfg: Any) -> bool:
     return bool(resolve_pretrained_cfg(variant, cfg) == resolve_pretrained_cfg(variant))
 
 
-def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
+def choose_checkpoint(
+        variant: str,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+) -> dict[str, Any]:
     """Read the checkpoint that a model is to be created with, check it against the manifest, and say what it is.
 
     Args:
         variant: The model's name in timm's registry.
-        kwargs: What else `timm.create_model` was given; the tensors of a checkpoint that is the package's or comes from
-            the Hugging Face Hub go in.
+        pretrained_cfg, pretrained_cfg_overlay, cache_dir: What `timm.create_model` was given.
+
+    Returns:
+        The overlay, with the tensors of a checkpoint that is the package's or comes from the Hugging Face Hub.
 
     Raises:
         CheckpointError: If there is no such checkpoint, it is not what was published, or it could not be downloaded.
         huggingface_hub.errors.HTTPError, OSError: If another repository's could not be; as from timm.
     """
-    cfg, overlay = kwargs.get('pretrained_cfg') or '', kwargs.get('pretrained_cfg_overlay') or {}
+    cfg, overlay = pretrained_cfg or '', pretrained_cfg_overlay or {}
     own_source = overlay.keys() & {'file', 'url', 'hf_hub_id', 'state_dict'}
     if cfg and not isinstance(cfg, str):
         given = resolve_pretrained_cfg(variant, cfg)
@@ -59,26 +67,33 @@ def choose_checkpoint(variant: str, kwargs: dict[str, Any]) -> None:
     checkpoint: Checkpoint | None
     if isinstance(cfg, str) and not own_source:
         checkpoint = find_checkpoint(f'{variant}.{cfg}')
-        if checkpoint.hf_hub_id and not checkpoint.files:
-            try:
-                download_checkpoint(checkpoint, checkpoint.hf_hub_id)
-            except (HTTPError, OSError) as error:
-                raise CheckpointError(
-                    f'{checkpoint.name} is not here and could not be downloaded from {checkpoint.hf_hub_id}: {error} '
-                    f'Once it can: timm-deluge weights download {checkpoint.name}') from error
     else:
         if own_source:
-            overlay = kwargs['pretrained_cfg_overlay'] = {'file': None, **overlay}  # not the registry's
+            overlay = {'file': None, **overlay}  # not the registry's
         source = resolve_pretrained_cfg(variant, cfg, overlay)
         if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):
-            kwargs['pretrained_cfg_overlay'] = {**overlay, 'state_dict': load_download(
-                source.hf_hub_id, source.hf_hub_filename or HUB_FILE, kwargs.get('cache_dir'))}
+            state_dict = load_download(source.hf_hub_id, source.hf_hub_filename or HUB_FILE, cache_dir)
+            return {**overlay, 'source': None, 'state_dict': state_dict}  # timm need not get it once more
         checkpoint = None if source.state_dict else next(
             (c for c in list_checkpoints() if source.file == str(c.path)), None)
     if checkpoint:
-        kwargs['pretrained_cfg_overlay'] = {
-            **overlay, 'file': str(checkpoint.path), 'state_dict': load_checkpoint(checkpoint)}
+        state_dict = _load_or_download(checkpoint, cache_dir)
+        overlay = {**overlay, 'file': str(checkpoint.path), 'state_dict': state_dict}
         _say_what_it_is(checkpoint.name)
+    return overlay
+
+
+def _load_or_download(checkpoint: Checkpoint, cache_dir: str | Path | None) -> dict[str, torch.Tensor]:
+    if checkpoint.hf_hub_id and not checkpoint.files:
+        try:
+            if cache_dir:
+                return load_download(checkpoint.hf_hub_id, cache_dir=cache_dir)
+            download_checkpoint(checkpoint, checkpoint.hf_hub_id)
+        except (HTTPError, OSError) as error:
+            raise CheckpointError(
+                f'{checkpoint.name} is not here and could not be downloaded from {checkpoint.hf_hub_id}: {error} '
+                f'Once it can: timm-deluge weights download {checkpoint.name}') from error
+    return load_checkpoint(checkpoint)
 
 
 @cache
@@ -131,7 +146,8 @@ def checkpoint_filter_fn(
 
     def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int | str, ...]]:
         found: dict[str, tuple[int | str, ...]] = {
-            k: tuple(v.shape) for k, v in tensors.items() if not (other_head and k.startswith('head.fc.'))}
+            k: tuple(getattr(v, 'shape', ()))  # of whatever is there
+            for k, v in tensors.items() if not (other_head and k.startswith('head.fc.'))}
         if len(stem := found.get('stem.conv.weight', ())) == 4:
             found['stem.conv.weight'] = (stem[0], 'in_chans', *stem[2:])
         return found

@@ -368,7 +368,7 @@ def join_parts(state_dict: dict[str, torch.Tensor], path: str | Path) -> dict[st
         CheckpointError: If there is no index, or it is not one, or a part is missing or damaged.
     """
     path = Path(path)
-    if part := re.fullmatch(r'(.+)-\d{5}-of-\d{5}', path.stem):
+    if part := re.fullmatch(r'(.+)-\d{5}-of-\d{5}\.safetensors', path.name):
         index = path.with_name(f'{part[1]}.safetensors.index.json')
         try:
             weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']

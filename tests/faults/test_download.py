@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from huggingface_hub.errors import HTTPError
 
 from timm_deluge.download import download_checkpoint
@@ -78,6 +79,18 @@ def test_a_model_downloads_what_it_needs(call, published, downloads):
     result = call(CREATE)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == str(downloads / f'{NAME}.safetensors')
+
+
+def test_a_model_downloads_into_the_cache_that_is_named(call, published, downloads, tmp_path):
+    cache = tmp_path / 'scratch'
+    result = call(f"""
+model = timm.create_model('delugenet146', pretrained=True, cache_dir={str(cache)!r})
+print(float(model.stem.conv.weight.sum()))
+""")
+    assert result.returncode == 0, result.stderr
+    total = safetensors.torch.load(published)['stem.conv.weight'].float().sum()
+    assert result.stdout.strip() == str(float(total))
+    assert 'model.safetensors' in files(cache) and not files(downloads)
 
 
 def test_a_model_says_what_it_could_not_download(call, published, server):
