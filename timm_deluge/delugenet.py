@@ -399,15 +399,19 @@ class DelugeNet(nn.Module):
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if len(depths) != len(widths):
-            raise ValueError(f'depths {tuple(depths)} and widths {tuple(widths)} must name the same number of blocks')
-        if not depths:
-            raise ValueError('depths and widths: expected at least one block')
         _check_size(depths, widths, num_classes, in_chans)
         _check_option('output_stride', output_stride, (8, 16, 32))
         _check_option('stem_type', stem_type, ('imagenet', 'cifar'))
         _check_option('aggregation', aggregation, (*AGGREGATIONS, 'residual'))
         _check_option('transition_type', transition_type, ('3x3', '1x1'))
+        # a composite layer that gives h_0 counts among its block's
+        block_depths = [
+            d - int(transition_type == '1x1' or (i == 0 and stem_type == 'cifar')) for i, d in enumerate(depths)]
+        if min(block_depths) < 0:
+            raise ValueError(f'depths {tuple(depths)}: expected at least one layer where it gives h_0')
+        if not 0 <= drop_path_rate <= 1:
+            raise ValueError(f'drop_path_rate={drop_path_rate}: must be from 0 to 1')
+        _check_connections(block_depths, aggregation, pruned_connections, channel_masks, connection_drop_rate)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -429,13 +433,6 @@ class DelugeNet(nn.Module):
             curr_stride = 1
         self.stem_feat_idx = min(1, len(self.stem) - 1)  # the last stem layer before pooling
 
-        # a composite layer that gives h_0 counts among its block's
-        block_depths = [
-            d - int(transition_type == '1x1' or (i == 0 and stem_type == 'cifar')) for i, d in enumerate(depths)]
-        if min(block_depths) < 0:
-            raise ValueError(f'depths {tuple(depths)}: expected at least one layer where it gives h_0')
-        if not 0 <= drop_path_rate <= 1:
-            raise ValueError(f'drop_path_rate={drop_path_rate}: must be from 0 to 1')
         block_dprs: Any = calculate_drop_path_rates(drop_path_rate, block_depths, stagewise=True)
         block_fn: type[ResidualBlock] = ResidualBlock
         block_args: dict[str, Any] = {}
@@ -444,13 +441,6 @@ class DelugeNet(nn.Module):
             block_args.update(
                 cross_layer=AGGREGATIONS[aggregation], channel_masks=channel_masks,
                 connection_drop_rate=connection_drop_rate)
-        _check_pruned_connections(pruned_connections, block_depths, aggregation)
-        if not 0 <= connection_drop_rate < 1:
-            raise ValueError(f'connection_drop_rate={connection_drop_rate}: must be from 0 to less than 1')
-        if connection_drop_rate:
-            _check_has_connections('connection_drop_rate', aggregation)
-        if channel_masks and aggregation != 'cross_layer':
-            raise ValueError(f"channel_masks: only aggregation='cross_layer' takes them, got {aggregation!r}")
         dilation = 1
         self.stages = nn.Sequential()
         for i, (depth, width, dpr) in enumerate(zip(block_depths, widths, block_dprs)):
@@ -636,6 +626,10 @@ def _check_option(name: str, value: int | str, choices: tuple[int | str, ...]) -
 
 
 def _check_size(depths: Sequence[int], widths: Sequence[int], num_classes: int, in_chans: int) -> None:
+    if len(depths) != len(widths):
+        raise ValueError(f'depths {tuple(depths)} and widths {tuple(widths)} must name the same number of blocks')
+    if not depths:
+        raise ValueError('depths and widths: expected at least one block')
     # the classifier, the stem, three convolutions a layer, cross-layer weights and biases; transitions are not counted
     params = 2 * num_classes * widths[-1] + 49 * in_chans * widths[0] + sum(
         13 * depth * width ** 2 + 2 * width * depth * (depth + 3) for depth, width in zip(depths, widths))
@@ -645,15 +639,26 @@ def _check_size(depths: Sequence[int], widths: Sequence[int], num_classes: int, 
             f'network has about {params:.1e} parameters; at most {MAX_PARAMS:,} are built')
 
 
-def _check_has_connections(option: str, aggregation: str) -> None:
-    if aggregation in ('last', 'residual'):
-        raise ValueError(f'{option}: aggregation={aggregation!r} has no connections across layers')
+def _check_connections(
+        block_depths: Sequence[int],
+        aggregation: str,
+        pruned_connections: Any,
+        channel_masks: bool,
+        connection_drop_rate: float,
+) -> None:
+    if not 0 <= connection_drop_rate < 1:
+        raise ValueError(f'connection_drop_rate={connection_drop_rate}: must be from 0 to less than 1')
+    if channel_masks and aggregation != 'cross_layer':
+        raise ValueError(f"channel_masks: only aggregation='cross_layer' takes them, got {aggregation!r}")
+    has_pruned = pruned_connections is not None
+    for option, is_given in ('connection_drop_rate', connection_drop_rate), ('pruned_connections', has_pruned):
+        if is_given and aggregation in ('last', 'residual'):
+            raise ValueError(f'{option}: aggregation={aggregation!r} has no connections across layers')
+    if has_pruned:
+        _check_pruned_connections(pruned_connections, block_depths)
 
 
-def _check_pruned_connections(pruned_connections: Any, depths: Sequence[int], aggregation: str) -> None:
-    if pruned_connections is None:
-        return
-    _check_has_connections('pruned_connections', aggregation)
+def _check_pruned_connections(pruned_connections: Any, depths: Sequence[int]) -> None:
     if [len(block) for block in pruned_connections] != list(depths):
         raise ValueError(
             f'pruned_connections: expected lists for {" + ".join(map(str, depths))} cross-layer convolutions, got '
