@@ -1,9 +1,9 @@
-"""Train by timm's train.py with other rules for cross-layer weights and biases: how fast they learn, and from where.
+"""Train by timm's train.py with other rules for cross-layer weights and biases: how they learn, and from which values.
 
     TIMM_SCRIPTS=path/to/pytorch-image-models python benchmarks/cross_layer_weights.py --lr-scale 0.1 \
         --config $(timm-deluge recipe cifar100_connections) --data-dir cifar100 --epochs 1
 
-What this script does not know goes to train.py.
+Options that this script does not know are passed to train.py.
 """
 import os
 import sys
@@ -29,7 +29,7 @@ class Start(str, Enum):
 
 
 class Optimizer(str, Enum):
-    """Of the cross-layer weights: what train.py's optimizer has for vectors, or orthogonalised updates."""
+    """How the cross-layer weights are updated: as train.py's optimizer does with vectors, or orthogonalised by Muon."""
     fallback = 'fallback'
     muon = 'muon'
 
@@ -37,7 +37,7 @@ class Optimizer(str, Enum):
 def parameter_groups(
         model: nn.Module, weight_decay: float, lr_scale: float, cross_layer_decay: float | None,
 ) -> Iterator[dict[str, Any]]:
-    """Split timm's groups of parameters in those of cross-layer convolutions and all others."""
+    """Split each of timm's groups of parameters into those of cross-layer convolutions and all others."""
     cross_layer = {id(p) for m in model.modules() if isinstance(m, CrossLayerDepthwiseConv2d) for p in m.parameters()}
     for group in timm.optim.param_groups_weight_decay(model, weight_decay):
         for chosen in (False, True):
@@ -49,7 +49,7 @@ def parameter_groups(
 
 
 def start_from_latest(self: CrossLayerDepthwiseConv2d) -> None:
-    """Take the place of `reset_parameters`, which starts from the mean."""
+    """Start from the latest source layer alone; replaces `reset_parameters`, which starts from the mean."""
     nn.init.zeros_(self.weight)
     nn.init.ones_(self.weight[:, :, -1:])
     nn.init.zeros_(self.bias)

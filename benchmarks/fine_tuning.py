@@ -1,10 +1,10 @@
-"""Train a pruned network on for one epoch, by timm's train.py: how much of its accuracy comes back. One JSON file.
+"""Fine-tune a pruned network for one epoch with timm's train.py: how much accuracy it regains, as one JSON file.
 
     TIMM_SCRIPTS=path/to/pytorch-image-models python benchmarks/fine_tuning.py taylor 0.3 --data-dir cifar100
 
-The network is pruned, trained by the recipe cifar100_fine_tuning, given the statistics of training images as they are
-in inference, and tested on all test images. What there is of the checkpoint is drawn beside the curve of
-`benchmarks/pruning.py`, if that is of the same one.
+The network is pruned and trained with the recipe cifar100_fine_tuning. Its BatchNorm statistics are then re-estimated
+on training images prepared as in inference, and it is tested on all test images. If `benchmarks/pruning.py` has
+measured the same checkpoint, its figure is drawn again with all fine-tuning results of that checkpoint.
 """
 import json
 import os
@@ -33,7 +33,7 @@ SETTLED_IMAGES = 5000
 
 
 def fine_tune(pruned: nn.Module, data_dir: Path) -> None:
-    """Train a network on by train.py, and settle its batch normalisation."""
+    """Fine-tune a network with train.py, and re-estimate its BatchNorm statistics."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch, 'pruned')
         save_pruned(pruned, folder)

@@ -1,4 +1,4 @@
-"""Measure what the C++ kernels of `timm_deluge.ops` move through memory, beside `copy_`: a table, and a JSON
+"""Measure the memory throughput of the C++ kernels of `timm_deluge.ops` beside that of `copy_`: a table, and a JSON
 file for each processor.
 
     pip install -e '.[benchmark]' && python benchmarks/kernels.py
@@ -23,7 +23,7 @@ from tabulate import tabulate
 from timm_deluge.ops import cpp
 
 LAYOUTS = {'channels_last': torch.channels_last, 'contiguous': torch.contiguous_format}
-MAX_TIME = 1.5  # of that of copy_
+MAX_TIME = 1.5  # as a multiple of copy_'s
 
 
 def kernel_calls(shape: list[int], dtype: torch.dtype, layout: str) -> dict[str, tuple[Callable[[], Any], int]]:

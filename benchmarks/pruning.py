@@ -3,9 +3,9 @@
     pip install -e '.[benchmark]'
     python benchmarks/pruning.py --train-dir cifar100/train --test-dir cifar100/validation
 
-Three things: how well the norm of a connection's weights and a first-order estimate rank what the loss on training
-images is without it; the accuracy on all test images without the weakest ones, before any fine-tuning; and the time of
-inference that is left, a ratio of medians of interleaved rounds.
+Three things are measured: how well the norm of a connection's weights, and a first-order estimate, rank connections by
+the loss on training images without each; the accuracy on all test images without the weakest connections, before any
+fine-tuning; and the inference time that is left, a ratio of medians of interleaved rounds.
 """
 import json
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ RESULTS = run.FOLDER / 'pruning.json'
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's: how alike two lists order the same things, -1 to 1."""
+    """Get Spearman's rank correlation: how alike two lists order the same things, -1 to 1."""
     ranks = [torch.tensor(values).argsort().argsort().double() for values in (a, b)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
@@ -75,7 +75,7 @@ def test_batches(
 
 
 def measure_speed(whole: nn.Module, pruned: nn.Module, dtype: torch.dtype) -> dict[str, float]:
-    """Get the time of inference, of the whole network's, for each batch size."""
+    """Get the pruned network's inference time as a fraction of the whole network's, for each batch size."""
     input_size = timm.data.resolve_model_data_config(whole)['input_size']
     ratios = {}
     for batch in BATCHES:
@@ -86,7 +86,7 @@ def measure_speed(whole: nn.Module, pruned: nn.Module, dtype: torch.dtype) -> di
 
 
 def fine_tuned_rows(checkpoint: str) -> list[dict[str, Any]]:
-    """Get what `fine_tuning.py` has measured of a checkpoint."""
+    """Get what `fine_tuning.py` has measured for a checkpoint."""
     rows = [json.loads(path.read_text()) for path in FINE_TUNED.glob(f'{checkpoint}-*.json')]
     return sorted(rows, key=lambda row: row['fraction'])
 

@@ -2,14 +2,15 @@
 
     pip install -e '.[benchmark]' && python benchmarks/run.py
 
-Every comparison runs in a process of its own and alternates between its sides, in random order, so that all meet the
-same machine, and what another has left in its caches; a ratio is one of medians. R is the same network with residual
-sums (`aggregation='residual'`): in training in plain modules, as other networks of timm are; fused R trains as
-DelugeNets do, keeping only what convolutions take and give.
+Every comparison runs in a process of its own and alternates between its sides in random order, so that all sides meet
+the same conditions, including the caches as another side has left them; a ratio is one of medians. R is the same
+network with residual sums (`aggregation='residual'`). In training, R runs as plain modules, like other networks of
+timm; fused R runs its composite layers and transitions as DelugeNets do, without keeping the convolutions' normalised
+inputs for the backward pass.
 
-A reference kernel is timed before, between and after a comparison's rounds: where it takes longer than at its fastest
-in the whole file, another load was present, and the comparison says so. One whose rounds disagree is repeated, and the
-calmer run counts.
+A reference kernel is timed before, during and after a comparison's rounds: where it takes longer than at its fastest in
+the whole file, another load was present, and this is reported for the comparison. A comparison whose rounds disagree is
+repeated, and the calmer run counts.
 """
 import fnmatch
 import json
@@ -61,8 +62,8 @@ PEERS = [
     'delugenet122 resnet200', 'delugenet122 densenet161', 'delugenet92 wide_resnet50_2', 'delugenet92 resnet152']
 BASELINES = ('resnetlike146_3x3', 'resnetlike146_1x1')
 LENGTHS = (8, 16, 32, 64)
-MAX_DISAGREEMENT = 0.15  # of the rounds of a side: interquartile range, of the median
-MAX_LOAD = 1.15  # of the reference kernel's times: the longest, of the shortest
+MAX_DISAGREEMENT = 0.15  # of the rounds of a side: interquartile range / median
+MAX_LOAD = 1.15  # of the reference kernel: longest time / shortest time
 MAX_RUNS = 2
 rounds = 0
 spreads: list[float] = []
@@ -91,7 +92,7 @@ def median_seconds(sides: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def reference_seconds() -> float:
-    """Time a matrix product and a copy: the least of several, as only another load makes it longer for long."""
+    """Time a matrix product and a copy: the shortest of several times, which only a lasting other load lengthens."""
     matrix = torch.ones(768, 768, device=DEVICE)
     memory = torch.ones(2 ** 22, device=DEVICE)
     times = []
@@ -145,7 +146,7 @@ def training_step(
 
 
 def kept_bytes(model: nn.Module, x: torch.Tensor, implementation: str = 'auto', autocast: bool = False) -> int:
-    """Bytes that autograd keeps for the backward pass: storages, each once, parameters excluded."""
+    """Count the bytes that autograd keeps for the backward pass: each storage once, without parameters."""
     set_implementation(implementation)
     storages: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -249,7 +250,7 @@ def measure_onnxruntime(name: str) -> dict[str, Any]:
     x = images(BATCH['inference'][name], SIZE[name])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry('session.force_spinning_stop', '1')  # after a run: the others need the cores
+    options.add_session_config_entry('session.force_spinning_stop', '1')  # after a run: the other sides need the cores
     sides: dict[str, Callable[[], Any]] = {'ours': inference(create(name, True), x)}
     with TemporaryDirectory() as folder:
         for side, reparameterized in (('as trained', False), ('reparameterised', True)):
@@ -331,12 +332,12 @@ def cpu_info() -> tuple[str, list[str]]:
 
 
 def has_bfloat16() -> bool:
-    """Tell whether bfloat16 is more than emulated here."""
+    """Tell whether this machine computes in bfloat16 without emulation."""
     return DEVICE == 'cuda' or not {'avx512_bf16', 'amx_bf16'}.isdisjoint(cpu_info()[1])
 
 
 def cpu_name() -> str:
-    """Name the processor, and AMX or no more than AVX2: virtual machines give several processors one name."""
+    """Name the processor, and say if it has AMX or only AVX2: virtual machines give several processors one name."""
     name, flags = cpu_info()
     if 'amx_bf16' in flags:
         return f'{name} with AMX'

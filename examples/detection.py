@@ -30,7 +30,7 @@ class PyramidBackbone(nn.Module):
 
 
 def create_detector(name: str = 'delugenet122', num_classes: int = 2, pretrained: bool = True) -> FasterRCNN:
-    """Create a detector for classes of which 0 is the background."""
+    """Create a detector; class 0 is the background."""
     return FasterRCNN(PyramidBackbone(name, pretrained), num_classes, min_size=128, max_size=256)
 
 

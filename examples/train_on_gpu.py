@@ -2,11 +2,12 @@
 
     python examples/train_on_gpu.py $(timm-deluge recipe cifar100_delugenet146_muon40) cifar100 --output output/muon40
 
-A step of a narrow, deep network is thousands of kernels of microseconds, more than a processor can launch in that time;
-a graph launches them all at once. Images are cropped, flipped and erased as timm does it, a batch at a time.
+A step of a narrow, deep network consists of thousands of kernels that take microseconds each, and a processor cannot
+launch them that fast; a graph launches them all at once. Images are cropped, flipped and erased as in timm, but a batch
+at a time.
 
-It leaves what `timm-deluge weights add` needs: args.yaml, summary.csv and last.pth.tar, with float16 weights and
-without the optimizer's state, so that a run cannot be resumed.
+The script writes what `timm-deluge weights add` needs: args.yaml, summary.csv and last.pth.tar. The last has float16
+weights and no optimizer state, so a run cannot be resumed.
 """
 import csv
 import math
@@ -33,18 +34,18 @@ from torch import nn
 import timm_deluge  # noqa: F401 registers the models
 from timm_deluge.validate import list_classes, open_folder
 
-TRIES = 10  # of timm's 'rrc' to find a crop that fits into the image
+TRIES = 10  # attempts of timm's 'rrc' to find a crop that fits into the image
 EAGER_STEPS = 3  # before a step is captured: they compile kernels and create the optimizer's state
 DEFAULTS = dict(
     model_kwargs={}, pretrained=False, train_split='train', val_split='validation',
     validation_batch_size=500, opt_kwargs={}, sched='cosine', min_lr=0., train_crop_mode='rrc', scale=(0.08, 1.0),
     ratio=(3 / 4, 4 / 3), hflip=0.5, reprob=0., smoothing=0.1, seed=42, val_interval=5)
-FIXED = dict(  # what other options are here
+FIXED = dict(  # the only values of these options that this script supports
     device_modules=['timm_deluge'], initial_checkpoint='', crop_pct=1.0, amp=True, amp_dtype='bfloat16',
     channels_last=True, color_jitter=0.0, remode='const', train_interpolation='bilinear', sched_on_updates=True,
     train_size_schedule='progressive', train_size_schedule_spread=0.0, train_size_random_mix=0.0)
 
-NEEDED = {  # for train.py's defaults are others
+NEEDED = {  # options that must be given: train.py's defaults are not what this script does
     'batch_size', 'epochs', 'lr', 'model', 'momentum', 'num_classes', 'opt', 'train_img_sizes', 'warmup_epochs',
     'warmup_lr', 'weight_decay', *FIXED.keys() - {'channels_last', 'device_modules', 'initial_checkpoint'}}
 
@@ -53,10 +54,10 @@ def read_recipe(path: Path) -> dict[str, object]:
     """Read the options of a recipe.
 
     Args:
-        path: YAML file of options of train.py.
+        path: YAML file with options of train.py.
 
     Raises:
-        ValueError: If there is an option, or a value, of which this script would make something else than train.py.
+        ValueError: If with these options this script would do something else than train.py.
     """
     recipe = yaml.safe_load(path.read_text())
     missing = NEEDED - recipe.keys()
@@ -83,7 +84,7 @@ def read_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         Images ``[N, H, W, 3]`` of bytes, classes ``[N]``, and the names of the classes.
 
     Raises:
-        ValueError: If there is no such folder, or it holds other images.
+        ValueError: If there is no such folder, or its images differ in size.
     """
     dataset = open_folder(folder)
     paths, targets = zip(*dataset.reader.samples)
@@ -103,7 +104,7 @@ def augment(images: torch.Tensor, size: int, args: Namespace) -> torch.Tensor:
 
     Args:
         images: ``[N, H, W, 3]``, bytes.
-        size: The results'.
+        size: Height and width of the results.
         args: `train_crop_mode`, `scale`, `ratio` and `hflip`.
 
     Returns:
@@ -116,14 +117,14 @@ def augment(images: torch.Tensor, size: int, args: Namespace) -> torch.Tensor:
     area, aspect = uniform(*args.scale, tries), uniform(*map(math.log, args.ratio), tries).exp()
     if args.train_crop_mode == 'rkrr':
         area, aspect = (factor.masked_fill(uniform(0, 1) < 0.5, 1.) for factor in (area, aspect))
-    extent = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], -1)  # parts of width and height
-    first = (extent <= 1).all(-1).int().argmax(0)  # that fits
+    extent = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], -1)  # as fractions of width and height
+    first = (extent <= 1).all(-1).int().argmax(0)  # the first one that fits
     extent = extent[first, torch.arange(len(images), device=images.device)]
     if args.train_crop_mode == 'rrc':
         extent = extent.clamp(max=1)  # where none fits
     centre = torch.stack([uniform(-1, 1), uniform(-1, 1)], 1) * (1 - extent)
     extent[:, 0] *= 1 - 2. * (uniform(0, 1) < args.hflip)
-    oversampling = math.ceil(images.shape[1] / size)  # so that a smaller image sees every pixel
+    oversampling = math.ceil(images.shape[1] / size)  # so that every pixel counts in a smaller image
     grid = F.affine_grid(
         torch.cat([torch.diag_embed(extent), centre[..., None]], 2),
         [len(images), 3, oversampling * size, oversampling * size], align_corners=False)
@@ -136,7 +137,7 @@ def erase(images: torch.Tensor, probability: float) -> torch.Tensor:
 
     Args:
         images: ``[N, 3, H, W]``, normalised.
-        probability: How often, for each image.
+        probability: Probability that an image is erased.
     """
     def uniform(low, high):
         return torch.empty(len(images), 1, device=images.device).uniform_(low, high)
@@ -153,7 +154,7 @@ def erase(images: torch.Tensor, probability: float) -> torch.Tensor:
 
 
 class BatchedMuon:
-    """The step of timm's Muon, for all matrices of a shape at once, and such that a graph can hold it."""
+    """The step of timm's Muon for all matrices of a shape at once, in a form that a CUDA graph can capture."""
 
     def __init__(self, optimizer: timm.optim.Muon) -> None:
         """
@@ -185,7 +186,7 @@ class BatchedMuon:
         self.adamw = torch.optim.AdamW(others, capturable=lr.is_cuda)
 
     def take_learning_rates(self) -> None:
-        """Take those that a scheduler has given to timm's optimizer."""
+        """Take the learning rates that a scheduler has set in timm's optimizer."""
         for group, lr in zip(self.optimizer.param_groups, self.lrs):
             lr.fill_(group['lr'])
         for group, (lr, scale) in zip(self.adamw.param_groups, self.fallback_scales):
@@ -324,7 +325,7 @@ def train(args: Namespace) -> dict[str, float]:
         start, count = time.perf_counter(), 0
         if size != args.train_img_sizes[epoch]:
             size = args.train_img_sizes[epoch]
-            step = None  # which holds memory
+            step = None  # frees the old graph's memory
             step = step_of(size)
         total_loss.zero_()
         for batch in torch.randperm(len(images), device=device)[:steps * args.batch_size].split(args.batch_size):

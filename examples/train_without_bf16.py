@@ -3,8 +3,8 @@
     python examples/train_without_bf16.py path/to/pytorch-image-models/train.py \
         --config $(timm-deluge recipe cifar100_resnetlike146) --data-dir cifar100
 
-timm's Muon orthogonalises every update in bfloat16. A processor that emulates it takes many times as long for that as
-in float32, a large part of each training step. `lscpu | grep bf16` prints nothing where a processor has none.
+timm's Muon orthogonalises every update in bfloat16. A processor that only emulates bfloat16 takes many times as long
+for this as in float32, a large part of each training step. On such a processor, `lscpu | grep bf16` prints nothing.
 """
 from functools import partial
 

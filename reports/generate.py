@@ -43,7 +43,7 @@ def generate() -> dict[Path, str]:
     """Make every generated text.
 
     Returns:
-        Text by path; of a page with other text, too, the whole, with its figures renewed.
+        Text by path. For a page that also has other text, it is the whole page, with its figures renewed.
     """
     checkpoints = list_checkpoints()
     others = [name for name in timm.list_models(module='delugenet') if name not in PUBLISHED]
@@ -129,7 +129,7 @@ def draw_learning_curves(path: Path) -> Figure:
 
 
 def accuracies() -> list[dict[str, Any]]:
-    """Get what the paper printed and what our checkpoints reach: network, data set, GFLOPs in its way, top-1 in %."""
+    """Get the paper's results and our checkpoints': data set, network, GFLOPs as the paper counts, and top-1 in %."""
     points = [
         {'data': data, 'source': 'paper', 'name': name, 'gflops': published.gflops, 'top1': 100 - error}
         for name, published in PUBLISHED.items() if published.gflops for data, error in published.top1_error.items()]
@@ -162,7 +162,7 @@ def draw_accuracies(path: Path) -> None:
 
 
 def _performance() -> str:
-    """Show what was measured: a table for time of inference, of training, and for memory, a column for each machine."""
+    """Show what was measured: tables for inference time, training time and memory, with a column for each machine."""
     machines = _machines()
     return '\n\n'.join((
         *(_performance_table(subject, lines, machines) for subject, lines in _performance_lines(machines).items()),
@@ -174,7 +174,7 @@ def _performance() -> str:
 
 
 def _performance_summary() -> str:
-    """Show time and memory of two networks with residual sums for comparison, and how many goals were missed."""
+    """Show two networks' time and memory relative to the same with residual sums, and how many goals were missed."""
     machines = _machines()
     lines = _performance_lines(machines)
     chosen = {f'{subject.partition(":")[0]}: {what}': line for subject, of_subject in lines.items()
@@ -195,7 +195,7 @@ def _performance_summary() -> str:
 
 
 def _performance_lines(machines: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, str]]]:
-    """Get what was measured, and the goal: by subject, by what it is, and by machine."""
+    """Get the measured figures and their goals, by subject, then by what was measured, then by machine or 'goal'."""
     lines: dict[str, dict[str, dict[str, str]]] = {}
     for machine in machines:
         for name, row in machine['rows'].items():
@@ -226,7 +226,7 @@ def _loops() -> list[dict[str, Any]]:
 
 
 def _kernels() -> str:
-    """Show the time of every C++ loop, of that of a copy_ of as many bytes: a table for each processor."""
+    """Show the time of every C++ loop as a multiple of a copy_ of as many bytes: a table for each processor."""
     parts = []
     for machine in _loops():
         lines: dict[str, dict[str, str]] = {}
@@ -249,7 +249,7 @@ def _by(criterion: str) -> str:
 
 
 def _pruning() -> str:
-    """Show what connections are worth: accuracy and time without the weakest, and how well they can be guessed."""
+    """Show what connections are worth: accuracy and time without the weakest, and how well scores rank them."""
     path = REPOSITORY / 'benchmarks' / 'pruning.json'
     if not path.exists():
         return 'Not measured yet: `python benchmarks/pruning.py`.'
@@ -294,7 +294,7 @@ def _pruning() -> str:
 
 
 def _features(checkpoints: list[Checkpoint]) -> str:
-    """Show what frozen features are worth beside what was trained on the same data."""
+    """Show the accuracy of frozen features beside that of networks trained on the same data."""
     lines = (REPORTS / 'frozen_features.jsonl').read_text(encoding='utf-8').splitlines()
     frozen = [json.loads(line) for line in lines]
     rows = [(f'{what}, `{found["model"]}`', f'{found["train images"]:,}', '', f'{found[what]:.2f}')
@@ -329,7 +329,7 @@ def _baselines(zoo: list[ModelReport]) -> str:
 
 
 def _learning_rates() -> str:
-    """Compare the errors of networks after an epoch at each of some learning rates, of one recipe and seed."""
+    """Compare networks' errors after one epoch at several learning rates, with one recipe and seed."""
     errors: dict[str, dict[str, str]] = {}
     for path in sorted((REPORTS / 'learning_rates').glob('*.csv')):
         model, _, rate = path.stem.partition('.')
@@ -339,7 +339,7 @@ def _learning_rates() -> str:
 
 
 def _cross_layer_weights() -> str:
-    """Compare the errors of one network by how its cross-layer weights learn, of one recipe, seed by seed."""
+    """Compare one network's errors under several rules for its cross-layer weights, with one recipe, seed by seed."""
     rows = []
     for options, name in CROSS_LAYER_WEIGHTS.items():
         results = [_result(path) for path in sorted((REPORTS / 'cross_layer_weights').glob(f'{name}.*.csv'))]
@@ -349,7 +349,7 @@ def _cross_layer_weights() -> str:
 
 
 def _aggregations() -> str:
-    """Compare the errors of one network with what connects its layers, of one recipe and seed."""
+    """Compare one network's errors by what connects its layers, with one recipe and seed."""
     rows = []
     for label, name in AGGREGATIONS.items():
         report = create_report('delugenet146', aggregation=name.partition('.')[0])
@@ -360,7 +360,7 @@ def _aggregations() -> str:
 
 
 def _connection_drop() -> str:
-    """Compare the errors of one network with connections dropped at random in training, of one recipe and seed."""
+    """Compare one network's errors at several rates of connection drop in training, with one recipe and seed."""
     logs = {'0': REPORTS / 'aggregations' / 'cross_layer.csv'}
     logs.update((path.stem, path) for path in sorted((REPORTS / 'connection_drop').glob('*.csv')))
     rows = [(rate, *_result(path)) for rate, path in logs.items()]
@@ -399,7 +399,7 @@ def _conditions(machine: dict[str, Any]) -> str:
 
 
 def _doubts(machine: dict[str, Any], kinds: tuple[str, ...] = ('',)) -> str:
-    """Name the comparisons, of kinds that begin with these words, of which a figure may be off."""
+    """Name the comparisons whose figures may be off, among those whose names begin with one of `kinds`."""
     named = [(_comparison(name), row) for name, row in machine['rows'].items() if name.startswith(kinds)]
     rows = [(name, row) for name, row in named if 'load' in row]
     if not rows:
@@ -416,7 +416,7 @@ def _doubts(machine: dict[str, Any], kinds: tuple[str, ...] = ('',)) -> str:
 
 
 def _comparison(name: str) -> str:
-    """Say in words which comparison of benchmarks/run.py has this name."""
+    """Describe in words the comparison of benchmarks/run.py that has this name."""
     kind, _, networks = name.partition(' ')
     words = {'growth': f'a block of {networks} layers', 'peer': ' beside '.join(networks.split())}
     return words.get(kind, name)

@@ -1,4 +1,4 @@
-"""Run tests, in any environment, and get what came of each."""
+"""Run tests, in any environment, and get the outcome of each."""
 import os
 import subprocess
 import xml.etree.ElementTree as ET
@@ -10,14 +10,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class Outcome(NamedTuple):
-    """What came of a test.
+    """The outcome of a test.
 
     Attributes:
-        name: The test's, with its parameters.
+        name: The test's name, with its parameters.
         kind: 'passed', 'failed' or 'skipped'.
         message: Why it was skipped, or the error.
         seconds: How long it took.
-        properties: What it recorded.
+        properties: The properties that it recorded.
     """
     name: str
     kind: str
@@ -31,11 +31,11 @@ def run_tests(python: str | Path, *arguments: str | Path, **environment: str) ->
 
     Args:
         python: The environment's interpreter.
-        arguments: pytest's.
-        environment: Variables besides this process's.
+        arguments: pytest's arguments.
+        environment: Environment variables besides this process's.
 
     Returns:
-        What came of each; one failure without a name if pytest wrote nothing, as when it cannot read its configuration.
+        Each test's outcome; one failure without a name if pytest wrote nothing, as if it cannot read its configuration.
     """
     with TemporaryDirectory() as folder:
         results = Path(folder, 'results.xml')

@@ -24,7 +24,7 @@ RESULTS = REPORT.with_suffix('.json')
 TESTS = REPOSITORY / 'tests' / 'tools'
 EXPORTED = 'delugenet146'
 EXPORTERS = 'exporters'
-# what `pip install` takes for the tests of each, by their names
+# the arguments of `pip install` for the tests of each tool
 TOOLS = {
     'transformers': ('transformers[torch]',), 'fastai': ('fastai',), 'lightning': ('lightning',),
     'grad_cam': ('grad-cam',), 'torchinfo': ('torchinfo',), 'torchao': ('torchao',),
@@ -47,15 +47,15 @@ largest output. A reparameterised network is what `timm.utils.reparameterize_mod
 
 
 def install(folder: Path, *packages: str, base: Path | None = None) -> Path:
-    """Make an environment, and see what another one has.
+    """Make an environment, which may also see the packages of another one.
 
     Args:
-        folder: Where.
+        folder: Where to make it.
         packages: What pip installs.
-        base: Folder of the other environment.
+        base: Folder of the other environment, if any.
 
     Returns:
-        Its interpreter.
+        The interpreter of the new environment.
     """
     venv.create(folder, with_pip=True)
     if base:
@@ -73,7 +73,7 @@ def version(python: Path, package: str) -> str:
 
 
 def descriptions() -> dict[str, str]:
-    """Get what each test says that it tries."""
+    """Get the docstring of each test, by its name: it says what is tried."""
     tree = ast.parse((TESTS / 'test_other_tools.py').read_text(encoding='utf-8'))
     return {node.name: ast.get_docstring(node) or '' for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -87,7 +87,7 @@ def listed(versions: dict[str, str]) -> str:
 
 
 def try_tools(names: Sequence[str], results: dict[str, Any]) -> None:
-    """Try some tools, and write down what came of each."""
+    """Try some tools, and write down the results."""
     tried = descriptions()
     with TemporaryDirectory() as folder:
         base = Path(folder, 'base')

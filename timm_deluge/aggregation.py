@@ -1,9 +1,9 @@
 """The ways in which a Deluge block can combine its earlier outputs into a layer's input: one class each.
 
-The paper's cross-layer depthwise convolution has a weight per source layer and channel. The two others each drop
-one of these, which shows what it is worth: one weight for all channels, or the last source layer alone. Both are
-special cases of the first: `kernel` gives its weights, repeated or zero, so they take the fused path, too. A pruned
-convolution is one with fewer sources.
+The paper's cross-layer depthwise convolution has one weight per source layer and channel. Each of the other two gives
+up one of these, which shows what it is worth: `WeightedLayerSum` has one weight for all channels, and `LastLayerScale`
+only the last source layer. Both are special cases of the first: `kernel` returns the equivalent convolution's weights,
+repeated or filled with zeros, so they take the fused path, too. A pruned convolution is one with fewer sources.
 """
 from collections.abc import Sequence
 from typing import Any
@@ -33,10 +33,10 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         """
         Args:
             num_layers: Number l of sources: the block's input h_0, and the outputs of its layers so far.
-            channels: Number of channels C of each.
-            sources: Indices of those that take part, ascending; all if None.
+            channels: Number of channels C of each layer.
+            sources: Indices of the source layers that take part, ascending; all if None.
             drop_rate: Share of the connections to source layers that are dropped in training, drawn for each image.
-            masked: Whether single weights may be gone, those that are False in the buffer `mask`.
+            masked: Whether single weights may be pruned: those for which the buffer `mask` is False.
         """
         super().__init__()
         self.num_layers = num_layers
@@ -63,13 +63,13 @@ class CrossLayerDepthwiseConv2d(nn.Module):
             self.mask.fill_(True)
 
     def masked_weight(self) -> torch.Tensor:
-        """Get the weight, ``[C, 1, number of sources, 1]``, with zeros for what is gone."""
+        """Get the weight, ``[C, 1, number of sources, 1]``, with zeros for pruned weights."""
         mask = self.mask
         return self.weight if mask is None else self.weight * mask
 
     @torch.jit.ignore
     def kernel(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Get weight and bias, ``[C, 1, l, 1]`` each, of the cross-layer depthwise convolution that does the same."""
+        """Get weight and bias, ``[C, 1, l, 1]`` each, of the equivalent cross-layer depthwise convolution."""
         shape = self.channels, 1, len(self.sources), 1
         weight, bias = self.masked_weight().expand(shape), self.bias.expand(shape)
         if len(self.sources) == self.num_layers:
@@ -81,7 +81,7 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         return weight, bias
 
     def draw_scale(self, batch_size: int) -> torch.Tensor | None:
-        """Draw what multiplies each image's connections: 0 where one is dropped, more than 1 where it is not.
+        """Draw a factor for each image and source layer: 0 if that connection is dropped, more than 1 if it is not.
 
         Args:
             batch_size: Number of images N.
@@ -126,10 +126,10 @@ class WeightedLayerSum(CrossLayerDepthwiseConv2d):
 
 
 class LastLayerScale(CrossLayerDepthwiseConv2d):
-    """The last of the layers alone, each channel with its weight: a network without connections across layers."""
+    """The last layer alone, with one weight per channel: a network without connections across layers."""
 
     def __init__(self, num_layers: int, channels: int, sources: Any = None, *args: Any, **kwargs: Any):
-        """As `CrossLayerDepthwiseConv2d`, but `sources` is always the last one."""
+        """As `CrossLayerDepthwiseConv2d`, but `sources` is ignored: the only source is the last layer."""
         super().__init__(num_layers, channels, [num_layers - 1], *args, **kwargs)
 
 

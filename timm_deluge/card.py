@@ -60,11 +60,11 @@ def _data(checkpoint: Checkpoint) -> str:
 
 
 def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint]) -> str:
-    """The models beside what the paper printed of them, in Markdown.
+    """The models beside the paper's figures for them, in Markdown.
 
     Args:
         reports: A report of each model.
-        checkpoints: The manifest; of a model's checkpoints for one data set, the best is shown.
+        checkpoints: The manifest. For each model and data set, only the best checkpoint is shown.
 
     Returns:
         The table.
@@ -89,13 +89,13 @@ def model_table(reports: Sequence[ModelReport], checkpoints: Sequence[Checkpoint
 
 
 def best_table(checkpoints: Sequence[Checkpoint]) -> str:
-    """What can be loaded for which images: each data set's best checkpoint, in Markdown.
+    """Which checkpoint to load for which images: the best one of each data set, in Markdown.
 
     Args:
         checkpoints: The manifest.
 
     Returns:
-        The table, the best first.
+        The table, the best checkpoint first.
     """
     best: dict[str, Checkpoint] = {}
     for checkpoint in sorted(checkpoints, key=lambda c: c.metrics['top1']):
@@ -112,7 +112,7 @@ def best_table(checkpoints: Sequence[Checkpoint]) -> str:
 
 
 def checkpoint_table(checkpoints: Sequence[Checkpoint]) -> str:
-    """The checkpoints' errors beside the paper's, and what they cost, in Markdown.
+    """The checkpoints' errors beside the paper's, and what their training cost, in Markdown.
 
     Args:
         checkpoints: The manifest.

@@ -44,7 +44,7 @@ err_console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 T = TypeVar('T')
 
-# what making a model and loading its weights may raise
+# errors that creating a model and loading its weights can raise
 LOADING_ERRORS = (
     AssertionError, AttributeError, EOFError, HTTPError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
     ValueError)
@@ -59,7 +59,7 @@ class Format(str, Enum):
 
 
 def _fail(message: object) -> NoReturn:
-    if str(message).startswith('Caught '):  # by a process that loads images, with its traceback
+    if str(message).startswith('Caught '):  # in a loader process: the message is its traceback
         message = str(message).splitlines()[-1].partition(': ')[2]
     err_console.print(f'[bold red]error:[/] {escape(str(message))}')
     raise typer.Exit(2)
@@ -125,7 +125,7 @@ def _shorten(path: str) -> str:
 
 
 def _printable(path: str) -> str:
-    """Get a file's name with a mark for each byte that is no text."""
+    """Get a file's name with a replacement character for each byte that cannot be decoded."""
     return os.fsencode(path).decode(errors='replace')
 
 
@@ -464,7 +464,7 @@ def publish(
                 console.print(content.decode(), markup=False)
     except (CheckpointError, HFValidationError) as error:
         _fail(error)
-    except Exception as error:  # the Hub's client passes its HTTP library's errors on, and changes the library
+    except Exception as error:  # the Hub's client lets through errors of an HTTP library that depends on its version
         _fail(f'{error} Nothing was published; run this again, and what was uploaded will not be uploaded once more. '
               f'Do you need to log in (`hf auth login`, or HF_TOKEN), or another repository?')
 

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin')
-DEAD = 1e-3  # of the largest weight of a convolution
+DEAD = 1e-3  # relative to the largest weight of a convolution
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class BlockConnectivity:
     """The connections of a block.
 
     Attributes:
-        block: Number of the block, the first is 1.
-        norms: L2 norm of the weights of source h_i, in ``norms[k][i]`` for the convolution that gives x_{k+2}, which
+        block: Number of the block, counted from 1.
+        norms: ``norms[k][i]`` is the L2 norm of the weights of source h_i in the convolution that gives x_{k+2}, which
             has k + 2 sources.
-        dead_channels: Share of each convolution's weights, one for each source and channel, that are no more than a
-            thousandth of its largest.
+        dead_channels: For each convolution, the share of its weights, one per source and channel, whose magnitude is
+            at most a thousandth of the largest.
     """
     block: int
     norms: list[list[float]]
@@ -45,7 +45,7 @@ class BlockConnectivity:
 
     @cached_property
     def last(self) -> list[float]:
-        """Norm of each source layer in the convolution that has the most of them, of the largest (paper, Fig. 3)."""
+        """Norm of each source layer in the convolution with the most sources, relative to the largest norm (Fig. 3)."""
         return [norm / (max(self.norms[-1]) or 1.) for norm in self.norms[-1]]
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def block_connectivity(state_dict: dict[str, torch.Tensor]) -> list[BlockConnect
         The blocks in their order.
 
     Raises:
-        ValueError: If there are no cross-layer convolutions, their weights are not finite, or some have no weights for
-            some of their sources.
+        ValueError: If there are no cross-layer convolutions, their weights are not finite, or a convolution lacks
+            weights for some of the layers before it.
     """
     blocks: dict[int, dict[int, torch.Tensor]] = {}
     for name, tensor in state_dict.items():
@@ -94,13 +94,13 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
     """Get the tensors of a checkpoint.
 
     Args:
-        source: A file of train.py or in safetensors form, also the first of several parts; or what
-            `timm.create_model` takes: a model, `model.tag`, `hf-hub:USER/REPO` or `local-dir:FOLDER`, with its
-            pretrained weights.
+        source: A checkpoint file of train.py or a safetensors file, which may be the first of several parts; or a name
+            that `timm.create_model` takes: a model, `model.tag`, `hf-hub:USER/REPO` or `local-dir:FOLDER`, whose
+            pretrained weights are loaded.
 
     Returns:
-        The tensors by name; of a run's checkpoint, the weights themselves, not their moving average. Connections that
-        were pruned from a model are zeros.
+        The tensors by name. For a checkpoint of train.py, these are the weights themselves, not their moving average.
+        The pruned connections of a model have zeros.
 
     Raises:
         CheckpointError: If there is neither such a file nor such a model with weights, or the file is damaged.
@@ -118,15 +118,15 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
 
 
 def names_model(source: str) -> bool:
-    """Tell whether `timm.create_model` takes a name: of timm's registry, or with the prefix of another source."""
+    """Tell whether `timm.create_model` takes a name: one of timm's registry, or one with another source's prefix."""
     return source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(source)
 
 
 def with_pruned(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Give the cross-layer convolutions of a network the connections that were pruned: zeros.
+    """Fill in the pruned connections of a network's cross-layer convolutions with zeros.
 
     Args:
-        tensors: The network's weights, or a tensor for each of some, by name.
+        tensors: The network's weights by name, or tensors of the same shapes for some of them, such as gradients.
         model: A network of the same structure.
 
     Returns:
@@ -145,11 +145,11 @@ def with_pruned(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str,
 
 
 def draw_connectivity(blocks: list[BlockConnectivity], title: str) -> 'Figure':
-    """Plot the last convolution's norms for each block (paper, Fig. 3), and below all connections of the block.
+    """Plot for each block the norms of its last convolution (paper, Fig. 3), and all of its connections below.
 
     Args:
         blocks: See `block_connectivity`.
-        title: What they are of.
+        title: Title of the figure, such as the name of the model.
 
     Returns:
         A matplotlib figure, nine inches wide.

@@ -5,8 +5,8 @@ all earlier outputs of its block; a DelugeNet hands it a *cross-layer depthwise 
 weight per source layer and channel. Layers far apart stay connected, each channel picks its sources, and the price is
 0.5 to 2.6 % of the network's multiply-adds.
 
-A block is what timm calls a stage; a composite layer, what timm calls a block. With h_0 a block's input and h_1 … h_L
-the outputs of its composite layers::
+A block here is what timm calls a stage, and a composite layer is what timm calls a block. With h_0 a block's input and
+h_1 … h_L the outputs of its composite layers::
 
     x_1 = h_0
     x_l = sum_i  weight_l[i] * norm(h_i) + bias_l[i],    i = 0 … l - 1        the cross-layer convolution, of l sources
@@ -14,15 +14,14 @@ the outputs of its composite layers::
 
 ``norm`` is batch normalisation without affine parameters, which the released code applies to every input of every
 cross-layer convolution. It depends on the source layer alone, so it is computed once, where the layer is produced.
-The paper's Eq. 1 has one bias per channel; the released code has one per source layer and channel, and only these
-give the paper's parameter counts. x_{L+1} is what the block hands on: to the next block's transition (BN, strided 3x3
-convolution), or after the last block to BN, ReLU, pooling and the classifier. The paper's block transition is both:
-the cross-layer convolution x_{L+1} and that strided one.
+The paper's Eq. 1 has one bias per channel; the released code has one per source layer and channel, and only the latter
+gives the paper's parameter counts. x_{L+1} is the block's output. It goes to the next block's transition (BN, strided
+3x3 convolution) or, after the last block, to BN, ReLU, pooling and the classifier. What the paper calls a block
+transition is the cross-layer convolution that gives x_{L+1} together with that strided convolution.
 
-A network is named after its depth, three convolutions for each composite layer, and the stem and the classifier:
-122 = 3 * (7 + 9 + 11 + 13) + 2, transitions not counted. In the CIFAR networks the first composite layer gives the
-first block's h_0, so that delugenet146, 3 * (8 + 16 + 24) + 2, has 47 layers in its blocks, and as many
-cross-layer convolutions.
+A network is named after its depth: three convolutions per composite layer, plus the stem and the classifier, but no
+transitions, as in 122 = 3 * (7 + 9 + 11 + 13) + 2. In the CIFAR networks the first composite layer gives the first
+block's h_0. So delugenet146 (3 * (8 + 16 + 24) + 2) has 47 layers in its blocks, and as many cross-layer convolutions.
 
 Paper: `DelugeNets: Deep Networks with Efficient and Flexible Cross-layer Information Inflows`
     - https://arxiv.org/abs/1611.05552 (Kuen, Kong, Wang and Tan, ICCV workshops 2017)
@@ -68,7 +67,7 @@ class FinalNorm(BatchNormAct2d):
     """BN and ReLU before the classifier."""
 
     def fuse(self) -> ChannelAffine:
-        """Get what it does in inference, for `timm.utils.reparameterize_model`."""
+        """Get the equivalent module for inference, for `timm.utils.reparameterize_model`."""
         return keep_hooks(self, ChannelAffine(self))
 
 
@@ -129,7 +128,7 @@ class CompositeLayer(FusedModule):
 
     @torch.jit.ignore
     def forward_fused(self, x: torch.Tensor, recompute: Recompute | None = None) -> torch.Tensor:
-        """The same; for the backward pass it keeps the outputs of two convolutions, and x unless that is recomputed."""
+        """Like `forward`, but save only two convolutions' outputs for backward, and x unless it is recomputed."""
         x = norm_act_conv(x, self.norm1, self.conv1, recompute)
         x = norm_act_conv(x, self.norm2, self.conv2)
         return norm_act_conv(x, self.norm3, self.conv3)
@@ -167,7 +166,7 @@ class ProjectionLayer(CompositeLayer):
 class BlockTransition(FusedModule):
     """Block transition: BN and a strided 3x3 convolution, without ReLU.
 
-    Its cross-layer convolution is the last one of the block before.
+    The cross-layer convolution that the paper counts as part of it is the last one of the previous block.
     """
     part_types = {
         **FusedModule.part_types,
@@ -199,7 +198,7 @@ class BlockTransition(FusedModule):
     def reparameterize(self) -> None:
         """Put a scale and a shift in the BN's place, for `timm.utils.reparameterize_model`.
 
-        The convolution pads with zeros after the BN, and so cannot take the shift in.
+        The convolution pads the BN's output with zeros, so the shift cannot be folded into it.
         """
         if not isinstance(self.norm, ChannelAffine):
             self.norm = ChannelAffine(self.norm)
@@ -248,8 +247,8 @@ class ResidualBlock(nn.Module):
 class DelugeBlock(FusedModule, ResidualBlock):
     """Block whose layers see a cross-layer depthwise convolution of all earlier outputs (paper, Eq. 1).
 
-    In the module's terms, with i counted from 0: `norm` normalises h_0 and `norms[i]` h_{i+1}, which `layers[i]`
-    computes from x_{i+1}; `cross_layers[i]` gives x_{i+2}, the last one what the block hands on.
+    With i counted from 0, `layers[i]` computes h_{i+1} from x_{i+1}, `norms[i]` normalises h_{i+1}, and
+    `cross_layers[i]` gives x_{i+2}, the last of which is the block's output. `norm` normalises h_0.
     """
     part_types = {
         **CompositeLayer.part_types,
@@ -278,9 +277,9 @@ class DelugeBlock(FusedModule, ResidualBlock):
         """
         Args:
             transition, depth, width, drop_path_rates, dilation: See `ResidualBlock`.
-            cross_layer: What combines the layers, one of `AGGREGATIONS`.
-            pruned_connections: Of each cross-layer convolution, the sources that take no part; none if None.
-            channel_masks: Whether each weight of the cross-layer convolutions has a mask, as if pruned by channel.
+            cross_layer: Class that combines the layers, one of `AGGREGATIONS`.
+            pruned_connections: For each cross-layer convolution, the sources that take no part; None prunes nothing.
+            channel_masks: Whether the weights of the cross-layer convolutions have masks, as after pruning by channel.
             connection_drop_rate: Rate at which each cross-layer convolution drops its sources in training.
         """
         dd = {'device': device, 'dtype': dtype}
@@ -324,7 +323,7 @@ class DelugeBlock(FusedModule, ResidualBlock):
 
     @torch.jit.ignore
     def forward_fused(self, x: torch.Tensor) -> torch.Tensor:
-        """From h_0 on, the same with less memory traffic, and less kept for the backward pass."""
+        """The part of `forward` from h_0 on, with less memory traffic, and keeping less for the backward pass."""
         cross_layers: Any = self.cross_layers
         outputs = FusedCrossLayers(*zip(*(cross_layer.kernel() for cross_layer in cross_layers)))
         x = outputs.append(x, self.norm)
@@ -374,28 +373,28 @@ class DelugeNet(nn.Module):
             num_classes: Number of classification classes, 0 for none.
             in_chans: Number of input channels.
             global_pool: Global pooling type, see `timm.layers.SelectAdaptivePool2d`.
-            output_stride: Largest stride of the features to the input, 8, 16 or 32; dilation replaces what is left out.
-                With the CIFAR stem and three blocks it is 4 in any case.
+            output_stride: Maximum stride of the features relative to the input, 8, 16 or 32; dilation replaces further
+                strides. With the CIFAR stem and three blocks the stride is always 4.
             stem_type: 'imagenet' (7x7 convolution and max pooling, stride 4) or 'cifar' (3x3 convolution; the first
                 composite layer of `depths` gives h_0).
-            aggregation: What gives a layer's input: 'cross_layer', depthwise convolutions with a weight per source
-                layer and channel; 'scalar', with one per source layer; 'last', the last output alone, scaled; or
-                'residual', the plain sum of the layer outputs, not normalised.
+            aggregation: How a layer's input is computed: 'cross_layer', by depthwise convolutions with one weight per
+                source layer and channel; 'scalar', with one weight per source layer; 'last', from the last output
+                alone, scaled; or 'residual', as the plain sum of the layer outputs, not normalised.
             transition_type: '3x3' block transitions, or '1x1' for the projection shortcuts of a standard ResNet, where
                 the first composite layer of every block gives h_0 (paper, Table 2).
-            pruned_connections: Of each block's cross-layer convolutions, the source layers that take no part; all do if
-                None. See `timm_deluge.prune_connections`.
-            channel_masks: Whether each weight of the cross-layer convolutions has a mask, a buffer: for loading a
-                network of which single channels were pruned.
+            pruned_connections: For each block, and each of its cross-layer convolutions, the source layers that take
+                no part; None prunes nothing. See `timm_deluge.prune_connections`.
+            channel_masks: Whether the weights of the cross-layer convolutions have masks, as buffers, for loading a
+                network that was pruned by channel.
             drop_rate: Dropout rate before the classifier.
             drop_path_rate: Stochastic depth rate of the last composite layer; grows linearly from 0.
-            connection_drop_rate: In training, share of all connections between layers that are dropped, drawn for each
-                image; the others are scaled up, so that the mean stays.
+            connection_drop_rate: Share of the connections between layers that are dropped in training, drawn for each
+                image; the others are scaled up to keep the mean.
 
         Raises:
-            ValueError: If `depths` and `widths` differ in length or name no block, the layer that gives h_0 is missing,
-                an option has none of the values above, a rate is not from 0 to 1 (`connection_drop_rate`: less than
-                1), `pruned_connections` do not fit, or there would be more than a thousand million parameters.
+            ValueError: If `depths` and `widths` differ in length or are empty, the layer that gives h_0 is missing, an
+                option has none of the values above, a rate is not from 0 to 1 (`connection_drop_rate`: less than 1),
+                `pruned_connections` do not fit, or the network would have more than a billion parameters.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -404,7 +403,7 @@ class DelugeNet(nn.Module):
         _check_option('stem_type', stem_type, ('imagenet', 'cifar'))
         _check_option('aggregation', aggregation, (*AGGREGATIONS, 'residual'))
         _check_option('transition_type', transition_type, ('3x3', '1x1'))
-        # a composite layer that gives h_0 counts among its block's
+        # `depths` includes the composite layers that give h_0
         block_depths = [
             d - int(transition_type == '1x1' or (i == 0 and stem_type == 'cifar')) for i, d in enumerate(depths)]
         if min(block_depths) < 0:
@@ -476,8 +475,8 @@ class DelugeNet(nn.Module):
         """Initialise as the released code does: He's normal distribution over each convolution's fan-out.
 
         Args:
-            needs_reset: Also initialise what modules do themselves when they are made, as after `to_empty`; single
-                channels' connections that were pruned come back.
+            needs_reset: Also reset what modules initialise on creation, as is needed after `to_empty`. Weights that
+                were pruned by channel come back.
         """
         for module in self.modules():
             reset: Any = getattr(module, 'reset_parameters', None)
@@ -581,7 +580,7 @@ class DelugeNet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Remove what the wanted intermediates do not need.
+        """Remove layers that are not needed for the wanted intermediates.
 
         Args:
             indices: As in `forward_intermediates`.
@@ -704,7 +703,7 @@ _CFG_FNS = {
 
 
 def checkpoint_cfg(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Get timm's pretrained configuration of a checkpoint: its network's, with what the checkpoint decides."""
+    """Get timm's pretrained configuration of a checkpoint: the network's, updated with the checkpoint's values."""
     return _CFG_FNS[checkpoint.model](**checkpoint.pretrained_cfg())
 
 
@@ -713,7 +712,7 @@ def _default_cfgs(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
         **{c.name: checkpoint_cfg(c) for c in checkpoints},
         **{name: cfg() for name, cfg in _CFG_FNS.items() if name not in {c.model for c in checkpoints}},
     })
-    for c in reversed(checkpoints):  # timm puts one whose file is here first, but the default is the manifest's
+    for c in reversed(checkpoints):  # timm puts a tag with weights first, but the default is the manifest's first one
         cfgs[c.model].tags.remove(c.tag)
         cfgs[c.model].tags.appendleft(c.tag)
     return cfgs
@@ -727,7 +726,7 @@ def _create_delugenet(variant: str, pretrained: bool = False, **kwargs: Any) -> 
         given = {k: kwargs.get(k) for k in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')}
         kwargs['pretrained_cfg_overlay'] = choose_checkpoint(variant, **given)
     elif is_default_cfg(variant, kwargs.get('pretrained_cfg')):
-        kwargs['pretrained_cfg'] = _CFG_FNS[variant]()  # the paper's classes and input, whatever a checkpoint's are
+        kwargs['pretrained_cfg'] = _CFG_FNS[variant]()  # the paper's classes and input, not a checkpoint's
     return build_model_with_cfg(
         DelugeNet,
         variant,

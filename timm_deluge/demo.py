@@ -1,4 +1,4 @@
-"""The page of `timm-deluge demo`: what a network sees in a picture, where, and what without some connections."""
+"""The page of `timm-deluge demo`: what a network sees in a picture and where, also without some connections."""
 from functools import cache, lru_cache
 from pathlib import Path
 from statistics import median
@@ -26,7 +26,7 @@ __all__ = ['answer', 'create_page', 'grad_cam', 'launch_page']
 
 MAX_FILE_SIZE = '20mb'
 MAX_PIXELS = 50_000_000  # of a picture: 200 MB once it is decoded
-MAX_FRACTION = 0.8  # of connections: each sum keeps one
+MAX_FRACTION = 0.8  # of the connections can be removed: each sum keeps at least one
 OVERLAY_SIZE = 320
 ROUNDS = 3
 TITLE = 'timm-deluge: look into a DelugeNet'
@@ -43,21 +43,21 @@ def _network(name: str) -> Any:
 
 @lru_cache(maxsize=4)
 def _fast(name: str, fraction: float) -> tuple[Any, int]:
-    """Get a network without its weakest connections, reparameterised, and how many of them are left."""
+    """Get a network without its weakest connections, reparameterised, and the number of remaining connections."""
     pruned = prune_connections(_network(name), fraction)
     num_connections = sum(len(conv.sources) for conv in find_cross_layers(pruned).values())
     return reparameterize_model(pruned, inplace=True), num_connections
 
 
 def grad_cam(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """Find what speaks for the most probable class, by Grad-CAM (https://arxiv.org/abs/1610.02391, Eq. 1 and 2).
+    """Locate the evidence for the most probable class by Grad-CAM (https://arxiv.org/abs/1610.02391, Eq. 1 and 2).
 
     Args:
         model: A DelugeNet in eval mode.
         x: An image ``[1, in_chans, H, W]``.
 
     Returns:
-        ``[h, w]``, of the last block's size, from 0 to 1.
+        ``[h, w]``, the size of the last block's output, with values from 0 to 1.
     """
     with torch.enable_grad():
         features = model.forward_features(x)
@@ -67,7 +67,7 @@ def grad_cam(model: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _lay_over(heat: torch.Tensor, picture: Image.Image, crop_pct: float) -> Image.Image:
-    """Colour the part of a picture that the network was shown."""
+    """Lay the heat map over the part of a picture that the network was shown."""
     shown = ImageOps.fit(picture, (OVERLAY_SIZE, OVERLAY_SIZE), bleed=(1 - crop_pct) / 2)
     smooth = Image.fromarray(heat.numpy()).resize(shown.size, Image.Resampling.BICUBIC)
     colours = Image.fromarray(colormaps['viridis'](np.asarray(smooth), bytes=True)).convert('RGB')
@@ -76,7 +76,7 @@ def _lay_over(heat: torch.Tensor, picture: Image.Image, crop_pct: float) -> Imag
 
 @torch.inference_mode()
 def _time_together(networks: list[nn.Module], x: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
-    """Get the networks' probabilities, and medians of the milliseconds that they take in turns."""
+    """Get the networks' probabilities, and each one's median time in milliseconds, measured in turns."""
     times: list[list[float]] = [[] for _ in networks]
     for _ in range(ROUNDS):
         logits = []
@@ -92,16 +92,16 @@ def answer(
         name: str,
         percent: float,
 ) -> tuple[dict[str, float] | None, Image.Image | None, dict[str, float] | None, str]:
-    """Classify a picture with a network, and with what is left of it without its weakest connections.
+    """Classify a picture with a network, and with the same network without its weakest connections.
 
     Args:
         path: The picture's file; None if there is none yet.
         name: The checkpoint, `<model>.<tag>`.
-        percent: Share of the connections that are to go, by norm.
+        percent: Percentage of the connections to remove, the weakest by norm.
 
     Returns:
-        Each class's probability, the picture with what decided it, the probabilities without the connections, and how
-        much of the network is left and how long it takes.
+        Each class's probability, the picture with its Grad-CAM map, each class's probability without the connections,
+        and a text that says how much of the network is left and how long it takes.
 
     Raises:
         gradio.Error: If the picture cannot be read.
@@ -132,13 +132,13 @@ def _draw(name: str) -> Figure:
 
 
 def create_page(default: str) -> gr.Blocks:
-    """Make the page, with all networks read from this machine beforehand.
+    """Make the page, and load all networks that are on this machine.
 
     Args:
         default: The checkpoint that is chosen at first, `<model>.<tag>`.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or the file of any is not what the manifest says.
+        CheckpointError: If there is no such checkpoint, or the file of any checkpoint is not what the manifest says.
     """
     answer(str(EXAMPLE_IMAGE), default, 10)  # may download it
     names = [c.name for c in list_checkpoints() if c.files and c.has_connections]
@@ -169,7 +169,7 @@ def create_page(default: str) -> gr.Blocks:
 
 
 def launch_page(page: gr.Blocks, host: str, port: int, open_browser: bool) -> None:
-    """Serve a page, without anything from the internet, until it is interrupted.
+    """Serve a page until interrupted, without loading anything from the internet.
 
     Args:
         page: See `create_page`.
@@ -180,7 +180,7 @@ def launch_page(page: gr.Blocks, host: str, port: int, open_browser: bool) -> No
     Raises:
         OSError: If the port is not free.
     """
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses more than twice this limit
     page.launch(
         server_name=host, server_port=port, inbrowser=open_browser, share=False, ssr_mode=False, footer_links=[],
         max_file_size=MAX_FILE_SIZE, theme=gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']))

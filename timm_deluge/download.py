@@ -1,4 +1,4 @@
-"""A checkpoint's file from the Hugging Face Hub: whole and as the manifest says, or not at all."""
+"""Download a checkpoint's file from the Hugging Face Hub, and keep it only if it is what the manifest says."""
 import hashlib
 from pathlib import Path
 
@@ -13,7 +13,7 @@ __all__ = ['download_checkpoint']
 
 
 def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
-    """Download a checkpoint into the Hugging Face cache; one that was cut off goes on where it ended.
+    """Download a checkpoint into the Hugging Face cache; an interrupted download resumes where it stopped.
 
     Processes that want the same file wait for the first one.
 
@@ -27,7 +27,7 @@ def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
     Raises:
         CheckpointError: If the repository's file is not what the manifest says; nothing of it is kept.
         huggingface_hub.errors.HTTPError: If the Hub refuses (HfHubHTTPError), or the connection is lost.
-        OSError: If it cannot be written, such as on a full disk.
+        OSError: If the file cannot be written, such as on a full disk.
     """
     target = downloads_dir() / checkpoint.file
     incomplete = target.with_suffix('.incomplete')
@@ -42,7 +42,7 @@ def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
                             hf_hub_url(repository, HUB_FILE, revision=revision or None), file, resume_size=begin,
                             headers=build_hf_headers(), displayed_filename=checkpoint.file)
                         break
-                    except HTTPError as error:  # lost, which not every huggingface_hub takes up again
+                    except HTTPError as error:  # not every huggingface_hub version resumes after a lost connection
                         if isinstance(error, HfHubHTTPError) or file.tell() <= begin:
                             raise
             sha256 = hashlib.sha256(incomplete.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Modules with a second, fused forward pass, taken only while every part is of the type that it was made for."""
+"""Modules with a second, fused forward pass, taken only while every part has a type that this pass supports."""
 from typing import Any
 
 import torch
@@ -11,28 +11,28 @@ __all__ = ['FusedModule']
 
 
 class FusedModule(nn.Module):
-    """A module that can compute the same with less memory traffic, and keep less of it for the backward pass.
+    """A module that can also compute its result with less memory traffic, keeping less for the backward pass.
 
     Attributes:
-        part_types: The types that a part, at any depth, may have, by the last component of its name; ``layers[]``
-            stands for the elements of ``layers``. A `transition` and its parts may be anything. Those here are
-            of timm's `BatchNormAct2d`.
-        not_affine: Names of the batch normalisations without affine parameters; all others have them.
+        part_types: The types that a part at any depth may have, keyed by the last component of its name; ``layers[]``
+            stands for the elements of ``layers``. A `transition` and its parts may have any type. The entries of this
+            base class are the parts of timm's `BatchNormAct2d`.
+        not_affine: Names of the batch normalisations without affine parameters; all others must have them.
     """
     part_types: dict[str, tuple[type[nn.Module], ...]] = {'act': (nn.ReLU, nn.Identity), 'drop': (nn.Identity,)}
     not_affine: tuple[str, ...] = ()
 
     @torch.jit.ignore
     def runs_fused(self, x: torch.Tensor) -> bool:
-        """Whether `forward` takes that path."""
+        """Whether `forward` takes the fused path."""
         return takes_fast_path(self, x, self.why_not_fused(x))
 
     @torch.jit.ignore
     def why_not_fused(self, x: torch.Tensor) -> str | None:
-        """Get the reason why it cannot be taken, None if it can.
+        """Get the reason why the fused path cannot be taken, None if it can.
 
         Args:
-            x: What it would take.
+            x: The input of the fused path.
         """
         if reason := why_not_fast(x):
             return reason
@@ -45,7 +45,7 @@ class FusedModule(nn.Module):
         return None
 
     def _why_not_plain(self, name: str, part: Any) -> str | None:
-        """Get the reason why more than a part's parameters matters, None if nothing does."""
+        """Get the reason why a part cannot be reduced to its parameters, None if it can."""
         *parents, last = name.split('.')
         last = f'{parents[-1]}[]' if last.isdigit() else last
         if isinstance(part, (ChannelAffine, InferenceConv2d)):

@@ -1,8 +1,8 @@
-"""A trained network made deeper or wider, which computes the same until its training goes on.
+"""Make a trained network deeper or wider, so that it computes the same until it is trained further.
 
-`insert_layers` undoes `timm_deluge.remove_layers`: at first an additional layer's output has weight zero everywhere,
-and the cross-layer convolution after it passes on the layer's own input. `widen_layers` puts several copies of a
-channel in the place of one; each layer after them divides among the copies the weight that it had for the one.
+`insert_layers` undoes `timm_deluge.remove_layers`: at first all weights for an additional layer's output are zero, and
+the cross-layer convolution after it gives that layer's own input again. `widen_layers` replaces a channel by several
+copies; each layer that takes them splits its weight for that channel among the copies.
 """
 import copy
 from collections.abc import Collection, Sequence
@@ -19,22 +19,22 @@ __all__ = ['insert_layers', 'widen_layers']
 
 
 def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collection[int]]) -> nn.Module:
-    """Insert composite layers of another network, each with a cross-layer convolution behind it.
+    """Insert composite layers of another network, each with a cross-layer convolution after it.
 
     Args:
         model: A DelugeNet, not reparameterised; left as it is.
-        deeper: One with as many layers as are to be there, of the same widths, from which the additional ones are
-            taken; left as it is.
-        layers: Of each block, the numbers that the additional layers have in the deeper network, from 1 on: layer 0
-            takes h_0 before it is normalised, as no other layer does.
+        deeper: A DelugeNet of the same widths that has the wanted number of layers, and from which the additional ones
+            are copied; left as it is.
+        layers: For each block, the numbers of the additional layers in the deeper network, 1 or larger: layer 0 is the
+            only one that takes h_0 before it is normalised.
 
     Returns:
-        The deeper network. It gives what `model` gives, in training, too, but for what is drawn there. The additional
-        layers keep their rates of stochastic depth; they learn as soon as the weights with which others listen to them,
-        zero at first, have learned.
+        The deeper network. Its outputs are those of `model`, also in training, except for random operations such as
+        dropout. The additional layers keep their stochastic depth rates. They begin to learn once the weights for
+        their outputs, zero at first, have changed.
 
     Raises:
-        ValueError: If the networks or the layers do not fit together, or a cross-layer convolution does not hear all
+        ValueError: If the networks or the layers do not fit together, or a cross-layer convolution does not take all
             layers before it.
     """
     grown = copy.deepcopy(model)
@@ -73,7 +73,7 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
 
 @torch.no_grad()
 def _listen_to(conv: CrossLayerDepthwiseConv2d, sources: list[int], num_layers: int) -> None:
-    """Give a cross-layer convolution more layers: those it has are `sources` of them, all others weigh nothing."""
+    """Give a cross-layer convolution more sources: `sources` numbers its present ones, all others weigh zero."""
     for name, parameter in list(conv.named_parameters()):
         rows = parameter.new_zeros(*parameter.shape[:2], num_layers, 1)
         rows[:, :, sources] = parameter
@@ -83,22 +83,22 @@ def _listen_to(conv: CrossLayerDepthwiseConv2d, sources: list[int], num_layers: 
 
 @torch.no_grad()
 def widen_layers(model: DelugeNet, wider: DelugeNet) -> DelugeNet:
-    """Give the layers of a trained network more channels, copies of those they have.
+    """Give the layers of a trained network more channels, copies of their present ones.
 
     Net2WiderNet (Chen, Goodfellow and Shlens, 2016: https://arxiv.org/abs/1511.05641, section 2.2).
 
     Args:
         model: A DelugeNet, of any aggregation, not reparameterised; left as it is.
-        wider: One that differs in its widths alone, none of them smaller; left as it is.
+        wider: A DelugeNet that differs only in its widths, none of them smaller; left as it is.
 
     Returns:
-        A copy of the wider network that gives what `model` gives, in training, too, but for what is drawn there. The
-        copies of a channel get different shares of each filter's weight, drawn at random, so that they learn different
-        things.
+        A copy of the wider network whose outputs are those of `model`, also in training, except for random operations
+        such as dropout. The copies of a channel get different shares of each filter's weight, drawn at random, so that
+        they learn different things.
 
     Raises:
-        ValueError: If the networks are no DelugeNets, pool so that each channel counts twice, differ in more than their
-            widths, or if one of the wider network's is smaller.
+        ValueError: If the networks are not DelugeNets, have a global pooling that gives each channel more than once,
+            differ in more than their widths, or the wider network has a smaller width.
     """
     for network in model, wider:
         if not isinstance(network, DelugeNet):
@@ -144,7 +144,7 @@ def _wiring(network: DelugeNet) -> list[Any]:
 
 
 def _with_copies(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Repeat a tensor's channels up to a size; what sums over dimension 1 has its weights shared by the copies."""
+    """Repeat a tensor's channels up to a size; in dimension 1, which is summed over, copies share the weight."""
     for dim in range(min(2, tensor.dim())):
         channels = tensor.shape[dim]
         if size[dim] == channels:

@@ -1,4 +1,4 @@
-"""A checkpoint in a repository of the Hugging Face Hub, as timm and transformers' wrapper of it load one."""
+"""Publish a checkpoint on the Hugging Face Hub, in the form that timm and transformers' timm wrapper load."""
 import hashlib
 import json
 from dataclasses import replace
@@ -37,11 +37,11 @@ def hub_files(checkpoint: Checkpoint, repo_id: str) -> dict[str, bytes | Path]:
         repo_id: The repository, `USER/REPO`.
 
     Returns:
-        Content, or the file that has it, by name: the configuration, the model card and the weights.
+        The configuration, the model card and the weights by file name, each as its content or as a file that has it.
 
     Raises:
         huggingface_hub.errors.HFValidationError: If the Hub would not take such a name.
-        CheckpointError: If the checkpoint's file is not what the manifest says, or the repository is another one's.
+        CheckpointError: If the checkpoint's file is not what the manifest says, or the repository holds another one.
     """
     validate_repo_id(repo_id)
     if '/' not in repo_id:
@@ -56,7 +56,7 @@ def hub_files(checkpoint: Checkpoint, repo_id: str) -> dict[str, bytes | Path]:
         checkpoint.model, num_classes=len(checkpoint.class_names),
         pretrained_cfg_overlay={**checkpoint_cfg(checkpoint), 'tag': checkpoint.tag})
     with TemporaryDirectory() as folder:
-        path: Any = Path(folder, 'config.json')  # timm says a string, and some of its versions open a path
+        path: Any = Path(folder, 'config.json')  # timm's annotation is str, but some of its versions need a Path
         save_config_for_hf(model, path, model_config={
             'label_names': list(checkpoint.class_names), 'label_descriptions': checkpoint.class_descriptions})
         config = json.loads(path.read_text(encoding='utf-8'))
@@ -87,7 +87,7 @@ def push_to_hub(checkpoint: Checkpoint, repo_id: str) -> str:
     What an interrupted call has uploaded is not uploaded again. The token is that of `hf auth login`, or `HF_TOKEN`.
 
     Args:
-        checkpoint: The manifest's entry, in which the repository is recorded.
+        checkpoint: The manifest's entry; the repository is then recorded in it.
         repo_id: The repository, `USER/REPO`.
 
     Returns:
@@ -95,8 +95,8 @@ def push_to_hub(checkpoint: Checkpoint, repo_id: str) -> str:
 
     Raises:
         huggingface_hub.errors.HFValidationError: If the Hub would not take such a name.
-        CheckpointError: If the checkpoint's file is not what the manifest says, the manifest is that of an installed
-            package, or, once it is published, if it cannot be written.
+        CheckpointError: If the checkpoint's file is not what the manifest says, the manifest belongs to an installed
+            package, or it cannot be written after the checkpoint was published.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
     """
     files = hub_files(checkpoint, repo_id)

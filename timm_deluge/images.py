@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 __all__ = ['ImageError', 'find_images', 'read_image']
 
-MAX_ASPECT_RATIO = 1000  # beyond, resizing the short side to a network's input would make the long one huge
+MAX_ASPECT_RATIO = 1000  # beyond it, resizing the short side to a network's input would make the long one huge
 
 
 class ImageError(ValueError):
@@ -27,18 +27,18 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
             standard input, one per line.
 
     Yields:
-        Paths of files, a folder's sorted by name. What does not exist and folders without images are yielded as they
-        are, for `read_image` to refuse.
+        Paths of files; those in a folder are sorted by name. Paths that do not exist and folders without images are
+        yielded unchanged, for `read_image` to refuse.
     """
     for path in paths:
         if path == '-':
             if isinstance(sys.stdin, TextIOWrapper):
-                sys.stdin.reconfigure(errors='surrogateescape')  # names need not be text
+                sys.stdin.reconfigure(errors='surrogateescape')  # names need not be decodable
             yield from find_images(line for line in sys.stdin.read().split('\n') if line and line != '-')
         elif os.path.exists(path):
             yield from _expand_folder(Path(path))
         else:
-            matches = sorted(glob.glob(path, recursive=True)) or [path]  # with **, folders and what is in them
+            matches = sorted(glob.glob(path, recursive=True)) or [path]  # with **, folders and their files
             yield from dict.fromkeys(file for match in matches for file in _expand_folder(Path(match)))
 
 
@@ -54,8 +54,8 @@ def read_image(path: Path) -> Image.Image:
     """Read an image as 8-bit RGB, upright.
 
     Args:
-        path: File in any format and mode that Pillow reads. Transparency is laid over white, 16-bit images and floats
-            from 0 to 1 are scaled to 8 bits, floats up to 255 rounded, the EXIF orientation is applied.
+        path: File in any format and mode that Pillow reads. Transparent images are laid over white, 16-bit images and
+            floats from 0 to 1 are scaled to 8 bits, floats up to 255 are rounded, and the EXIF orientation is applied.
 
     Returns:
         An image of mode 'RGB'.
@@ -70,7 +70,7 @@ def read_image(path: Path) -> Image.Image:
         if path.stat().st_size == 0:
             raise ImageError('the file is empty')
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of a merely large image; too large a one is an error
+            warnings.simplefilter('ignore')  # about a large image; one that is too large is an error
             with Image.open(path) as image:
                 if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                     raise ImageError(f'{image.width}×{image.height} pixels are no sensible picture')
@@ -84,7 +84,7 @@ def read_image(path: Path) -> Image.Image:
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ImageError(f'more than {limit:,} pixels, which could exhaust memory; scale it down first') from None
-    except Exception as error:  # Pillow's decoders raise whatever damaged data leads them to
+    except Exception as error:  # Pillow's decoders can raise anything on damaged data
         raise ImageError(f'corrupt or unreadable ({error})') from error
 
 
@@ -92,7 +92,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(('I', 'F')):
         values = np.asarray(image, dtype=np.float64)
         largest = 255 if image.mode == 'F' else 65535
-        if not (values.min() >= 0 and values.max() <= largest):  # nor is NaN
+        if not (values.min() >= 0 and values.max() <= largest):  # also true for NaN
             raise ImageError(f'values from {values.min():g} to {values.max():g}, where 0 to {largest} is expected')
         if image.mode != 'F':
             values = values * (255 / 65535)

@@ -1,7 +1,7 @@
 """What each connection and each layer is worth: the loss without it, measured and not estimated.
 
-The loss is measured once for each connection removed. What comes before a connection is computed once for all of them,
-and only what comes after it is computed again; batch normalisation is folded away where that changes nothing.
+The loss is measured once for each removed connection. The layers before a connection are computed once for all
+connections, and only those after it again for each; batch normalisation is folded away where that changes nothing.
 """
 import copy
 from typing import Any
@@ -29,7 +29,7 @@ def removal_losses(
         model: A DelugeNet in eval mode, not reparameterised; left as it is.
         images: ``[N, in_chans, H, W]``, all at once.
         targets: ``[N]``.
-        keep_mean: Leave the connection's bias, which is what it contributes on average; else that goes, too.
+        keep_mean: Keep the connection's bias, which is what it contributes on average; otherwise remove it, too.
 
     Returns:
         The mean cross entropy of the network as it is, and without each connection.
@@ -67,7 +67,7 @@ def removal_losses(
 
 
 def _finish_block(layers: list[tuple[Any, Any, Any]], outputs: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Go on through a block's layers, each with its normalisation and cross-layer convolution, from another input x."""
+    """Run a block's remaining layers, each with its normalisation and cross-layer convolution, from another input x."""
     outputs = list(outputs)
     for layer, norm, cross_layer in layers:
         outputs.append(norm(layer(x)))
@@ -83,7 +83,7 @@ def layer_removal_losses(
 ) -> tuple[float, dict[tuple[int, int], float]]:
     """Measure the loss without each of a network's composite layers, as `timm_deluge.remove_layers` removes them.
 
-    All losses are with the statistics of these images: the running ones are not those of a network without a layer.
+    All losses are with the statistics of these images: the running statistics do not fit a network without a layer.
 
     Args:
         model: A DelugeNet, not reparameterised; left as it is.
@@ -91,8 +91,9 @@ def layer_removal_losses(
         targets: ``[N]``.
 
     Returns:
-        The mean cross entropy of the network as it is, and without each layer: block, layer, both numbered from 0 on.
-        In a pruned network, layers that are a later one's only source cannot go and are left out.
+        The mean cross entropy of the network as it is, and without each layer, keyed by the numbers of block and layer,
+        both from 0. In a pruned network, a layer that is the only source of a later one cannot be removed and is left
+        out.
 
     Raises:
         ValueError: If the model has no connections.
@@ -109,7 +110,7 @@ def layer_removal_losses(
             removed = [{layer} if i == block else set() for i in range(len(depths))]
             try:
                 shallower = remove_layers(model, removed)
-            except ValueError:  # it is an only source
+            except ValueError:  # the only source of a later layer
                 continue
             losses[block, layer] = _loss(shallower(images), targets)
     return _loss(model(images), targets), losses

@@ -6,10 +6,10 @@ __all__ = ['PUBLISHED', 'Published', 'published']
 
 @dataclass(frozen=True)
 class Published:
-    """Printed figures of one network; nothing is known of those that the paper does not have.
+    """Printed figures of one network; None or empty where the paper has none.
 
     Attributes:
-        params: Millions of parameters; the CIFAR networks' with 100 classes, but delugenet146's with 10.
+        params: Millions of parameters. The CIFAR networks have 100 classes here, except delugenet146, which has 10.
         gflops: FLOPs in billions, in the paper's convention (see `timm_deluge.report`).
         top1_error: Top-1 test error in percent by data set, single crop.
     """
@@ -35,7 +35,7 @@ PUBLISHED = {
 
 
 def published(model: str) -> Published:
-    """Get what the paper printed of a network.
+    """Get the paper's figures for a network.
 
     Args:
         model: Name in timm's registry.

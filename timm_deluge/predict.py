@@ -31,7 +31,7 @@ class Prediction:
 
 
 def class_labels(checkpoint: Checkpoint) -> list[str]:
-    """Get what the classes of a checkpoint are called, in the order of its logits."""
+    """Get the readable names of a checkpoint's classes, in the order of its logits."""
     descriptions = checkpoint.class_descriptions or {}
     return [descriptions.get(name, name) for name in checkpoint.class_names]
 
@@ -48,12 +48,12 @@ def predict(
     Args:
         paths: The images' files.
         model_name: A model with a checkpoint, `<model>` or `<model>.<tag>`.
-        top: Number of classes to report, at most those there are.
+        top: Number of classes to report; all if the model has fewer.
         batch_size: Number of images classified at once.
         device: Where to run, such as 'cpu' or 'cuda'.
 
     Yields:
-        One prediction per path, in the paths' order; for an unreadable image one with an error.
+        One prediction per path, in the paths' order; that of an unreadable image has an error.
 
     Raises:
         CheckpointError: If the model has no such checkpoint or its file is damaged.

@@ -1,4 +1,4 @@
-"""Which checkpoint a model is created with, and whether it is what it should be."""
+"""Choose the checkpoint that a model is created with, and check that it is what was published."""
 import logging
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 def is_default_cfg(variant: str, cfg: Any) -> bool:
-    """Tell whether a model is wanted with no configuration of its own: none, or what newer scripts of timm take then.
+    """Tell whether a model takes its default configuration: none was given, or the one that newer timm scripts pass.
 
     Args:
         variant: The model's name in timm's registry.
@@ -45,35 +45,35 @@ def choose_checkpoint(
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         cache_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Read the checkpoint that a model is to be created with, check it against the manifest, and say what it is.
+    """Read the checkpoint that a model is to be created with, check it against the manifest, and log what it is.
 
     Args:
         variant: The model's name in timm's registry.
         pretrained_cfg, pretrained_cfg_overlay, cache_dir: What `timm.create_model` was given.
 
     Returns:
-        The overlay, with the tensors of a checkpoint that is the package's or comes from the Hugging Face Hub.
+        The overlay, with the tensors if the checkpoint is the package's or comes from the Hugging Face Hub.
 
     Raises:
         CheckpointError: If there is no such checkpoint, it is not what was published, or it could not be downloaded.
-        huggingface_hub.errors.HTTPError, OSError: If another repository's could not be; as from timm.
+        huggingface_hub.errors.HTTPError, OSError: If another repository's file could not be downloaded; as in timm.
     """
     cfg, overlay = pretrained_cfg or '', pretrained_cfg_overlay or {}
     own_source = overlay.keys() & {'file', 'url', 'hf_hub_id', 'state_dict'}
     if cfg and not isinstance(cfg, str):
         given = resolve_pretrained_cfg(variant, cfg)
         if given in get_arch_pretrained_cfgs(variant).values():
-            cfg = given.tag or ''  # the registry's: newer scripts of timm take it there
+            cfg = given.tag or ''  # newer timm scripts pass the registry's configuration
     checkpoint: Checkpoint | None
     if isinstance(cfg, str) and not own_source:
         checkpoint = find_checkpoint(f'{variant}.{cfg}')
     else:
         if own_source:
-            overlay = {'file': None, **overlay}  # not the registry's
+            overlay = {'file': None, **overlay}  # instead of the registry's
         source = resolve_pretrained_cfg(variant, cfg, overlay)
         if source.hf_hub_id and (source.source == 'hf-hub' or not (source.file or source.state_dict)):
             state_dict = load_download(source.hf_hub_id, source.hf_hub_filename or HUB_FILE, cache_dir)
-            return {**overlay, 'source': None, 'state_dict': state_dict}  # timm need not get it once more
+            return {**overlay, 'source': None, 'state_dict': state_dict}  # so that timm does not load it again
         checkpoint = None if source.state_dict else next(
             (c for c in list_checkpoints() if source.file == str(c.path)), None)
     if checkpoint:
@@ -98,7 +98,7 @@ def _load_or_download(checkpoint: Checkpoint, cache_dir: str | Path | None) -> d
 
 @cache
 def _say_what_it_is(name: str) -> None:
-    """Log once what a checkpoint is; so that it is seen if its data are not those that the model is known for."""
+    """Log once what a checkpoint is, as a warning if the paper does not report its model on the same data set."""
     checkpoint = find_checkpoint(name)
     level = logging.INFO if checkpoint.dataset_key in published(checkpoint.model).top1_error else logging.WARNING
     _logger.log(
@@ -108,7 +108,7 @@ def _say_what_it_is(name: str) -> None:
 
 
 def _without_neutral(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Leave out the ones and zeros that `timm.utils.freeze` gives a batch normalisation which has no parameters."""
+    """Leave out the ones and zeros that `timm.utils.freeze` gives a batch normalisation without parameters."""
     neutral = {
         f'{name}.{parameter}': value
         for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and not m.affine
@@ -124,20 +124,20 @@ def checkpoint_filter_fn(
     """Check a checkpoint's tensors against the model before any is copied.
 
     Args:
-        state_dict: The checkpoint, or the first part of one that its configuration names the file of. Where
-            `choose_checkpoint` has left tensors in the configuration, these are the checkpoint.
-        model: The model it is meant for; its number of classes and of input channels may differ.
-        strict: Whether a tensor may be neither missing nor superfluous, as in `torch.nn.Module.load_state_dict`.
+        state_dict: The tensors of the checkpoint, or of its first part if the model's `pretrained_cfg` names that file.
+            If `choose_checkpoint` has put tensors into `pretrained_cfg`, those are the checkpoint instead.
+        model: The model it is meant for; its numbers of classes and of input channels may differ.
+        strict: Whether missing and unexpected tensors are errors, as in `torch.nn.Module.load_state_dict`.
 
     Returns:
         The whole checkpoint.
 
     Raises:
-        CheckpointError: If a tensor is missing, superfluous or of another shape.
+        CheckpointError: If a tensor is missing, unexpected or of another shape.
     """
     cfg: Any = model.pretrained_cfg
     verified = cfg.pop('state_dict', None)  # need not be kept with the configuration
-    if verified:  # whatever timm has read
+    if verified:  # regardless of what timm has read
         state_dict = verified
     elif cfg.get('file'):
         state_dict = join_parts(state_dict, cfg['file'])
@@ -146,7 +146,7 @@ def checkpoint_filter_fn(
 
     def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int | str, ...]]:
         found: dict[str, tuple[int | str, ...]] = {
-            k: tuple(getattr(v, 'shape', ()))  # of whatever is there
+            k: tuple(getattr(v, 'shape', ()))  # a value need not be a tensor
             for k, v in tensors.items() if not (other_head and k.startswith('head.fc.'))}
         if len(stem := found.get('stem.conv.weight', ())) == 4:
             found['stem.conv.weight'] = (stem[0], 'in_chans', *stem[2:])
@@ -154,7 +154,7 @@ def checkpoint_filter_fn(
 
     expected, found = shapes(model.state_dict()), shapes(state_dict)
     for name in expected.keys() ^ found.keys():
-        if not strict or (name in expected and name.endswith('.num_batches_tracked')):  # frozen ones are saved without
+        if not strict or (name in expected and name.endswith('.num_batches_tracked')):  # frozen norms have none
             (expected if name in expected else found).pop(name)
     differing = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
     if differing:

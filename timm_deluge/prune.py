@@ -1,15 +1,16 @@
-"""What a DelugeNet can do without: scores of its connections, and networks without some of these, or without layers.
+"""Prune a DelugeNet: score its connections, and remove some of them, or whole layers.
 
-A connection is one source layer's weights, one per channel, in one cross-layer convolution. It goes as a whole, and
-what it contributed on average, its bias, moves to a connection that stays: the sources are normalised, so that a
-removed one is replaced by its mean. A layer that nothing is connected to any more is left out for inference by
+A connection is one source layer's weights, one per channel, in one cross-layer convolution. It is removed as a whole.
+Its bias, which is what it contributes on average, moves to a connection that stays: the sources are normalised, so a
+removed one is in effect replaced by its mean. A layer whose output nothing uses any more is left out for inference by
 `timm.utils.reparameterize_model`.
 
-Single weights can go, too: masks hold them at zero. That makes a network sparse, and no faster, for a layer's channels
-lie side by side in memory and are read together; only where all of a connection's weights are gone, it is.
+Single weights can be removed, too: masks hold them at zero. That makes a network sparse but not faster, because a
+layer's channels lie side by side in memory and are read together. Only a connection that has lost all of its weights
+saves time.
 
-A composite layer goes together with the cross-layer convolution after it: whatever took that convolution's result then
-takes the layer's own input. What is left is the network of a shallower variant.
+A composite layer is removed together with the cross-layer convolution after it: whatever took that convolution's
+result then takes the layer's own input. The result has the structure of a shallower variant.
 """
 import copy
 import math
@@ -47,13 +48,13 @@ class Connection(NamedTuple):
 
 
 def pruned_connections(model: nn.Module) -> list[list[list[int]]]:
-    """Get what is gone, as `pruned_connections=` of the model's entrypoint takes it.
+    """Get the pruned connections, as the entrypoints' argument `pruned_connections` takes them.
 
     Args:
         model: A DelugeNet.
 
     Returns:
-        Of each block's cross-layer convolutions, the source layers that take no part.
+        For each block, and each of its cross-layer convolutions, the source layers that take no part.
     """
     return [
         [[i for i in range(conv.num_layers) if i not in conv.sources] for conv in block.cross_layers]  # type: ignore
@@ -72,17 +73,17 @@ def connection_scores(
         model: A DelugeNet, not reparameterised.
         by: One of
 
-            * 'norm': L2 norm of the connection's weights, as a share of that of all weights of its convolution, which
-              the batch normalisation that follows would divide by.
-            * 'taylor': how much the loss changes if the connection's output becomes its mean, in absolute value, to
-              first order: ``|sum of weight * gradient|``.
-            * 'random': drawn.
+            * 'norm': L2 norm of the connection's weights, relative to the norm of all weights of its convolution, by
+              which the batch normalisation that follows would divide.
+            * 'taylor': first-order estimate of how much the loss changes, in absolute value, if the connection's output
+              is replaced by its mean: ``|sum of weight * gradient|``.
+            * 'random': a random number.
         batches: Images ``[N, in_chans, H, W]`` and targets ``[N]`` for 'taylor', on the model's device; the model's
             parameters and statistics stay as they are.
         seed: For 'random'.
 
     Returns:
-        The connections that are there, with a score each that is larger for those the network depends on more.
+        A score for each remaining connection, larger for those that the network depends on more.
 
     Raises:
         ValueError: If the model has no connections, there is no such criterion, or 'taylor' has no batches.
@@ -118,7 +119,7 @@ def _scores(
 ) -> dict[str, torch.Tensor]:
     """Score each convolution's connections, ``[1, number of sources]``, or single weights, ``[C, …]``.
 
-    A norm is a share of all that the batch normalisation behind the sum would divide by.
+    Norms are relative to the norm over all sources, by which the batch normalisation after the sum would divide.
     """
     if by == 'norm':
         weights = {name: conv.masked_weight().detach().float()[:, 0, :, 0] for name, conv in consumers.items()}
@@ -175,24 +176,25 @@ def prune_connections(
 
     Args:
         model: A DelugeNet, not reparameterised; left as it is. It may have been pruned before.
-        fraction: Share of all connections of the unpruned network that are to be gone, 0 to 1; rounded down.
+        fraction: Share of the unpruned network's connections that are to be gone in total, 0 to 1; their number is
+            rounded down.
         by: Criterion, see `connection_scores`.
         batches: See `connection_scores`.
         seed: See `connection_scores`.
-        unit: 'connection', or 'channel' for single weights: a share of all weights goes, each scored by itself, within
-            its channel. Only a connection that has lost all of its weights saves time.
+        unit: 'connection', or 'channel' for single weights: the fraction is then a share of all weights, each of which
+            is scored by itself, within its channel. Only a connection that has lost all of its weights saves time.
 
     Returns:
-        The pruned network, in which every cross-layer convolution, or every channel of it, keeps at least its strongest
-        connection. It trains, saves and exports like any other; ``timm.create_model`` makes one like it with
-        ``pruned_connections=timm_deluge.pruned_connections(model)``, and for channels ``channel_masks=True``, too.
-        Layers that nothing is connected to any more have no gradients where it takes the reference implementation:
-        there, DistributedDataParallel needs ``find_unused_parameters=True``.
+        The pruned network. Every cross-layer convolution, or every channel of it, keeps at least its strongest
+        connection. The network trains, saves and exports like any other; ``timm.create_model`` creates the same
+        structure with ``pruned_connections=timm_deluge.pruned_connections(model)``, and for channels also
+        ``channel_masks=True``. In the reference implementation, layers whose output nothing uses any more get no
+        gradients: there, DistributedDataParallel needs ``find_unused_parameters=True``.
 
     Raises:
-        ValueError: See `connection_scores`; if the fraction is no share, or less than what is gone already; if it
-            would take the last source of a cross-layer convolution; if there is no such unit, or only one weight for
-            all channels.
+        ValueError: See `connection_scores`. Also if the fraction is not from 0 to 1, is less than what is gone already,
+            or would remove the last source of a cross-layer convolution; if there is no such unit; or if single weights
+            are to be removed where all channels share one.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f'fraction={fraction}: must be from 0 to 1')
@@ -235,18 +237,18 @@ def prune_connections(
 
 
 def remove_layers(model: nn.Module, layers: Sequence[Collection[int]]) -> nn.Module:
-    """Remove composite layers, each with the cross-layer convolution behind it.
+    """Remove composite layers, each with the cross-layer convolution after it.
 
     Args:
         model: A DelugeNet, not reparameterised; left as it is.
-        layers: Of each block, the numbers of the layers to remove, from 0 on. A layer that gives h_0, as the first one
-            of the CIFAR networks, is not among them.
+        layers: For each block, the numbers of the layers to remove, from 0. A layer that gives h_0, such as the first
+            one of the CIFAR networks, has no number and cannot be removed.
 
     Returns:
-        The shallower network. Its running statistics are those of before, and wrong until it has trained.
+        The shallower network. Its running statistics are still the old ones, which are wrong until it has trained.
 
     Raises:
-        ValueError: If the model is no such network, there is no such layer, or a cross-layer convolution would lose
+        ValueError: If the model is not such a network, there is no such layer, or a cross-layer convolution would lose
             its last source.
     """
     shallower = copy.deepcopy(model)
@@ -285,7 +287,7 @@ def record_model_args(model: Any) -> None:
     model._model_args = {
         **getattr(model, '_model_args', {}),
         'depths': [
-            len(block.layers) + isinstance(block.transition, CompositeLayer)  # which counts, and gives h_0
+            len(block.layers) + isinstance(block.transition, CompositeLayer)  # `depths` includes such a transition
             for block in blocks]}
     if not any(isinstance(conv, LastLayerScale) for conv in convs):
         model._model_args['pruned_connections'] = pruned_connections(model)
@@ -295,7 +297,7 @@ def record_model_args(model: Any) -> None:
 
 @torch.no_grad()
 def _with_rows(conv: CrossLayerDepthwiseConv2d, rows: list[int]) -> CrossLayerDepthwiseConv2d:
-    """Get a cross-layer convolution of some of its sources; the last one takes the others' biases."""
+    """Get a cross-layer convolution with only some of its sources; the last one takes over the others' biases."""
     smaller = copy.deepcopy(conv)
     smaller.sources = [conv.sources[row] for row in rows]
     weight, bias = conv.weight[:, :, rows], conv.bias[:, :, rows]
@@ -308,16 +310,17 @@ def _with_rows(conv: CrossLayerDepthwiseConv2d, rows: list[int]) -> CrossLayerDe
 
 
 def save_pruned(model: nn.Module, folder: Path) -> None:
-    """Save a pruned network so that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` makes it again.
+    """Save a pruned network so that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` recreates it.
 
-    The folder is also what a repository of the Hugging Face Hub has to hold for ``hf-hub:USER/REPO``.
+    Uploaded to a repository of the Hugging Face Hub, the folder's files can be loaded as ``hf-hub:USER/REPO``.
 
     Args:
-        model: The network, as `timm.create_model` or `torch.hub.load`, `prune_connections` and `remove_layers` made it.
-        folder: Where to; there must be nothing yet.
+        model: The network, made by `timm.create_model` or `torch.hub.load` and pruned by `prune_connections` or
+            `remove_layers`.
+        folder: The folder to create; it must not exist yet.
 
     Raises:
-        FileExistsError: If there is something.
+        FileExistsError: If the folder exists.
     """
     if folder.exists():
         raise FileExistsError(f'{folder} exists: name a folder that does not')
@@ -327,5 +330,5 @@ def save_pruned(model: nn.Module, folder: Path) -> None:
         contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
         save_for_hf(contiguous, whole, safe_serialization=True)
         for path in whole.iterdir():
-            path.chmod(0o644)  # safetensors leaves a file to its owner alone
+            path.chmod(0o644)  # safetensors lets only the owner read a file
         whole.rename(folder)

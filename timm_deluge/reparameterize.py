@@ -1,7 +1,7 @@
-"""Batch normalisation in inference is affine: here it becomes part of a neighbour's weights.
+"""Fold batch normalisation, which is affine in inference, into the weights of neighbouring layers.
 
 A composite layer's second and third batch normalisation go into the convolutions before them. All others of a Deluge
-block, those of the layer outputs and each composite layer's first, go into the cross-layer convolutions' weights.
+block (those of the layer outputs, and each composite layer's first) go into the cross-layer convolutions' weights.
 The BatchNorm at the start of a transition, and the one before the classifier, become a scale and a shift per channel.
 """
 from collections.abc import Callable, Sequence
@@ -26,10 +26,10 @@ __all__ = [
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get the scale and the shift, ``[C]``, in float32 or more, by which a batch normalisation acts in inference.
+    """Get the scale and the shift, ``[C]`` in float32 or wider, that a batch normalisation applies in inference.
 
     Raises:
-        ValueError: If it has no running statistics, or in its dropout's place (timm) is something else.
+        ValueError: If it has no running statistics, or its `drop` (in timm's norm layers) is no dropout.
     """
     if getattr(norm, 'running_mean', None) is None or getattr(norm, 'running_var', None) is None:
         raise ValueError(
@@ -53,12 +53,12 @@ def check_relu(norm: Any) -> None:
 
 
 class InferenceConv2d(nn.Conv2d):
-    """Convolution, and ReLU or nothing, that keeps its weight in the order it computes with.
+    """Convolution, optionally with a ReLU, that keeps a copy of its weight, reordered for the computation.
 
     This is for float32 and bfloat16 on a CPU in channels_last, without gradients, where it saves reordering the weight
-    at each call and a pass for the ReLU; elsewhere it is the ordinary convolution. The parameters stay what they are;
-    the reordered copy is not saved, and made anew when they or the input size change, but not for changes that PyTorch
-    does not count, as through `.data` or a NumPy array.
+    at each call and a separate pass for the ReLU. Elsewhere it is an ordinary convolution. The parameters stay as they
+    are. The reordered copy is not saved. It is made anew when the weight or the input size changes, but not after
+    changes that PyTorch's version counter misses, such as those through `.data` or a NumPy array.
     """
     __jit_ignored_attributes__ = ['_reordered']
 
@@ -77,8 +77,8 @@ class InferenceConv2d(nn.Conv2d):
             relu: Whether a ReLU follows.
 
         Raises:
-            ValueError: If the convolution has groups, does not pad with a fixed number of zeros, or is of a class that
-                computes something else.
+            ValueError: If the convolution has groups, does not pad with a fixed number of zeros, or computes something
+                other than `nn.Conv2d` does.
         """
         if conv.groups != 1 or conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
             raise ValueError(
@@ -120,7 +120,7 @@ class InferenceConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def keeps_order(self, x: torch.Tensor) -> bool:
-        """Whether keeping the reordered weight pays, and is possible."""
+        """Whether keeping the reordered weight is possible, and saves time."""
         return bool(
             not torch.is_grad_enabled()
             and why_not_fast(x) is None
@@ -137,13 +137,13 @@ class InferenceConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def is_product(self) -> bool:
-        """Whether it is a product of matrices and nothing else."""
+        """Whether the convolution is a matrix product and nothing else."""
         kind = self.kernel_size, self.stride, self.padding
         return kind == ((1, 1), (1, 1), (0, 0)) and self.bias is None and not self.relu
 
     @torch.jit.ignore
     def forward_onednn(self, x: torch.Tensor) -> torch.Tensor:
-        """The same by the operators that TorchInductor calls when it freezes a model."""
+        """Convolve with the operators that TorchInductor uses when it freezes a model."""
         args = self.padding, self.stride, self.dilation, self.groups
         weight = self.reordered(x.shape, lambda weight: torch.ops.mkldnn._reorder_convolution_weight(
             weight, *args, list(x.shape)))
@@ -152,9 +152,10 @@ class InferenceConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def forward_into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """A 1x1 convolution alone into memory that is given, as a matrix product: oneDNN's convolution takes none.
+        """Write a plain 1x1 convolution's result into `out`, as a matrix product: oneDNN's convolution cannot.
 
-        A product reorders the weight each time, though: for fewer positions than channels, it takes less to copy.
+        The product reorders the weight at each call, though: with fewer positions than channels, oneDNN's convolution
+        and a copy of its result take less time.
         """
         matrix = rows(x)
         if len(matrix) < self.out_channels:
@@ -165,11 +166,11 @@ class InferenceConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def reordered(self, size: tuple[int, ...], reorder: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Get the weight as reordered for an input size, at the last call or now."""
+        """Get the weight reordered for an input size: the kept copy if it still fits, otherwise a new one."""
         version = None if self.weight.is_inference() else self.weight._version
         key = self.weight.data_ptr(), version, size
-        kept = self._reordered  # once: another thread may replace it
-        if kept is None or kept[0] != key:  # the weight is held, lest another one take its address
+        kept = self._reordered  # read once: another thread may replace it
+        if kept is None or kept[0] != key:  # holding the weight keeps its address unique
             kept = self._reordered = key, reorder(self.weight), self.weight.detach()
         return kept[1]
 
@@ -186,10 +187,10 @@ def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv2d:
 
     Args:
         conv: Convolution; left as it is.
-        norm: The batch normalisation and the ReLU of its output.
+        norm: The batch normalisation, with its ReLU.
 
     Returns:
-        One convolution, with bias, that gives what both gave in inference.
+        One convolution, with bias, that is equivalent to both in inference.
 
     Raises:
         ValueError: If the activation is not ReLU; see also `affine_of` and `InferenceConv2d`.
@@ -199,7 +200,7 @@ def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv2d:
 
 
 class ChannelAffine(nn.Module):
-    """Scale and shift of each channel, then ReLU or nothing: a batch normalisation that has no convolution before."""
+    """Scale and shift per channel, then ReLU or nothing: for a batch normalisation with no convolution before it."""
 
     def __init__(self, norm: nn.Module):
         super().__init__()
@@ -213,7 +214,7 @@ class ChannelAffine(nn.Module):
 
 
 class FoldedCompositeLayer(nn.Module):
-    """Composite layer for inference, after its first BN and ReLU: three convolutions with the other two in them."""
+    """Composite layer for inference, after its first BN and ReLU: three convolutions with the other BNs folded in."""
 
     def __init__(self, layer: Any):
         """
@@ -230,7 +231,7 @@ class FoldedCompositeLayer(nn.Module):
 
         Args:
             x: ``[N, 2n, H, W]``.
-            out: Memory in channels_last that the output may take, also that of `x`.
+            out: Memory in channels_last that the output may be written into; it may be that of `x`.
 
         Returns:
             ``[N, 2n, H, W]``.
@@ -239,7 +240,7 @@ class FoldedCompositeLayer(nn.Module):
 
 
 class FoldedCrossLayer(nn.Module):
-    """Cross-layer depthwise convolution for inference, with BNs in its weights (paper, Eq. 1), and ReLU."""
+    """Cross-layer depthwise convolution (paper, Eq. 1) for inference, with BNs folded in, and optionally a ReLU."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, sources: list[int], relu: bool):
         """
@@ -266,16 +267,16 @@ class FoldedCrossLayer(nn.Module):
     def folded_weights(self, numbers: Sequence[int], begins: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Get the weights of some layers, zero for those that are no sources: see `running_sums`."""
         bias = self.bias if begins else torch.zeros_like(self.bias)
-        if isinstance(numbers, range):  # nothing is pruned: a weight's number is its layer's
+        if isinstance(numbers, range):  # nothing is pruned: weights are numbered like the layers
             return self.weight[numbers.start:numbers.stop], bias
         of_source, zeros = dict(zip(self.sources, self.weight.split(1))), torch.zeros_like(self.weight[:1])
         return torch.cat([self.weight[:0], *(of_source.get(number, zeros) for number in numbers)]), bias
 
 
 class FoldedDelugeBlock(nn.Module):
-    """Deluge block for inference: cross-layer convolution, ReLU and three convolutions a layer, and no BN.
+    """Deluge block for inference: per layer a cross-layer convolution, ReLU and three convolutions, without any BN.
 
-    The BNs of the layer outputs, and each composite layer's first one, are in the cross-layer convolutions' weights.
+    The BNs of the layer outputs and each composite layer's first BN are folded into the cross-layer convolutions.
     """
 
     def __init__(
@@ -290,8 +291,8 @@ class FoldedDelugeBlock(nn.Module):
             layers: Composite layers.
             cross_layers: Each layer's cross-layer convolution, and the block's last one.
 
-        Unlike in a `DelugeBlock`, `cross_layers[i]` gives what `layers[i]` takes, and so comes before it; the first is
-        the BN and the ReLU of h_0 alone, and the last one, with no layer behind it, is `last_cross_layer`.
+        Unlike in a `DelugeBlock`, `cross_layers[i]` gives the input of `layers[i]`. The first one only applies the
+        first layer's BN and ReLU to h_0. The last one, which no layer follows, becomes `last_cross_layer`.
         """
         super().__init__()
         self.transition = transition
@@ -319,7 +320,7 @@ class FoldedDelugeBlock(nn.Module):
 
     @torch.jit.ignore
     def forward_fast(self, x: torch.Tensor) -> torch.Tensor:
-        """From h_0 on, the same with several sums from one pass over the layers."""
+        """The part of `forward` from h_0 on, with several sums from one pass over the layers."""
         in_place = x.device.type == 'cpu' and x.is_contiguous(memory_format=torch.channels_last)
         if not in_place or any(has_hooks(module) for module in self.layers.modules()):  # hooks may keep what they see
             return self.combine_layers(x)
@@ -331,7 +332,7 @@ class FoldedDelugeBlock(nn.Module):
 
     @torch.jit.ignore
     def combine_layers(self, h: torch.Tensor, outs: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """From h_0 on; with `outs` each layer's input is in that memory, and makes room for the layer's output."""
+        """Compute from h_0 on. With `outs`, a layer's input lies in that memory until its output overwrites it."""
         cross_layers: Any = [*self.cross_layers, self.last_cross_layer]
         layers = [h]
         sources = [cross_layer.sources for cross_layer in cross_layers]
@@ -349,14 +350,14 @@ class FoldedDelugeBlock(nn.Module):
 
 
 def keep_hooks(module: nn.Module, replacement: Any) -> Any:
-    """Give a module's forward hooks to what takes its place.
+    """Give a module's forward hooks to the module that replaces it.
 
     Args:
-        module: The module; from now on both have the same hooks, which their handles remove from both.
-        replacement: The other one.
+        module: The module. From now on both share their hooks: a handle removes its hook from both.
+        replacement: The module that takes its place.
 
     Returns:
-        The other one.
+        The replacement.
     """
     for name in ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
                  '_forward_pre_hooks_with_kwargs'):
@@ -372,7 +373,7 @@ def fuse_block(block: Any) -> FoldedDelugeBlock:
         block: The block; left as it is.
 
     Returns:
-        One that gives the same in inference, without layers whose output no later convolution uses.
+        An equivalent block for inference, without layers whose output no later convolution uses.
 
     Raises:
         ValueError: If a part was replaced by one that cannot be folded.
@@ -394,7 +395,7 @@ def fuse_block(block: Any) -> FoldedDelugeBlock:
         scale, shift = affine_of(layer.norm1)
         weights[i], biases[i] = weights[i] * scale, biases[i] * scale + shift
 
-    needed = set(sources[-1])  # of the h_i, the others' layers are left out
+    needed = set(sources[-1])  # numbers i of the h_i in use; layers of all others are left out
     for i in reversed(range(len(layers))):
         if i + 1 in needed:
             needed.update(sources[i])

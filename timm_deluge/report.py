@@ -23,7 +23,7 @@ from torch import nn
 from .aggregation import CrossLayerDepthwiseConv2d
 
 with warnings.catch_warnings():
-    warnings.simplefilter('ignore', FutureWarning)  # of functions that fvcore scripts
+    warnings.simplefilter('ignore', FutureWarning)  # raised where fvcore scripts its functions
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.jit_handles import elementwise_flop_counter, get_shape
 
@@ -65,8 +65,8 @@ class ModelReport(BlockReport):
 
     Attributes:
         input_size: Channels, height and width of the image.
-        blocks: The same counts for each part; they add up to the model's but for parameters outside all parts.
-        uncounted: How often each operator ran that has arithmetic which no convention counts.
+        blocks: The same counts for each part. They add up to the model's, except for parameters outside all parts.
+        uncounted: Operators whose arithmetic neither convention counts, with how often each of them ran.
     """
     input_size: tuple[int, ...] = ()
     blocks: list[BlockReport] = field(default_factory=list)
@@ -107,7 +107,7 @@ def create_report(model_name: str, **model_kwargs: Any) -> ModelReport:
 
     Args:
         model_name: Any name of timm's registry.
-        **model_kwargs: What else `timm.create_model` takes, such as DelugeNet's `aggregation`.
+        **model_kwargs: Further arguments of `timm.create_model`, such as DelugeNet's `aggregation`.
 
     Returns:
         The counts of the model and of each of its blocks.
@@ -173,7 +173,7 @@ def format_reports(reports: Sequence[ModelReport], fmt: str = 'table') -> str:
     Args:
         reports: One or more models' reports.
         fmt: 'json' (every count), 'csv' (every count, a line for each model and block), 'markdown' or 'table' (the
-            models' rounded, followed by a breakdown into blocks and by what is not counted).
+            models' counts, rounded, followed by a breakdown into blocks and the operators that are not counted).
 
     Returns:
         The text.

@@ -1,7 +1,7 @@
-"""Batch normalisation's running statistics, re-estimated on images as they are in inference.
+"""Re-estimate batch normalisation's running statistics on images preprocessed as in inference.
 
-Training leaves averages over its last few batches, of augmented images, often of another size. In so few, a channel
-that is rarely active may not have been active at all.
+Training leaves averages over the last few batches of augmented images, often of another size. In so few images, a
+rarely active channel may never have been active.
 """
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,14 +20,14 @@ BATCH_SIZE = 250
 
 @torch.no_grad()
 def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
-    """Set all running statistics to their mean over some batches, in which every image counts the same.
+    """Set all running statistics to their mean over some batches, with the same weight for every image.
 
     Args:
-        model: The model; afterwards each module is in the mode it was in.
-        batches: Images ``[N, in_chans, H, W]``, a hundred or more in nearly all, of all classes mixed.
+        model: The model. Afterwards, each of its modules is in training or eval mode as before.
+        batches: Images ``[N, in_chans, H, W]`` of all classes mixed, a hundred or more in nearly all batches.
 
     Raises:
-        ValueError: If there are no batches. Then, and after any other error, the statistics are those of before.
+        ValueError: If there are no batches. After this or any other error, the old statistics are restored.
     """
     modes = {module: module.training for module in model.modules()}
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -58,13 +58,13 @@ def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None
 
 
 def settle_on_folder(model: nn.Module, folder: Path, num_images: int, seed: int) -> None:
-    """Set all running statistics to their mean over some of a folder's images, as they are in inference.
+    """Set all running statistics to their mean over some of a folder's images, preprocessed as in inference.
 
     Args:
         model: A model of timm, on the CPU.
         folder: Training images; see `create_validation_loader`.
         num_images: Number of images, evenly from all classes.
-        seed: For the order that mixes the classes.
+        seed: Seed of the shuffle that mixes the classes.
 
     Raises:
         ValueError: See `create_validation_loader`.

@@ -1,7 +1,7 @@
-"""What becomes of the connections while a network trains: their norms and their gradients', epoch by epoch.
+"""How the connections develop while a network trains: norms of weights and of gradients, epoch by epoch.
 
-train.py writes a checkpoint after each epoch, and keeps the best ones and the last, with the optimizer's state. That
-has, for each weight, a mean of its gradients over the latest steps: the momentum.
+train.py writes a checkpoint after each epoch, and keeps the best ones and the last, with the optimizer's state. This
+state has, for each weight, a mean of its gradients over the latest steps: the momentum.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from .weights import CheckpointError, read_training_state
 
 __all__ = ['EpochConnectivity', 'training_connectivity']
 
-MOMENTA = ('momentum_buffer', 'exp_avg')  # names that optimizers give it
+MOMENTA = ('momentum_buffer', 'exp_avg')  # names of the momentum in the optimizers' states
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class EpochConnectivity:
     """The connections after an epoch.
 
     Attributes:
-        epoch: Number of the epoch, from 0 on as train.py counts.
+        epoch: Number of the epoch, counted from 0 as in train.py.
         weights: Norms of the weights, for each block.
         gradients: Norms of the weights' mean gradients, for each block; None if the optimizer has no momentum, or its
-            parameter groups are not those that timm makes. SGD's include the weight decay.
+            parameter groups are not those that timm makes. With SGD, the gradients include the weight decay.
     """
     epoch: int
     weights: list[BlockConnectivity]
@@ -46,8 +46,8 @@ def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
     """Measure the connections of each checkpoint that a run of train.py has left.
 
     Args:
-        run_dir: The run's folder. train.py keeps its best checkpoints, `--checkpoint-hist`, and the last one. One
-            averaged by avg_checkpoints.py in the last one's place is passed over.
+        run_dir: The run's folder. train.py keeps the `--checkpoint-hist` best checkpoints and the last one. If
+            avg_checkpoints.py has overwritten the last one with an average, it is skipped.
 
     Returns:
         The epochs in their order.
@@ -65,7 +65,7 @@ def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
     for path in paths:
         checkpoint = read_training_state(path)
         if missing := {'args', 'epoch', 'optimizer', 'state_dict'} - checkpoint.keys():
-            if path.name == 'last.pth.tar' and len(paths) > 1:  # averaged by avg_checkpoints.py: of no epoch
+            if path.name == 'last.pth.tar' and len(paths) > 1:  # averaged by avg_checkpoints.py: belongs to no epoch
                 continue
             raise CheckpointError(f'{path}: this is no checkpoint of train.py, it lacks {", ".join(sorted(missing))}')
         try:
@@ -89,14 +89,14 @@ def _untrained(args: Any) -> nn.Module:
 
 
 def _mean_gradients(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Get the momenta by the parameters' names: the optimizer has numbers for them, in the order of its groups."""
+    """Get the momenta by parameter name: the optimizer numbers the parameters, in the order of its groups."""
     args = checkpoint['args']
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer: Any = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     groups = [group['params'] for group in optimizer.param_groups]
     saved_groups = [group['params'] for group in checkpoint['optimizer']['param_groups']]
     if [len(group) for group in groups] != [len(saved) for saved in saved_groups]:
-        return {}  # the run's own groups: which parameter has which number is not known
+        return {}  # the run had its own groups: which parameter has which number is not known
     gradients = {}
     for parameters, saved in zip(groups, checkpoint['optimizer']['param_groups']):
         share = 1 - saved['momentum'] if saved.get('dampening') == 0 else 1  # SGD keeps a sum, the others a mean

@@ -59,37 +59,39 @@ def add_checkpoint(
 ) -> Checkpoint:
     """Publish the last checkpoint of a training run: fp16 file, measured accuracy, log, manifest entry.
 
-    The last epoch's weights are taken, not those with the best accuracy on the test images; their moving average, where
-    train.py kept one (`--model-ema`). A file larger than 45 MiB is split, by the Hugging Face Hub's convention.
+    The last epoch's weights are taken, not those with the best accuracy on the test images. If train.py kept a moving
+    average of the weights (`--model-ema`), it is taken instead. A file larger than 45 MiB is split, by the Hugging Face
+    Hub's convention.
 
     Args:
         run_dirs: Output folder of train.py, with `args.yaml`, `summary.csv` and `last.pth.tar`; several, in order, for
-            a run that was resumed, or that started (`--initial-checkpoint`) from what another one left. The hours are
-            those from when each one was started, or last resumed in its folder, to the last row of its summary.
+            a run that was resumed, or that started from another run's checkpoint (`--initial-checkpoint`). The hours
+            of each run are counted from its start, or its last resumption in its folder, to its summary's last row.
         tag: Pretrained tag, `<recipe>_<dataset>`.
         data_dir: The data set, with train and validation folders as train.py read them.
         recipe: Name of the recipe it was trained with.
         dataset_name: Name of the data set.
         provenance: Where exactly the images come from.
         hardware: What it was trained on.
-        inexact: Test images, named from the validation folder on, that are not pixel by pixel those of the data set's
-            authors; the accuracy is measured with and without them.
-        class_descriptions: What the names of the class folders stand for; may know more names than there are.
-        base_model: Name of the published checkpoint of which the first run's `--initial-checkpoint` was made, as by
-            `timm_deluge.remove_layers`, `insert_layers` or `widen_layers`; of two, the one that its classifier is of.
-        img_size: Size of the images that it is for, and measured on; the run's if None.
-        settled_images: Number of training images, as they are in inference and of that size, from which the running
-            statistics are taken anew; the run's statistics if None.
-        split: What the data set's authors call the images that it is measured on, 'test' or 'validation'.
+        inexact: Test images, named by their paths in the validation folder, that are not pixel by pixel those of the
+            data set's authors; the accuracy is measured with and without them.
+        class_descriptions: What the names of the class folders stand for; may contain further names.
+        base_model: Name of the published checkpoint from which the first run's `--initial-checkpoint` was made, such as
+            by `timm_deluge.remove_layers`, `insert_layers` or `widen_layers`; if there were two, the one that supplied
+            the classifier.
+        img_size: Image size that the checkpoint is for, and is measured at; the run's if None.
+        settled_images: Number of training images, preprocessed as in inference at that size, on which the running
+            statistics are re-estimated; None keeps the run's statistics.
+        split: What the data set's authors call the images that the checkpoint is measured on, 'test' or 'validation'.
 
     Returns:
-        The new entry, already written; one of the same name is replaced.
+        The new entry, already in the manifest, where it replaces one of the same name.
 
     Raises:
         FileNotFoundError: If a file of the run is missing, or there is no checkout to publish to.
-        ValueError: If the run is not complete, or of a model that is not the package's as it stands, if the data set
-            is missing or cannot be read, if a class has no description, if what the run started from was not made of
-            the base model, or if a run's options were written after its summary, which hides its hours.
+        ValueError: If the run is not complete, if its model is not an unchanged one of the package, if the data
+            set is missing or cannot be read, if a class has no description, if the run's initial checkpoint was not
+            made from the base model, or if a run's options were written after its summary, which hides its hours.
         LookupError: If there is no such recipe.
         CheckpointError: If there is no such base model.
     """
@@ -127,7 +129,7 @@ def add_checkpoint(
     ema_decay = args['model_ema_decay'] if args.get('model_ema') else None
     last = run_dir / 'last.pth.tar'
     state_dict = read_tensors(str(last), use_ema=ema_decay is not None)
-    epoch = read_training_state(last).get('epoch', epochs_done - 1)  # of averaged checkpoints there is none
+    epoch = read_training_state(last).get('epoch', epochs_done - 1)  # averaged checkpoints have none
     if epoch != epochs_done - 1:
         raise ValueError(f'{last}: has the weights of epoch {epoch}, and the last of the summaries is epoch '
                          f'{epochs_done - 1}; resume the run with train.py --resume {last}')
@@ -261,7 +263,7 @@ def _hours(run_dir: Path) -> float:
 
 
 def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
-    """Check what a run started from against the checkpoint of which it was made: they begin and end alike."""
+    """Check that a run's initial checkpoint was made from a published one: the stem and the classifier must agree."""
     if not initial_checkpoint:
         raise ValueError(
             f'the run had no --initial-checkpoint that could have been made of {base.name}; if it was resumed without '
@@ -277,19 +279,19 @@ def _check_made_of(base: Checkpoint, initial_checkpoint: str | None) -> None:
 
 
 def _read_log(run_dirs: Sequence[Path], known_start: str | None) -> tuple[dict[int, dict[str, str]], int]:
-    """Read each epoch's row of train.py's summaries; a resumed run's later folder has the last word.
+    """Read each epoch's row of train.py's summaries; where folders of a resumed run overlap, the later one counts.
 
     Args:
         run_dirs: See `add_checkpoint`.
-        known_start: The first run's `--initial-checkpoint`, if it is known what that was made of.
+        known_start: The first run's `--initial-checkpoint`, if it is known from what it was made.
 
     Returns:
-        The rows by epoch, counted on where a run started from another one, and the number of epochs that the last run
-        did.
+        The rows by epoch, and the number of epochs that the last run did. The epochs of a run that started from another
+        one's checkpoint are numbered on from there.
 
     Raises:
-        ValueError: If a run started from a checkpoint that is in none of the folders before it, or does not go on from
-            them, no epoch is done, or those before are missing.
+        ValueError: If a run started from a checkpoint that is not in any of the folders before it, or does not go on
+            from them, no epoch is done, or earlier epochs are missing.
     """
     log: dict[int, dict[str, str]] = {}
     before = 0
@@ -306,7 +308,7 @@ def _read_log(run_dirs: Sequence[Path], known_start: str | None) -> tuple[dict[i
         summary = run_dir / 'summary.csv'
         try:
             with summary.open(newline='') as f:
-                # a run that was resumed in its folder begins with the header again
+                # where a run was resumed in its folder, the header is repeated
                 rows = {before + int(row['epoch']): row for row in csv.DictReader(f) if row['epoch'] != 'epoch'}
         except (csv.Error, KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{summary}: expected a summary of train.py, with the number of an epoch in each row '

@@ -13,18 +13,18 @@ from torch.utils.data import DataLoader
 __all__ = [
     'BATCH_SIZE', 'accuracy', 'create_validation_loader', 'image_names', 'list_classes', 'open_folder', 'rank_targets']
 
-BATCH_SIZE = 50  # larger tensors go back to the system each time, and their pages are cleared anew
+BATCH_SIZE = 50  # larger tensors are returned to the system, which clears their pages each time
 
 
 class _EveryImage(ImageDataset):
-    """A folder's images, of which none is skipped: in the place of what cannot be read, timm's takes the next one."""
+    """A folder's images, without skipping any: timm's class replaces an image that cannot be read by the next one."""
 
     def __getitem__(self, index: int) -> Any:
         path, target = self.reader.samples[index]
         try:
             with Image.open(path) as file:
                 image: Any = file.convert(self.input_img_mode)
-        except Exception as error:  # Pillow's decoders raise whatever damaged data leads them to
+        except Exception as error:  # Pillow's decoders can raise anything on damaged data
             raise ValueError(f'{path}: cannot be read ({error})') from error
         return (image if self.transform is None else self.transform(image)), target
 
@@ -34,7 +34,7 @@ def open_folder(folder: Path, mode: str = 'RGB') -> ImageDataset:
 
     Args:
         folder: The images.
-        mode: To convert them to, 'RGB' or 'L'.
+        mode: Mode to convert the images to, 'RGB' or 'L'.
 
     Returns:
         timm's data set of ``(image, class index)``. It raises a ValueError where an image cannot be read.
@@ -75,7 +75,7 @@ def create_validation_loader(
         folder: The images.
         batch_size: Number of images in a batch.
         workers: Number of loader processes.
-        num_images: Take that many, evenly from all classes' images in their order; all if None.
+        num_images: Take that many images, evenly spaced in the order of the classes; all if None.
 
     Returns:
         timm's loader of ``(images, targets)`` on the CPU, every image once. It raises a ValueError where one cannot be
@@ -107,14 +107,14 @@ def create_validation_loader(
 
 
 def image_names(loader: DataLoader[Any]) -> list[str]:
-    """Names of a validation loader's images, in its order, from its folder on."""
+    """Paths of a validation loader's images in its folder, in the loader's order."""
     dataset: Any = loader.dataset
     return [Path(name).as_posix() for name in dataset.filenames()]
 
 
 @torch.inference_mode()
 def rank_targets(model: nn.Module, batches: Iterable[Any], device: str = 'cpu') -> torch.Tensor:
-    """Count the classes that the model takes for more probable than the right one.
+    """Count the classes that the model finds more probable than the right one.
 
     Args:
         model: The model, in eval mode, on `device`.
@@ -137,13 +137,14 @@ def accuracy(ranks: torch.Tensor, names: Sequence[str] = (), inexact: Collection
     """Count right answers.
 
     Args:
-        ranks: Of the right classes, see `rank_targets`.
-        names: Each image's.
+        ranks: Ranks of the right classes, see `rank_targets`.
+        names: Names of the images.
         inexact: Names of images that are not what the data set's authors published.
 
     Returns:
-        `top1` and `top5`, the images whose most probable class, or one of the five most probable, is the right one, in
-        percent; `num_images`; and in `exact` the same without the inexact images, if there are any and all are there.
+        `top1` and `top5`, the percentages of images whose right class is the most probable one, or among the five most
+        probable; `num_images`; and, if there are inexact images and `names` has all of them, `exact`, the same without
+        these.
     """
     figures: dict[str, Any] = {
         'top1': round(100 * (ranks < 1).double().mean().item(), 2),

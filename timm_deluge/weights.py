@@ -1,4 +1,4 @@
-"""The checkpoints: what the manifest says of each, and the proof that a file is what it says.
+"""The checkpoints: what the manifest says about them, and checks that their files agree with it.
 
 `weights/manifest.json` is the one source of truth. timm's pretrained configurations, the model card and the README's
 accuracies are derived from it, and every file is checked against its SHA-256 before a tensor is read from it.
@@ -37,7 +37,7 @@ __all__ = [
 MANIFEST = 'manifest.json'
 MAX_PACKAGED_PARAMS = 7_000_000  # pyproject.toml leaves out larger checkpoints
 REMEDY = 'Restore it with `git checkout` or reinstall timm-deluge.'
-_DAMAGE = (  # what reading a damaged checkpoint raises
+_DAMAGE = (  # errors that reading a damaged checkpoint can raise
     AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, struct.error, TypeError, UnpicklingError,
     ValueError)
 INSTALLED = 'checkpoints'  # the folder in an installed package
@@ -55,33 +55,35 @@ class Checkpoint:
     Attributes:
         model: Name in timm's registry.
         tag: What timm calls the pretrained tag, `<recipe>_<dataset>`.
-        file: Name of the safetensors file with all tensors: in the weights folder, or if there are `parts`, what they
-            are joined to on the Hugging Face Hub.
+        file: Name of the safetensors file with all tensors: the one in the weights folder or, if there are `parts`, the
+            one into which they are joined for the Hugging Face Hub.
         bytes: Size of that file.
         sha256: SHA-256 of that file.
         parts: `file`, `bytes` and `sha256` of each file of the weights folder that has some of the tensors, and of the
-            Hub's index, `<file>.index.json`, that says which. Empty if one file has them all.
+            index by the Hub's convention, `<file>.index.json`, that says where each tensor is. Empty if one file has
+            all tensors.
         num_params: Number of parameters, buffers excluded.
         class_names: Name of each class, in the order of the logits.
         class_descriptions: What each name stands for, such as WordNet's words for its identifiers, or None.
         input_size: Channels, height and width the metrics were measured at.
-        mean: Channel means the input is normalised with, of values in [0, 1].
-        std: Channel standard deviations, likewise.
+        mean: Channel means that the input, with values in [0, 1], is normalised with.
+        std: Channel standard deviations that it is normalised with.
         interpolation: Interpolation the images are resized with.
         crop_pct: Side of the centre crop over that of the resized image.
         dataset: `name`, `train_images`, `test_images` and `provenance` of the data; `split` is what its authors call
-            the images that the metrics were measured on, 'test' or 'validation'; `inexact` names those that are not
-            pixel by pixel what they published.
+            the images that the metrics were measured on, 'test' or 'validation'; `inexact` names those
+            that are not pixel by pixel what the authors published.
         base_model: Name of the checkpoint that training started from, or None.
         recipe: Name of the recipe, see `timm-deluge recipe`.
         epochs: Passes over the training images, since `base_model`.
-        seed: Random seed; of a run in parts, the last one's.
-        ema_decay: Decay of the moving average of the weights, if that was published, or None.
-        settled_images: Number of training images from which the running statistics were taken after training, or None.
-        hardware: What it was trained on.
+        seed: Random seed; for a run in parts, that of the last part.
+        ema_decay: Decay of the weights' moving average if this average was published, or None.
+        settled_images: Number of training images on which the running statistics were re-estimated after training, or
+            None.
+        hardware: Hardware that it was trained on.
         hours: Wall-clock hours of training.
-        metrics: `top1` and `top5` accuracy in percent and `num_images` they were measured on; in `exact` the same
-            without the inexact images.
+        metrics: `top1` and `top5`, the accuracies in percent, and `num_images`, the number of images they were measured
+            on; `exact` has the same without the inexact images.
         command: The command that reproduces the metrics.
         hf_hub_id: Repository of the Hugging Face Hub that it was published in, or None.
     """
@@ -124,7 +126,7 @@ class Checkpoint:
 
     @property
     def files(self) -> list[dict[str, Any]]:
-        """Path, size and SHA-256 of the file on this machine, or of each of its parts; empty if it is nowhere."""
+        """Path, size and SHA-256 of the file on this machine, or of each of its parts; empty if it is not here."""
         whole: dict[str, Any] = dict(file=self.file, bytes=self.bytes, sha256=self.sha256)
         for folder in weights_dirs().values():
             for files in self.parts, [whole]:
@@ -140,26 +142,26 @@ class Checkpoint:
 
     @property
     def has_connections(self) -> bool:
-        """Whether it is a DelugeNet's, and not one of a network with residual sums."""
+        """Whether the model is a DelugeNet, and not a network with residual sums."""
         return 'delugenet' in self.model
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether it is one of the large ones, which the package leaves out, and nothing of it is on this machine."""
+        """Whether it is large, so that the package leaves it out, and none of its files is on this machine."""
         is_large = bool(self.parts) or self.num_params > MAX_PACKAGED_PARAMS
         return is_large and not any(
             os.path.exists(folder / name) for folder in weights_dirs().values() for name in self.file_names)
 
     @property
     def path(self) -> Path:
-        """Where the file lies on this machine, or the first of its parts; or would, were it there."""
+        """Path on this machine of the file or of its first part; where it would be, if it is not here."""
         files = self.files
         return files[0]['path'] if files else weights_dir() / (self.parts[0]['file'] if self.parts else self.file)
 
     def pretrained_cfg(self) -> dict[str, Any]:
         """The part of timm's pretrained configuration that the checkpoint decides."""
         return dict(
-            file=None if self.is_elsewhere and not self.hf_hub_id else str(self.path),  # timm lists those with one
+            file=None if self.is_elsewhere and not self.hf_hub_id else str(self.path),  # timm lists tags with a file
             num_classes=len(self.class_names),
             label_names=tuple(self.class_names),
             label_descriptions=self.class_descriptions,
@@ -184,7 +186,7 @@ def downloads_dir() -> Path:
 
 
 def weights_dirs() -> dict[str, Path]:
-    """Folders that may have a checkpoint's files, by what they are, in the order in which they are looked through."""
+    """Folders that may have a checkpoint's files, keyed by a description, in the order in which they are searched."""
     folders = {'the package': weights_dir()}
     checkout = _checkout()
     if checkout:
@@ -193,7 +195,7 @@ def weights_dirs() -> dict[str, Path]:
 
 
 def _checkout() -> Path | None:
-    """Get the folder that pip installed the package from, as it recorded it (PEP 610)."""
+    """Get the folder from which pip installed the package, as recorded by pip (PEP 610)."""
     try:
         url = urlparse(json.loads(distribution('timm-deluge').read_text('direct_url.json') or '{}').get('url', ''))
     except PackageNotFoundError:
@@ -224,13 +226,14 @@ def find_checkpoint(name: str) -> Checkpoint:
     """Look up a checkpoint.
 
     Args:
-        name: `<model>.<tag>`, or `<model>` for its first one.
+        name: `<model>.<tag>`, or `<model>` for the model's first checkpoint.
 
     Returns:
         The manifest's entry.
 
     Raises:
-        CheckpointError: If there is none; says which there are and how to train this one.
+        CheckpointError: If there is none; the message lists those there are and, if the model has none, says how to
+            train one.
     """
     model, _, tag = name.partition('.')
     checkpoints = list_checkpoints()
@@ -258,7 +261,8 @@ def verify_checkpoint(checkpoint: Checkpoint) -> None:
         checkpoint: The manifest's entry.
 
     Raises:
-        CheckpointError: If a file is missing, truncated or altered; says where it was looked for, and how to get it.
+        CheckpointError: If a file is missing, truncated or altered; the message says where it was looked for, and how
+            to get it.
     """
     for _ in _verified_contents(checkpoint):
         pass
@@ -319,8 +323,8 @@ def read_tensors(path: str, use_ema: bool = True) -> dict[str, torch.Tensor]:
     """Read a checkpoint file of any kind that timm knows.
 
     Args:
-        path: The file; of one that is a part of a checkpoint, the others lie beside it, see `join_parts`.
-        use_ema: Take the moving average where train.py has kept one.
+        path: The file. If it is one part of a checkpoint, the other parts must lie beside it, see `join_parts`.
+        use_ema: Read the weights' moving average if train.py has kept one.
 
     Raises:
         OSError: If there is no such file.
@@ -337,7 +341,7 @@ def read_tensors(path: str, use_ema: bool = True) -> dict[str, torch.Tensor]:
 
 
 def read_training_state(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of train.py with all it has: weights, optimizer, options, number of the epoch.
+    """Read everything that a checkpoint of train.py holds: weights, optimizer state, options and epoch number.
 
     Args:
         path: The file.
@@ -354,18 +358,18 @@ def read_training_state(path: Path) -> dict[str, Any]:
 
 
 def join_parts(state_dict: dict[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:
-    """Add what a file is short of because the checkpoint was split.
+    """Add the tensors that a file lacks because its checkpoint was split.
 
     Args:
-        state_dict: The tensors of the file; gets those of the other parts.
-        path: The file. One named `<name>-<number>-of-<count>.safetensors` is a part, and the index beside it,
-            `<name>.safetensors.index.json`, says where the Hugging Face Hub's convention has put each tensor.
+        state_dict: The tensors of the file; those of the other parts are added to it.
+        path: The file. A file named `<name>-<number>-of-<count>.safetensors` is a part by the Hugging Face Hub's
+            convention, and the index beside it, `<name>.safetensors.index.json`, says which part has each tensor.
 
     Returns:
         The same dictionary. The tensors stay on the disk until they are used.
 
     Raises:
-        CheckpointError: If there is no index, or it is not one, or a part is missing or damaged.
+        CheckpointError: If the index is missing or invalid, or a part is missing or damaged.
     """
     path = Path(path)
     if part := re.fullmatch(r'(.+)-\d{5}-of-\d{5}\.safetensors', path.name):
@@ -385,7 +389,7 @@ def join_parts(state_dict: dict[str, torch.Tensor], path: str | Path) -> dict[st
 
 
 def joined_bytes(state_dict: dict[str, torch.Tensor]) -> bytes:
-    """Make the content of the one file, for the Hugging Face Hub, of a checkpoint that lies in parts here."""
+    """Make the content of the single file into which a split checkpoint is joined for the Hugging Face Hub."""
     return save(state_dict, metadata={'format': 'pt'})
 
 
@@ -396,7 +400,7 @@ def load_download(
 ) -> dict[str, torch.Tensor]:
     """Read the tensors of a file from the Hugging Face Hub, from the very bytes that were checked against the manifest.
 
-    Without an entry of the manifest, what the Hub says of the file takes its place.
+    If the manifest has no entry for the file, the SHA-256 that the Hub reports is used instead.
 
     Args:
         hf_hub_id: Repository, `USER/REPO` or `USER/REPO@REVISION`; its file is downloaded unless it is in the cache.
@@ -407,7 +411,7 @@ def load_download(
         The tensors by name.
 
     Raises:
-        CheckpointError: If the file is truncated or altered, or not one of safetensors.
+        CheckpointError: If the file is truncated or altered, or is not a safetensors file.
         huggingface_hub.errors.HfHubHTTPError: If there is no such file.
     """
     if not filename.endswith('.safetensors'):
@@ -417,7 +421,7 @@ def load_download(
     path = Path(hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache_dir))
     content = path.read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
-    blob = path.readlink().name if path.is_symlink() else ''  # its hash; it may be a link itself, to what is shared
+    blob = path.readlink().name if path.is_symlink() else ''  # its SHA-256; it may itself link to a shared file
     is_published = filename == HUB_FILE and not revision
     expected = next((c.sha256 for c in list_checkpoints() if is_published and c.hf_hub_id == repo_id), blob)
     if not re.fullmatch('[0-9a-f]{64}', expected):

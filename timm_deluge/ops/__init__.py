@@ -1,4 +1,4 @@
-"""The cross-layer depthwise convolution: `reference` is its definition, everything else gives the same for less."""
+"""The cross-layer depthwise convolution: `reference` defines it, all else computes the same in less time and memory."""
 from .backend import Backend
 from .checkpoint import checkpoint_layer
 from .decision import Decision, explain_implementation, has_hooks, takes_fast_path

@@ -1,4 +1,4 @@
-"""The backend in ATen's own operators, for tensors on any device."""
+"""The backend made of ATen's own operators, for tensors on any device."""
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +44,7 @@ def combine_backward(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """See `Backend.combine_backward`."""
     check_combine_backward(grads, weights, layers, means, begun, scales)
-    tensors, _ = same_layout([*layers, *grads])  # of mixed ones, ATen makes wrong sums where there is one image
+    tensors, _ = same_layout([*layers, *grads])  # with mixed formats, ATen's sums are wrong for a single image
     layers, grads = tensors[:len(layers)], tensors[len(layers):]
     zeros = torch.zeros_like(means[0])
     if scales is None:
@@ -59,8 +59,8 @@ def combine_backward(
 
 
 def _dot(grad: torch.Tensor, layer: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    # the gradient of a batch normalisation's weight is this, and ATen finds it in one pass: on CUDA, of a weight that
-    # there is
+    # this is the gradient of a batch normalisation's weight, which ATen computes in one pass; on CUDA, only if a weight
+    # is given
     ones = torch.ones_like(mean)
     return torch.ops.aten.native_batch_norm_backward(
         grad, layer, ones, None, None, mean, ones, True, 0., [False, True, False])[1]
@@ -69,7 +69,7 @@ def _dot(grad: torch.Tensor, layer: torch.Tensor, mean: torch.Tensor) -> torch.T
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `Backend.moments`."""
     check_moments(x)
-    # running statistics that stay as they are, for the results to have their dtype
+    # the running statistics stay as they are; they only set the dtype of the results
     dtype = torch.promote_types(x.dtype, torch.float32)
     running = torch.zeros(2, x.shape[1], device=x.device, dtype=dtype)
     mean, var = torch.ops.aten.batch_norm_update_stats(x, *running, 0.)

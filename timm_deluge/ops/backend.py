@@ -1,7 +1,7 @@
 """What a backend provides: the sums over layers and over positions that the fast paths are made of.
 
-A backend is a module with these functions. All of them take tensors in any memory format, bring those of a call into
-the first one's, channels_last or else contiguous, and raise an error rather than read what is not theirs.
+A backend is a module with these functions. Each takes tensors in any memory format, converts all tensors of a call to
+the format of the first one, channels_last or else contiguous, and raises an error rather than read out of bounds.
 """
 from collections.abc import Sequence
 from typing import Protocol
@@ -18,7 +18,7 @@ class Backend(Protocol):
 
     @property
     def __name__(self) -> str:
-        """The module's."""
+        """The module's name."""
         ...
 
     def combine(
@@ -34,16 +34,16 @@ class Backend(Protocol):
         """Sum layers, each channel with its own weights: ``x[n, c] = bias[c] + sum_i weight[i, c] * layers[i][n, c]``.
 
         Args:
-            layers: l tensors ``[N, C, H, W]``; there may be none to add to sums that were begun.
-            weights: ``[l, C]``, of each sum.
-            biases: ``[C]``, of each sum; with scales, one for each image, ``[N, C]``.
-            outs: Memory in the first layer's dtype and format that the sums may take.
+            layers: l tensors ``[N, C, H, W]``; may be empty if the sums were begun.
+            weights: The weights of each sum, ``[l, C]``.
+            biases: The bias of each sum, ``[C]``; with scales, one for each image, ``[N, C]``.
+            outs: Tensors in the first layer's dtype and memory format, which the sums may be written to.
             relu: Apply a ReLU to the first sum.
-            scales: ``[l, N]``, of each sum: what the images of a layer are multiplied by, besides the weight.
-            begun: Whether `outs` hold what the sums are to be added to; their dtype and format are then the sums'.
+            scales: For each sum, ``[l, N]``: the factor of each image of a layer, besides the weight.
+            begun: Whether `outs` hold the sums begun so far, which are then added to, in their dtype and format.
 
         Returns:
-            The sums ``[N, C, H, W]``, in the first layer's dtype or, where they were begun, in the first out's.
+            The sums ``[N, C, H, W]``, in the first layer's dtype or, if they were begun, in that of `outs`.
         """
         ...
 
@@ -56,21 +56,21 @@ class Backend(Protocol):
             begun: Sequence[torch.Tensor] | None = None,
             scales: Sequence[torch.Tensor] | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Differentiate by layers, and by their weights, what l calls of `combine` made of them.
+        """Differentiate l sums that `combine` made of layers, with respect to the layers and their weights.
 
         Args:
             grads: The gradients of l results, ``[N, C, H, W]``.
-            weights: Of each layer, its weights in these results, ``[l, C]``.
+            weights: For each layer, its weights in these results, ``[l, C]``.
             layers: The layers, ``[N, C, H, W]``.
-            means: Of each layer, its mean, ``[C]``, which is taken from the layer first.
-            begun: Of each layer, what other results have begun of its gradient, in the first layer's format; it may be
-                overwritten.
-            scales: Of each layer, what its images were multiplied by in these results, ``[l, N]``.
+            means: For each layer, its mean, ``[C]``, which is first subtracted from the layer.
+            begun: For each layer, the part of its gradient that other results gave, in the first layer's format; it is
+                added to, and may be overwritten.
+            scales: For each layer, the factors of its images in these results, ``[l, N]``.
 
         Returns:
-            Of each layer, ``sum_i weights[i] * grads[i]``, ``[N, C, H, W]``, added to what was begun; and of each layer
-            and gradient ``sum grads[i] * (layer - mean)`` over images and positions, ``[number of layers, l, C]``. With
-            scales, these multiply the gradients' images in both.
+            For each layer, ``sum_i weights[i] * grads[i]``, ``[N, C, H, W]``, added to `begun`; and for each layer and
+            gradient, ``sum grads[i] * (layer - mean)`` over images and positions, ``[number of layers, l, C]``. The
+            scales, if any, multiply the gradients' images in both.
         """
         ...
 
@@ -124,10 +124,10 @@ def check_combine(
     """Check the arguments of `Backend.combine`.
 
     Returns:
-        The one whose shape, dtype and format the sums have.
+        The tensor whose shape, dtype and format the sums have.
 
     Raises:
-        ValueError: If there is one of another shape, dtype, device or number.
+        ValueError: If a tensor has a wrong shape, dtype or device, or the number of tensors is wrong.
     """
     like = _check_images('outs', outs or []) if begun else _check_images('layers', layers)
     if begun:
@@ -154,7 +154,7 @@ def check_combine_backward(
     """Check the arguments of `Backend.combine_backward`.
 
     Raises:
-        ValueError: If there is one of another shape, dtype, device or number.
+        ValueError: If a tensor has a wrong shape, dtype or device, or the number of tensors is wrong.
     """
     first = _check_images('layers', layers)
     _check_images('grads', grads, first)
@@ -171,7 +171,7 @@ def check_moments(x: torch.Tensor) -> None:
     """Check the argument of `Backend.moments`.
 
     Raises:
-        ValueError: If it is of another shape or dtype, or empty.
+        ValueError: If it has a wrong shape or dtype, or is empty.
     """
     _check_images('x', [x])
     if not x.numel():
@@ -186,7 +186,7 @@ def check_norm_act_backward(images: Sequence[torch.Tensor], *parameters: torch.T
         parameters: Weight, bias, mean and 1 / standard deviation.
 
     Raises:
-        ValueError: If there is one of another shape, dtype or device.
+        ValueError: If a tensor has a wrong shape, dtype or device.
     """
     for name, tensor in zip(('x', 'y', 'grad'), images):
         _check_images(name, [tensor], images[0])

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a block's layers: a layer runs again in the backward pass, on an input computed again."""
+"""Gradient checkpointing of a block's layers: a layer runs again in the backward pass, on a recomputed input."""
 import copy
 
 import torch
@@ -10,13 +10,13 @@ __all__ = ['checkpoint_layer']
 
 
 def checkpoint_layer(layer: nn.Module, x: torch.Tensor, recompute: Recompute | None = None) -> torch.Tensor:
-    """Apply a layer, and keep nothing of it for the backward pass.
+    """Apply a layer without keeping any of its activations for the backward pass.
 
     Args:
         layer: The layer. Its batch normalisation counts a batch again when it runs again, as under
             `torch.utils.checkpoint`.
         x: ``[N, C, H, W]``.
-        recompute: Gives x in the backward pass; it is kept if None.
+        recompute: Recomputes x in the backward pass; if None, x is kept.
 
     Returns:
         ``layer(x)``.
@@ -27,7 +27,7 @@ def checkpoint_layer(layer: nn.Module, x: torch.Tensor, recompute: Recompute | N
 class _Checkpoint(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, layer, recompute, x, *parameters):  # named, for autograd to know that they are used
+    def forward(ctx, layer, recompute, x, *parameters):  # parameters are arguments so that autograd tracks them
         ctx.layer, ctx.recompute, ctx.parameters = layer, recompute, dict(layer.named_parameters())
         ctx.autocast = dict(
             device_type=x.device.type, dtype=torch.get_autocast_dtype(x.device.type),
@@ -52,7 +52,7 @@ class _Checkpoint(torch.autograd.Function):
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Copy a module, but not its tensors: other parameters can take their place, unseen by other threads."""
+    """Copy a module but not its tensors, so that these can be replaced in the copy, unseen by other threads."""
     twin = copy.copy(module)
     twin._parameters = dict(module._parameters)
     twin._modules = {name: part if part is None else _twin(part) for name, part in module._modules.items()}

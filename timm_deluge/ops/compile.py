@@ -1,8 +1,8 @@
 """Compile C++ for the processor at hand, once for all processes of a user.
 
 Libraries are kept in the user's cache folder, `$XDG_CACHE_HOME/timm_deluge` or `~/.cache/timm_deluge`. A file's name
-tells what it was made from and holds the SHA-256 of its content, so that one that is damaged is not loaded. Folder and
-file must be the user's, and no one else may write there; otherwise each process compiles for itself.
+tells what it was made from and holds the SHA-256 of its content, so that a damaged file is not loaded. Folder and file
+must belong to the user, and no one else may be able to write them; otherwise each process compiles for itself.
 """
 import ctypes
 import hashlib
@@ -20,7 +20,7 @@ from threading import Timer
 
 __all__ = ['compile_library']
 
-PATIENCE = 1.  # seconds of compiling before it is said
+PATIENCE = 1.  # seconds of compiling before it is logged
 PROCESSOR_FIELDS = {
     'vendor_id', 'cpu family', 'model', 'model name', 'stepping', 'flags',  # x86
     'CPU implementer', 'CPU architecture', 'CPU variant', 'CPU part', 'Features',  # ARM
@@ -37,12 +37,12 @@ def compile_library(source: Path, options: Sequence[str]) -> ctypes.CDLL:
     The compiler is `$CXX`, or else `c++`.
 
     Args:
-        source: A file that includes none but the compiler's own headers.
+        source: A file that includes only the compiler's own headers.
         options: For the compiler. The linker gets none of them: with -fopenmp it would bring a second OpenMP, which
             would fight PyTorch's for the cores.
 
     Raises:
-        ImportError: If there is no compiler, or what it makes cannot be written or loaded.
+        ImportError: If there is no compiler, it fails, or the library cannot be written or loaded.
     """
     try:
         compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
@@ -77,13 +77,13 @@ def _cache_folder() -> Path:
 
 @contextmanager
 def _checked(folder: Path) -> Iterator[Path]:
-    """Make the cache folder where it is missing, and hold it open.
+    """Make the cache folder if it is missing, and hold it open.
 
     Yields:
         A path that leads to the folder that was checked, even if another one takes its place.
 
     Raises:
-        OSError: If there is none, or it is not the user's alone.
+        OSError: If it cannot be made or opened, or is not the user's alone.
     """
     if os.name != 'posix' or not folder.is_absolute():
         raise OSError('there is no home folder whose owner is known')
@@ -115,7 +115,7 @@ def _load(folder: Path, name: str) -> ctypes.CDLL | None:
 
 
 def _write_and_load(folder: Path, name: str, content: bytes) -> ctypes.CDLL:
-    """Write a library and load it. It gets its name last, so that no other process sees a part of it."""
+    """Write a library and load it. The file gets its name last, so that no other process sees an incomplete one."""
     descriptor, temporary = tempfile.mkstemp(dir=folder)
     try:
         with open(descriptor, 'wb') as file:
@@ -136,7 +136,7 @@ def _digest(content: bytes) -> str:
 
 
 def _key(source: Path, compiler: Sequence[str], options: Sequence[str]) -> str:
-    """Digest all that decides what the compiler makes: -march=native means another processor's code elsewhere."""
+    """Digest all that the compiled library depends on, including the processor, for which -march=native compiles."""
     version = subprocess.run([*compiler, '--version'], capture_output=True)
     parts = source.read_bytes(), shutil.which(compiler[0]), compiler, version.stdout, options, _processor()
     return _digest(repr(parts).encode())

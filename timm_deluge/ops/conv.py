@@ -1,9 +1,9 @@
 """Convolutions as matrix products on a CPU, where these are faster than oneDNN's convolutions.
 
-In channels_last, a 1x1 convolution is a matrix product as it stands. With a larger kernel it is one of patches: a row
-for each output position, with all that the kernel sees there. Patches take memory and time, and pay where there are few
-positions for each output channel, as late in a network: there oneDNN's convolutions are slowest. For gradients of
-weights in bfloat16 with AMX, they pay up to more positions.
+In channels_last, a 1x1 convolution is a matrix product as it stands. With a larger kernel, it is a product with a
+matrix of patches: a row for each output position, with all that the kernel sees there. Patches take memory and time,
+and pay off where there are few positions for each output channel, as late in a network, where oneDNN's convolutions are
+slowest. For weight gradients in bfloat16 with AMX, they pay off up to a larger number of positions.
 """
 from functools import cache
 from itertools import product
@@ -18,7 +18,7 @@ __all__ = ['conv2d', 'conv2d_backward']
 
 MAX_POSITIONS = 4  # for each output channel
 MAX_POSITIONS_OF_WEIGHT_GRAD = 32  # for each output channel, in bfloat16 with AMX
-MAX_POSITIONS_OF_A_SUM = 4096  # longer ones are slower, and less exact
+MAX_POSITIONS_OF_A_SUM = 4096  # longer sums are slower, and less exact
 ConvArgs = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
 
 
@@ -126,7 +126,7 @@ def _patches(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, ...], conv_
 
 
 def _input_grad(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, conv_args: ConvArgs) -> torch.Tensor:
-    """Get the gradient of x: of positions a stride apart in one product, as the same part of the kernel saw them."""
+    """Get the gradient of x, by one product for each set of positions that the same elements of the kernel saw."""
     (sh, sw), (ph, pw), (dh, dw) = conv_args
     (n, c, h, w), (kh, kw) = x.shape, weight.shape[2:]
     pad_h, pad_w = max(0, dh * (kh - 1) - ph), max(0, dw * (kw - 1) - pw)

@@ -1,8 +1,8 @@
-"""The backend as C++ loops for a CPU: each reading of a layer serves several sums, all of them in float32.
+"""The backend as C++ loops for a CPU: each read of a layer serves several sums, all of them in float32.
 
-`kernels.cpp` is compiled for the processor at hand, in some seconds, by the compiler that the environment variable CXX
-names, or `c++`: when this module is imported, and for bfloat16 at its first use. `compile.py` keeps the libraries for
-later processes. The loops run in PyTorch's own threads.
+`kernels.cpp` is compiled for the processor at hand when this module is imported and, for bfloat16, at its first use,
+which takes some seconds. The compiler is the one that the environment variable CXX names, or else `c++`. `compile.py`
+keeps the libraries for later processes. The loops run in PyTorch's own threads.
 """
 import ctypes
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .layout import same_layout
 __all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
-# and besides, of every function: the shape, whether in channels_last, and the number of threads
+# every function also takes the shape, whether tensors are in channels_last, and the number of threads
 _PARAMETERS: dict[str, list[Any]] = {
     'combine': [_POINTER, _NUMBER, *[_POINTER] * 3, _NUMBER, _POINTER, *[_NUMBER] * 3],
     'combine_backward': [_POINTER, _NUMBER, *[_POINTER] * 2, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 2, _POINTER],
@@ -30,7 +30,7 @@ _PARAMETERS: dict[str, list[Any]] = {
 
 @cache
 def _library(element: str) -> ctypes.CDLL:
-    """Load the loops for one type of elements, compiled before or now.
+    """Load the loops for one element type, compiled first if the cache has none.
 
     Raises:
         ImportError: If there is no compiler, or it cannot make a library for PyTorch's OpenMP.

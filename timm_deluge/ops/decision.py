@@ -27,12 +27,12 @@ class Decision(NamedTuple):
 
 
 def takes_fast_path(module: nn.Module, x: torch.Tensor, reason: str | None) -> bool:
-    """Let a module take its fast path unless there is a reason against it, which goes to the log at debug level.
+    """Let a module take its fast path unless there is a reason against it, which is logged at debug level.
 
     Args:
         module: The module that asks.
-        x: What its fast path would work on.
-        reason: Why it cannot, None if it can.
+        x: The input of its fast path.
+        reason: Why it cannot take that path, None if it can.
     """
     if not torch.compiler.is_compiling():
         _note(module, x, reason)
@@ -56,8 +56,8 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
         x: Its input, such as images ``[N, in_chans, H, W]``.
 
     Returns:
-        The decision of each module that had to make one, by its name: a block that takes its fast path decides for its
-        layers.
+        The decision of each module that had to make one, by the module's name. A block that takes its fast path
+        decides for its layers, too.
     """
     model = copy.deepcopy(model)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
@@ -72,7 +72,7 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tell whether calls of a module, or their gradients, are watched, or something else is called in its place."""
+    """Tell whether hooks see a module's calls or their gradients, or its `forward` was replaced."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         or 'forward' in vars(module) or torch.nn.modules.module._has_any_global_hook())

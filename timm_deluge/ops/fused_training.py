@@ -1,22 +1,25 @@
-"""Cross-layer depthwise convolutions, made for training: nothing normalised is kept, and every gradient is summed once.
+"""Cross-layer depthwise convolutions for training: no normalised layer is kept, and each gradient is summed once.
 
-Two facts save memory and time. A layer's normalisation ``(h - mean) * invstd`` is affine, so that its statistics go
-into each consumer's weights, and the normalised layer is never written down. And the gradient of a layer's output,
+What is kept of a layer for the backward pass is its output h_i before normalisation. Two facts save memory and time.
+First, a layer's normalisation ``(h - mean) * invstd`` is affine, so it is folded into the weights and biases of the
+convolutions that take the layer, and the normalised layer is never written to memory. Second, the gradient of a layer's
+output,
 
     dh_i = d norm(h_i)^T  sum_{l > i} weight_l[i] * dx_l
 
-is itself a sum over layers: the consumers leave their dx_l behind, and layer i adds them up when its turn comes,
-instead of L times adding to a sum. The same pass over them gives the gradients of layer i's weights,
-``sum dx_l * norm(h_i)``, and with these what batch normalisation takes from a gradient: its mean and its projection
-on the normalised layer. Once four dx_l are there, every fourth pass also begins the sums of the next three layers, to
-which they later add only the dx_l that were not there yet. Layer 0, whose turn comes last, hands all weights their
-gradients.
+is itself a sum over convolutions. In the backward pass, each convolution only stores the gradient dx_l of its result,
+and layer i sums these when its turn comes, instead of every convolution adding its term to the gradients of all layers
+that it takes. The same pass over the dx_l gives the gradients of layer i's weights, ``sum dx_l * norm(h_i)``. With the
+biases' gradients, these give the two terms that batch normalisation subtracts from a gradient: its mean (which takes a
+pass of its own with stochastic depth) and its projection onto the normalised layer. Once four dx_l are stored, every
+fourth layer's pass also begins the sums of the three layers below it, which later add only the dx_l stored since. Layer
+0, whose turn comes last, returns the gradients of all weights and biases.
 
-The results x_l need not be kept either: where the backward pass wants one, it convolves again, for four of them from
-one pass.
+The results x_l need not be kept either: where the backward pass needs one, it is recomputed from the h_i, together with
+up to three results before it, in one pass over the h_i.
 
-Where a backward pass is to be differentiated itself (``create_graph=True``), it follows the same order by the
-definition, in operators that autograd records.
+A backward pass that is to be differentiated itself (``create_graph=True``) visits the layers in the same order, but
+computes by the definition, with operators that autograd records.
 """
 from collections.abc import Sequence
 from itertools import chain, islice
@@ -40,14 +43,14 @@ LAYERS_PER_PASS = 4
 class FusedCrossLayers:
     """A block's layer outputs h_0 … h_L, not normalised, and the cross-layer convolutions over them.
 
-    It differentiates as the reference does, as often as wanted.
+    Like the reference, they can be differentiated any number of times.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
         """
         Args:
-            weights: Of the cross-layer convolutions in their order, each ``[C, 1, l, 1]``.
-            biases: Of the same, ``[C, 1, l, 1]``.
+            weights: The weight of each cross-layer convolution, in order, ``[C, 1, l, 1]``.
+            biases: The bias of each, ``[C, 1, l, 1]``.
         """
         self._outputs: list[torch.Tensor] = []
         self._layers: list[_Layer] = []
@@ -64,18 +67,18 @@ class FusedCrossLayers:
 
         Args:
             output: ``[N, C, H, W]``.
-            norm: Its normalisation, without affine parameters; keeps its running statistics.
-            sample_scale: What stochastic depth multiplies each normalised image by, ``[N, 1, 1, 1]``.
+            norm: Its batch normalisation, without affine parameters; in training, its running statistics are updated.
+            sample_scale: Stochastic depth's factor of each normalised image, ``[N, 1, 1, 1]``.
 
         Returns:
-            The output in the block's graph: h_0 goes to the first layer as this, all others only through
-            `cross_layer_depthwise_conv`.
+            The output as part of the block's autograd graph. Use it only for h_0, as the first layer's input; all other
+            outputs are used through `cross_layer_depthwise_conv` alone.
         """
         index = len(self._outputs)
         num_above = self._block.num_convs - index
         parameters = [] if index else self._block.parameters
         below = self._layers[::-1]
-        if num_above:  # the topmost layer has all of them, for what is to be computed again
+        if num_above:  # the topmost layer keeps all layers below it, from which the backward pass recomputes results
             begins = (index + 1) % LAYERS_PER_PASS == 0 and num_above + 1 >= LAYERS_PER_PASS
             below = below[:LAYERS_PER_PASS - 1] if begins else []
         _, _, training, _, eps = args = begin_norm(norm)
@@ -85,11 +88,10 @@ class FusedCrossLayers:
         return self._outputs[index]
 
     def cross_layer_depthwise_conv(self, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """Convolve across all layers so far, normalised (paper, Eq. 1), with the next of the weights.
+        """Apply the block's next cross-layer convolution to all layers so far, normalised (paper, Eq. 1).
 
         Args:
-            scale: What each image's connections are multiplied by, ``[N, l]``; for all of a block's convolutions or
-                for none.
+            scale: Factors of each image's connections, ``[N, l]``; for all of a block's convolutions or for none.
 
         Returns:
             The next layer's input ``[N, C, H, W]``.
@@ -101,7 +103,7 @@ class FusedCrossLayers:
         return _CrossLayer.apply(self._block, self._sums, index, *self._outputs)
 
     def recompute(self) -> Recompute | None:
-        """Get what gives the last result again in the backward pass, for the one that takes it, and would keep it.
+        """Get a `Recompute` of the last result for the layer that takes it, which then need not keep it.
 
         None if there is no result yet, or with stochastic depth, where all layers would have to be scaled again.
         """
@@ -118,11 +120,11 @@ class _Layer(NamedTuple):
 
 
 class _Recompute:
-    """Gives a convolution's result again.
+    """Recomputes a convolution's result in the backward pass.
 
-    Its layers come from the backward pass, where the topmost layer hands them over (`take_layers`). A pass through the
-    graph of a gradient may not come by that layer, and takes those kept here. They are older than the result, so that
-    no reference is circular.
+    The running pass has the layers for this, as the topmost layer hands them over (`_Pass.take_layers`). But a pass
+    through the graph of a gradient may bypass the topmost layer; it uses the layers that are kept here. These are older
+    than the result, so that no reference is circular.
     """
 
     def __init__(self, block: '_Block', index: int) -> None:
@@ -134,24 +136,25 @@ class _Recompute:
     def __call__(self) -> torch.Tensor:
         result = self._block.current_pass().result(self.index, self.layers)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            self.layers = []  # as autograd frees what it has saved
+            self.layers = []  # autograd, too, now frees the tensors that it has saved
         return result
 
     def take_grad_sum(self, total: torch.Tensor) -> None:
-        """Say what the gradient of the result sums to over images and positions, ``[C]``."""
+        """Take the sum of the result's gradient over images and positions, ``[C]``."""
         self._block.current_pass().grad_sums[self.index] = total
 
 
 class _Block:
-    """What the convolutions and layers of a block share, and what each backward pass through them has left behind."""
+    """What the convolutions and layers of a block share, and the state of each backward pass through them."""
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
         self.parameters = [*weights, *biases]
         self.num_convs = len(weights)
-        self.weights, self.biases = _by_layer(weights), _by_layer(biases)  # as they are in the forward pass
-        # of each layer; the centre is its mean, or 0 where stochastic depth scales its images, less their mean
+        self.weights, self.biases = _by_layer(weights), _by_layer(biases)  # copied in the forward pass
+        # of each layer; the centre is what is still to be subtracted from it: its mean, or 0 with stochastic depth,
+        # where `_scale_samples` has subtracted the mean
         self.means, self.invstds, self.centres = self.weights.new_empty(3, len(self.weights), self.weights.shape[2])
-        self.scales: list[Any] = []  # of each convolution's connections, [l, N], or None for all of them
+        self.scales: list[Any] = []  # of each convolution's connections, [l, N]; all are None or none is
         self.recomputes: WeakSet[_Recompute] = WeakSet()
         self._passes: WeakValueDictionary[int, _Pass] = WeakValueDictionary()
 
@@ -162,13 +165,13 @@ class _Block:
             begins: bool,
             scales: torch.Tensor | None = None,
     ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """Get the weights and biases of normalised layers for layers that are not: see `running_sums`, `Backend`.
+        """Get weights and biases into which the normalisation of layers is folded: see `running_sums`, `Backend`.
 
         Args:
-            convs: Numbers of convolutions.
-            numbers: Of layers.
-            begins: Whether these are the first ones of a sum, which makes no difference here.
-            scales: What their images are multiplied by, ``[number of layers, number of convolutions, N]``.
+            convs: Indices of convolutions.
+            numbers: Indices of layers.
+            begins: Whether these layers are the first ones of a sum, which makes no difference here.
+            scales: Factors of the layers' images, ``[number of layers, number of convolutions, N]``.
         """
         layers = slice(numbers.start, numbers.stop)
         which = layers, slice(convs.start, convs.stop)
@@ -184,48 +187,55 @@ class _Block:
         return normalized if layer.sample_scale is None else normalized * layer.sample_scale
 
     def current_pass(self) -> '_Pass':
-        """Get what the backward pass that is running has left behind; other threads may run others."""
+        """Get the state of the backward pass that is running; other threads may be running other passes."""
         number = torch._C._current_graph_task_id()
         current = self._passes.get(number)
         if current is None:
             current = self._passes[number] = _Pass(self)
-            # autograd alone holds it, by this, and lets it go after an error, too
+            # only this callback keeps the state alive: autograd drops it after the pass, even if that fails
             torch.autograd.Variable._execution_engine.queue_callback(current.clear)
         return current
 
 
 class _Pass:
-    """What convolutions and layers have left behind in a backward pass through a block, which takes the last one first.
+    """The state of one backward pass through a block, which visits convolutions and layers from the last to the first.
 
-    A pass may begin below the last convolution, where its result takes no part, and may end above layer 0.
+    A pass may begin below the last convolution, if that one's result takes no part in it, and may end above layer 0.
     """
 
     def __init__(self, block: _Block) -> None:
         self.block = block
-        self.grads: list[torch.Tensor] = []  # of convolutions' results, [N, C, H, W], the lowest one first
-        self.lowest = 0  # its number
-        # of each layer in each convolution, [L + 1, L, C]
+        self.grads: list[torch.Tensor] = []  # dx_l of the convolutions so far, [N, C, H, W], the lowest one first
+        self.lowest = 0  # index of the lowest convolution so far
+        # for each layer in each convolution, [L + 1, L, C]
         self.weight_grads, self.bias_grads = (torch.zeros_like(block.weights) for _ in range(2))
-        self.grad_sums: dict[int, torch.Tensor] = {}  # over images and positions, where they are known, [C]
-        self.begun: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of layers below: see `_combine_backward`
+        self.grad_sums: dict[int, torch.Tensor] = {}  # sums of dx_l over images and positions, [C], where known
+        self.begun: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # sums for layers below: see `_combine_backward`
         self._results: dict[int, torch.Tensor] = {}
-        self.layers: list[_Layer] = []  # the block's, without those whose turn it was
+        self.layers: list[_Layer] = []  # those of the block whose turn has not come yet
 
     def clear(self) -> None:
-        """Free the gradients, the last of which is taken."""
+        """Free the gradients after their last use."""
         self.grads.clear()
 
     def take_layers(self, layers: list[_Layer]) -> None:
-        """Take the block's layers, for what is to be computed again."""
+        """Take the block's layers, from which results are recomputed."""
         if torch.is_grad_enabled():
             for recompute in self.block.recomputes:
                 if recompute.index + 2 <= len(layers):
                     recompute.layers = layers[:recompute.index + 2]
-        # an output's history leads here: neither would ever be freed
+        # detached, as an output's history leads back here, so that neither would ever be freed
         self.layers = [layer._replace(output=layer.output.detach()) for layer in layers]
 
     def result(self, index: int, kept: list[_Layer]) -> torch.Tensor:
-        """Convolve again, ``[N, C, H, W]``, and at once for the three before; of the layers that were kept, if any."""
+        """Recompute a convolution's result, ``[N, C, H, W]``, and the three before it, which are needed next.
+
+        If the pass is to be differentiated itself, only the one is recomputed, with operators that autograd records.
+
+        Args:
+            index: The convolution's index.
+            kept: The layers that a `_Recompute` has kept, if any; else the pass's layers are used.
+        """
         layers = (kept or self.layers)[:index + 2]
         all_scales = self.block.scales
         if torch.is_grad_enabled():
@@ -248,7 +258,7 @@ class _Pass:
         return self._results.pop(index)
 
     def above(self) -> slice:
-        """Get the numbers of the convolutions so far: when its turn comes, those that take a layer."""
+        """Get the indices of the convolutions so far: when a layer's turn comes, those that take this layer."""
         return slice(self.lowest, self.lowest + len(self.grads))
 
     def parameter_grads(self) -> list[torch.Tensor]:
@@ -279,7 +289,7 @@ class _LayerOutput(torch.autograd.Function):
         current = ctx.block.current_pass()
         tensors = iter(ctx.saved_tensors)
         layers = [_Layer(*islice(tensors, 2), *norm) for norm in ctx.norms]  # this one, and those below
-        if not current.grads:  # a pass through the graph of a gradient may come from layer 1 alone
+        if not current.grads:  # a pass through the graph of a gradient may reach h_0 from layer 1 alone
             return None, None, None, direct_grad, *[None] * (len(ctx.needs_input_grad) - 4)
         has_all_below = len(layers) == ctx.index + 1
         if has_all_below and len(current.layers) < len(layers):
@@ -288,7 +298,7 @@ class _LayerOutput(torch.autograd.Function):
         is_topmost = ctx.index == ctx.block.num_convs
         grad, weight_grad = get_grads(current, ctx.index, layers[:1] if is_topmost else layers)
         current.weight_grads[ctx.index, current.above()] = weight_grad
-        del current.layers[ctx.index:]  # no result that is still to be computed again has it
+        del current.layers[ctx.index:]  # results that are still to be recomputed do not need these
         if direct_grad is not None:
             grad = grad + direct_grad if torch.is_grad_enabled() else grad.add_(direct_grad)
         parameter_grads = []
@@ -302,9 +312,9 @@ def _grads(current, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the gradients of a layer's output and of its weights ``[l, C]`` in the convolutions above.
 
     Args:
-        current: Of the pass.
-        index: The layer's.
-        layers: The layer, and perhaps those below.
+        current: State of the backward pass.
+        index: The layer's index.
+        layers: The layer, followed by the layers below it whose sums this begins, if any.
     """
     output, sample_scale, training, _ = layers[0]
     mean, invstd = current.block.means[index], current.block.invstds[index]
@@ -326,7 +336,9 @@ def _grads(current, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _combine_backward(current, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum what the convolutions above have left behind for a layer, or what is new since its sum was begun.
+    """Sum the gradients of the convolutions above for a layer, or only those that are new since its sum was begun.
+
+    If layers below it are given, too, their sums are begun in the same pass.
 
     Returns:
         The gradient of the layer's output as if its statistics were constants, ``[N, C, H, W]``, and
@@ -344,7 +356,7 @@ def _combine_backward(current, index, layers) -> tuple[torch.Tensor, torch.Tenso
     weights = (current.block.weights[of_layers, convs] * current.block.invstds[of_layers, None]).unbind()[::-1]
     means, centres = (of_all[of_layers].unbind()[::-1] for of_all in (current.block.means, current.block.centres))
     outputs = [_scale_samples(layer.output, layer.sample_scale, mean) for layer, mean in zip(layers, means)]
-    outputs, _ = same_layout(outputs, current.grads[0])  # in that of what was begun
+    outputs, _ = same_layout(outputs, current.grads[0])  # the layout of sums that were begun
     scales = None
     if current.block.scales[0] is not None:
         scales = [torch.stack([scale[index - i] for scale in current.block.scales[convs]]) for i in range(len(layers))]
@@ -356,7 +368,7 @@ def _combine_backward(current, index, layers) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _differentiable_grads(current, index, layers) -> tuple[torch.Tensor, torch.Tensor]:
-    """Get the same by the definition: they can be differentiated again."""
+    """Get the same as `_grads` by the definition, so that the gradients can be differentiated again."""
     output = stand_in(layers[0].output)
     normalized = current.block.normalized(index, layers[0]._replace(output=output))
     convs = current.above()
@@ -371,7 +383,7 @@ def _differentiable_grads(current, index, layers) -> tuple[torch.Tensor, torch.T
 
 
 def _scale_samples(output, sample_scale, mean) -> torch.Tensor:
-    """Scale a layer's images, less their mean, so that one that is dropped is 0; without scales, it stays as it is."""
+    """Subtract the mean from a layer and scale its images, so that dropped ones are 0; without scales, detach it."""
     if sample_scale is None:
         return output.detach()
     scale = sample_scale.flatten().to(mean.dtype)
@@ -396,7 +408,7 @@ class _CrossLayer(torch.autograd.Function):
         refuse_batched(grad)
         current = ctx.block.current_pass()
         scale, dtype = ctx.block.scales[ctx.index], ctx.block.weights.dtype
-        grad = grad.contiguous(memory_format=ctx.memory_format)  # sums over mixed ones are several times slower
+        grad = grad.contiguous(memory_format=ctx.memory_format)  # mixed formats make sums several times slower
         if scale is not None:
             bias_grad = (scale[..., None] * grad.sum((2, 3), dtype=dtype)).sum(1)
         elif torch.is_grad_enabled():
@@ -409,14 +421,14 @@ class _CrossLayer(torch.autograd.Function):
         current.bias_grads[:ctx.num_layers, ctx.index] = bias_grad
         current.grads.insert(0, grad)
         current.lowest = ctx.index
-        # no gradients: autograd runs each layer's backward after those of all its consumers, which is all this is for
+        # no gradients: the layers are inputs only for autograd to run their backward after those of all their consumers
         return (None,) * len(ctx.needs_input_grad)
 
 
 def _by_layer(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Copy parameters of convolutions ``[C, 1, l, 1]`` as one ``[L + 1, L, C]``, differentiably.
+    """Copy the convolutions' parameters, ``[C, 1, l, 1]`` each, into one tensor ``[L + 1, L, C]``, differentiably.
 
-    It is in float32 or more, by layer and convolution, and 0 where a convolution has no such layer.
+    It is in float32 or more, indexed by layer and convolution, and 0 where a convolution does not take the layer.
     """
     dtype = torch.promote_types(parameters[0].dtype, torch.float32)
     return pad_sequence([parameter.flatten(1).t().to(dtype) for parameter in parameters])

@@ -21,23 +21,24 @@ def set_implementation(name: str) -> None:
 
     The environment variable `TIMM_DELUGE_IMPLEMENTATION` chooses the same before the package is imported.
 
-    All implementations compute the same function; their results differ by rounding alone. While a model is traced,
-    scripted, compiled or exported, under `torch.func`, forward-mode differentiation or a dispatch mode such as
-    `FlopCounterMode`, in float16 on a CPU, and on other devices than CPU and CUDA it is always the reference.
+    All implementations compute the same function; their results differ by rounding alone. The reference is always used
+    while a model is traced, scripted, compiled or exported, under `torch.func`, forward-mode differentiation or a
+    dispatch mode such as `FlopCounterMode`, in float16 on a CPU, and on devices other than CPU and CUDA.
 
     Args:
         name: One of
 
-            * 'auto': the fused path and, in a reparameterised model, several sums from a pass over layers;
-              by Triton's kernels on a CUDA device and by C++ loops on a CPU, where these compile, else by ATen's
-              operators. The default.
+            * 'auto', the default: the fused path and, in a reparameterised model, several sums from each pass over the
+              layers. Sums are computed by Triton's kernels on a CUDA device and by C++ loops on a CPU, where these
+              compile, else by ATen's operators.
             * 'reference': differentiable operators only, layer by layer: for debugging.
-            * 'aten', 'cpp', 'triton': as 'auto', with this backend wherever it can run, and elsewhere, but for 'triton'
-              on a CPU, ATen's operators. The last two also try again what did not compile.
+            * 'aten', 'cpp', 'triton': as 'auto', but with this backend wherever it can run. Elsewhere, ATen's operators
+              take its place, or for 'triton' on a CPU, the backend that 'auto' takes. 'cpp' and 'triton' also try again
+              what did not compile before.
 
     Raises:
         ValueError: If there is no such implementation.
-        ImportError: If Triton is wanted, but not installed, or C++, but it does not compile.
+        ImportError: If Triton is chosen but not installed, or the C++ loops are but do not compile.
     """
     global _implementation
     if name not in IMPLEMENTATIONS:
@@ -58,7 +59,7 @@ def get_implementation() -> str:
 
 
 def why_not_fast(x: torch.Tensor) -> str | None:
-    """Get the reason why fast paths may not run on a tensor, None if they may: in plain eager mode on most."""
+    """Get the reason why fast paths may not run on a tensor, None if they may: in plain eager mode on most tensors."""
     if torch.compiler.is_compiling():
         return 'the model is compiled or exported'
     if torch.jit.is_tracing():
@@ -83,7 +84,7 @@ def why_not_fast(x: torch.Tensor) -> str | None:
 
 
 def choose_backend(x: torch.Tensor) -> Backend:
-    """Get the backend that serves a tensor, by its device and dtype, and by what was set."""
+    """Get the backend for a tensor: it depends on device, dtype and the implementation that was set."""
     if x.dtype is not torch.float64:  # Triton's kernels sum in float32
         if _implementation == 'triton' and (x.is_cuda or os.environ.get('TRITON_INTERPRET') == '1'):
             from . import triton
@@ -97,7 +98,7 @@ def choose_backend(x: torch.Tensor) -> Backend:
 
 @cache
 def _cpp(dtype: torch.dtype) -> Backend | None:
-    """Get the C++ loops for a type of elements, or None, with one warning in all, where they do not compile."""
+    """Get the C++ loops for an element type, or None if they do not compile, which causes no more than one warning."""
     if dtype is not torch.float32 and not _cpp(torch.float32):
         return None
     try:
@@ -113,7 +114,7 @@ def _cpp(dtype: torch.dtype) -> Backend | None:
 
 @cache
 def _triton(device: torch.device, dtype: torch.dtype) -> Backend | None:
-    """Get Triton's kernels, or None where it is not installed, or, with a warning, where they do not compile."""
+    """Get Triton's kernels, or None if Triton is not installed or, with a warning, if the kernels do not run."""
     if not _has_triton() or (dtype is not torch.float32 and not _triton(device, torch.float32)):
         return None
     try:
@@ -122,7 +123,7 @@ def _triton(device: torch.device, dtype: torch.dtype) -> Backend | None:
             raise TypeError('it has no bfloat16')
         one = torch.ones(1, device=device, dtype=dtype)
         triton.combine([one.view(1, 1, 1, 1)], [one.view(1, 1)], [one])
-    except Exception as error:  # of Triton, of the compilers that it needs, or of the device
+    except Exception as error:  # from Triton, the compilers that it needs, or the device
         _logger.warning(
             "ATen's operators take the place of Triton's kernels, which do not run on %s in %s: %s",
             device, dtype, error)

@@ -1,4 +1,4 @@
-// The sums over layers and over positions for a CPU: up to four sums take a layer that is read, in registers.
+// The sums over layers and over positions for a CPU: each read of a layer serves up to four sums, held in registers.
 //
 // A layer is a matrix. In channels_last memory its rows are positions and its columns are channels (BY_COLUMN); in
 // contiguous memory its rows are the channels of one image after the other and its columns are positions.
@@ -16,20 +16,20 @@ namespace {
 
 #ifdef __AVX512F__
 constexpr int WIDTH = 16;  // floats in a vector
-constexpr int UNROLL = 4;  // vectors at once: there are 32 registers, for these of four results, too
-constexpr int64_t AHEAD = 4096;  // elements from what is read to what is fetched meanwhile
+constexpr int UNROLL = 4;  // vectors at once: 32 registers hold as many of each of four results, too
+constexpr int64_t AHEAD = 4096;  // elements between what is read and what is prefetched meanwhile
 #else
 constexpr int WIDTH = 8;
 constexpr int UNROLL = 2;  // with 16 registers
-constexpr int64_t AHEAD = 512;  // and second caches of 512 KB, for what is fetched of every layer
+constexpr int64_t AHEAD = 512;  // and second-level caches of 512 KB, which hold what is prefetched of every layer
 #endif
-constexpr int LINE = 64;         // bytes of a cache's line
-constexpr int64_t ROWS = 64;     // whose products a float may sum
-template <bool BY_COLUMN>  // vectors side by side that sums take at once; contiguous rows may be short
+constexpr int LINE = 64;         // bytes of a cache line
+constexpr int64_t ROWS = 64;     // rows whose products are summed in a float before they go to a double
+template <bool BY_COLUMN>  // vectors side by side that are summed at once; contiguous rows may be short
 constexpr int SUMMED = (BY_COLUMN ? 64 : 32) / WIDTH;
-constexpr int64_t VECTORS = 64;  // whose sums stay in a core's first cache
+constexpr int64_t VECTORS = 64;  // the number of vectors whose sums stay in a core's first-level cache
 constexpr int64_t COLUMNS = VECTORS / UNROLL * WIDTH;
-constexpr int64_t APART = 64;    // floats between what two threads write, lest a line of a cache go to and fro
+constexpr int64_t APART = 64;    // floats between what two threads write, lest they share a cache line
 
 using Floats = float __attribute__((vector_size(4 * WIDTH)));
 using Words = uint32_t __attribute__((vector_size(4 * WIDTH)));
@@ -69,7 +69,7 @@ void narrow(Floats values, HalfWords& to) {  // rounds to the nearest, ties to e
 #endif
 }
 
-// GCC would load a vector again for each of its products.
+// Without this, GCC would load a vector again for each of its products.
 void keep_in_register(Floats& values) {
 #ifdef __AVX2__
     asm("" : "+v"(values));
@@ -79,7 +79,8 @@ void keep_in_register(Floats& values) {
 template <class T>
 using Vector = std::conditional_t<std::is_same_v<T, float>, Floats, HalfWords>;
 
-// Fewer than WIDTH elements. A call of memcpy, for a number that is not known here, takes as long as several vectors.
+// Load and store fewer than WIDTH elements. With their number unknown to the compiler, memcpy would be a call, which
+// takes as long as several vectors.
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 Floats load_first(const float* from, int count) { return (Floats)_mm512_maskz_loadu_ps((1u << count) - 1, from); }
 HalfWords load_first(const bfloat16* from, int count) {
@@ -137,7 +138,8 @@ struct Tile {
     int64_t row, end_row, column, end_column;
 };
 
-// M vectors of one matrix, a step apart, and the channel that they all are, or begin with; ACROSS, each has its own.
+// M vectors of one matrix, a step apart, and the channel that all of them are of or, BY_COLUMN, begin with. If they lie
+// side by side (ACROSS), it is the first one's, and the others have the channels that follow.
 template <bool BY_COLUMN, int M, bool WHOLE, bool ACROSS = false>
 struct Vectors {
     static constexpr int size = M;
@@ -152,8 +154,8 @@ struct Vectors {
     void store(Floats values, T* layer, int m) const {
         ::store<WHOLE>(values, layer + offset + m * step, count);
     }
-    // Has what lies ahead fetched into the second cache: the processor itself follows few streams, and the first cache
-    // would lose it, for all layers may begin at the same place in it.
+    // Prefetches what lies ahead into the second-level cache. The processor's own prefetching follows only few streams,
+    // and the first-level cache would evict it, as all layers may map to the same sets.
     template <class T>
     void prefetch(const T* layer, int m) const {
         __builtin_prefetch(layer + offset + m * step + AHEAD, 0, 2);
@@ -166,14 +168,14 @@ struct Vectors {
     }
 };
 
-// The weights of R sums in the order in which they are read: those of a few channels, [layers, channels] of each sum,
-// are so far apart that the first cache could not keep them.
+// The weights of R sums, copied in the order in which they are read. As given, [layers, channels] for each sum, those
+// of a few channels are too far apart for the first-level cache to keep them.
 template <bool BY_COLUMN, int R>
 struct Weights {
-    static constexpr int64_t BLOCK = BY_COLUMN ? LINE / sizeof(float) : 1;  // channels side by side, a line's
+    static constexpr int64_t BLOCK = BY_COLUMN ? LINE / sizeof(float) : 1;  // channels side by side, a cache line
     static constexpr int64_t OF_LAYER = R * BLOCK;
     int64_t of_block;
-    std::vector<float> values;  // [blocks of channels, layers, R, BLOCK], and a BLOCK to point to if there are no layers
+    std::vector<float> values;  // [blocks of channels, layers, R, BLOCK], and a BLOCK to point to if there is no layer
 
     Weights(const float* const* weights, int64_t num_layers, int64_t channels)
         : of_block(num_layers * OF_LAYER), values((channels + BLOCK - 1) / BLOCK * of_block + BLOCK) {
@@ -232,8 +234,8 @@ void for_each_vectors_of_rows(const Shape& shape, const Tile& tile, int64_t row,
 
 template <bool BY_COLUMN, class Work>
 void for_each_vectors(const Shape& shape, const Tile& tile, Work work) {
-    // vectors below one another share their weights, but of narrow ones each takes but a part of a cache's line, the
-    // rest of which would be lost meanwhile: all layers may begin at the same place in the first cache
+    // vectors below one another share their weights, but a narrow one takes only a part of a cache line, the rest of
+    // which would be evicted before it is read: all layers may map to the same sets of the first-level cache
     constexpr bool down = BY_COLUMN && sizeof(Floats) == LINE;
     static_assert(down || !BY_COLUMN || UNROLL * WIDTH <= Weights<BY_COLUMN, 1>::BLOCK, "weights lie side by side");
     int64_t r = tile.row;
@@ -301,7 +303,8 @@ float sum_of(const Lanes& lanes) {
     }
 }
 
-// Adds a tile's sums, one for each channel or the lanes of one channel's, to their totals, and clears them.
+// Adds a tile's sums, one for each channel or (contiguous) the lanes of one channel's sum, to the totals, and clears
+// them.
 template <bool BY_COLUMN>
 void move_sums(float* sums, double* totals, const Shape& shape, const Tile& tile) {
     if (BY_COLUMN) {
@@ -313,7 +316,7 @@ void move_sums(float* sums, double* totals, const Shape& shape, const Tile& tile
     std::fill_n(sums, WIDTH, 0.f);
 }
 
-// Visits a tile channel by channel, or by WIDTH of them: the vectors of these, a step apart.
+// Visits a tile by channel or, BY_COLUMN, by WIDTH channels: each visit is to all vectors of these, a step apart.
 template <bool BY_COLUMN, class Work>
 void for_each_run(const Shape& shape, const Tile& tile, Work work) {
     const auto run = [&](auto whole, int64_t row, int64_t column, int64_t length, int count) {
@@ -349,8 +352,9 @@ void in_fours(int64_t number, const Add& add) {
     add_few(std::false_type{}, i);
 }
 
-// Adds N gradients to what was begun (FIRST) or to a tile's results, for R layers; these go out (LAST) or into the
-// results. Adds each one's products with a layer's values, which are kept beside the results, to a sum of their own.
+// For R layers, adds N gradients, weighted, to what was begun (FIRST) or to a tile's `results`, and stores the sums in
+// `outs` (LAST) or in `results`. Also sums the products of each gradient with each layer's `values`, which are computed
+// when FIRST, in `sums`, separately for each pair.
 template <bool BY_COLUMN, int N, int R, bool FIRST, bool LAST, class T>
 void add_grads(const T* const* grads, const Weights<BY_COLUMN, R>& weights, int64_t first_grad, const T* const* layers,
                const float* const* means, T* const* outs, bool begun, Floats* values, Floats* results, float* sums,
@@ -413,7 +417,7 @@ void combine_backward_layers(const T* const* grads, int64_t num_grads, const flo
     const int64_t layer_sums = num_grads * num_sums, thread_sums = R * layer_sums + APART;
     std::vector<float> all_sums(threads * thread_sums);
     float* const first_sums = all_sums.data();
-    // long rows would leave few of each to sum in registers
+    // with long rows, a part of a tile would have too few rows to sum in registers
     const int64_t max_columns = R == 1 || shape.columns <= COLUMNS / 2 ? COLUMNS : LINE / int64_t(sizeof(T));
     const Weights<BY_COLUMN, R> weights(all_weights, num_grads, shape.channels);
     for_each_tile<BY_COLUMN>(shape, threads, [=, &weights](const Tile& whole, int thread) {
@@ -526,7 +530,7 @@ struct Pair {
     Floats first, second;
 };
 
-// Sums two terms of every element, terms(its vector), over its channel: [2, channels].
+// Sums two terms of every element over its channel, [2, channels]; terms(vector) gives both for a vector of elements.
 template <bool BY_COLUMN, class Terms>
 std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& terms) {
     const int64_t stride = 2 * shape.channels + APART;
@@ -593,7 +597,7 @@ std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& t
 
 template <bool BY_COLUMN, class T>
 void moments(const T* x, float* mean, float* var, const Shape& shape, int threads) {
-    // of distances from one element, since the squares of a large mean would swallow a small variance
+    // sums are of distances from one element, since the squares of a large mean would swallow a small variance
     std::vector<float> origin(shape.channels);
     for (int64_t k = 0; k < shape.channels; k++)
         origin[k] = load<false>(x + (BY_COLUMN ? k : k * shape.columns), 1)[0];
@@ -656,7 +660,7 @@ using Element = ELEMENT;  // float or bfloat16, given by the compiler's caller
 
 extern "C" {
 
-// scales: of each result, what the images of a layer are multiplied by, [num_layers, images], or null
+// scales: for each result, the factors of each layer's images, [num_layers, images], or null
 void combine(const Element* const* layers, int64_t num_layers, const float* const* weights, const float* const* biases,
              const float* const* scales, int64_t images, Element* const* outs, int64_t num_results, int64_t begun,
              int64_t relu, const Shape* shape, int64_t by_column, int64_t threads) {
@@ -667,7 +671,7 @@ void combine(const Element* const* layers, int64_t num_layers, const float* cons
         layers, num_layers, weights, biases, outs, num_results, begun, relu, *shape, threads);
 }
 
-// scales: of each layer, what its images were multiplied by, [num_grads, images], or null
+// scales: for each layer, the factors of its images in each result, [num_grads, images], or null
 void combine_backward(const Element* const* grads, int64_t num_grads, const float* const* weights,
                       const float* const* scales, int64_t images, const Element* const* layers,
                       const float* const* means, Element* const* outs, int64_t num_layers, int64_t begun, double* dots,

@@ -17,7 +17,7 @@ def same_layout(layers: Sequence[torch.Tensor], like: torch.Tensor | None = None
 
     Args:
         layers: Tensors ``[N, C, H, W]``.
-        like: One that has these, ``[N, C, H, W]``; the first layer if None.
+        like: The tensor ``[N, C, H, W]`` whose dtype and format they get; the first layer if None.
 
     Returns:
         The layers, and how many positions of a channel follow each other in memory: 1 in channels_last.

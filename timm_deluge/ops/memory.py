@@ -8,20 +8,20 @@ import torch
 
 __all__ = ['split_batch', 'workspace']
 
-WORKSPACE_BYTES = 128 * 2 ** 20  # of tensors, at most, in each thread
-BYTES_BETWEEN = 9 * 64  # two tensors: a cache keeps few of what begins at the same place of it
+WORKSPACE_BYTES = 128 * 2 ** 20  # the most that a thread keeps for tensors between calls
+BYTES_BETWEEN = 9 * 64  # two tensors, lest they all map to the same sets of a cache, which hold few lines
 _thread = threading.local()
 
 
 def split_batch(x: torch.Tensor, num_tensors: int) -> tuple[torch.Tensor, ...]:
-    """Split a batch into groups of images of which `num_tensors` tensors, if possible, fit into the workspace.
+    """Split a batch into groups of images so that `num_tensors` tensors like a group fit the workspace, if possible.
 
     Args:
         x: ``[N, C, H, W]``.
         num_tensors: Number of tensors like a group.
 
     Returns:
-        At least one group, at most N, a power of two if possible: convolutions prepare themselves for each size.
+        From 1 to N groups, if possible a power of two, because convolutions have to be prepared for each group size.
     """
     fitting = max(1, WORKSPACE_BYTES // max(1, x[:1].nbytes * num_tensors))
     num_groups = 1 << ((len(x) - 1) // fitting).bit_length()
@@ -30,7 +30,7 @@ def split_batch(x: torch.Tensor, num_tensors: int) -> tuple[torch.Tensor, ...]:
 
 @contextmanager
 def workspace(num_tensors: int, like: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Lend memory that stays allocated; an allocator would return so much to the system, and have it cleared anew.
+    """Lend memory that stays allocated: an allocator would return this much to the system, which clears it each time.
 
     Args:
         num_tensors: Number of tensors.
@@ -53,11 +53,11 @@ def workspace(num_tensors: int, like: torch.Tensor) -> Iterator[list[torch.Tenso
 
 
 def _allocate(size: int) -> torch.Tensor:
-    """Get this many bytes, in huge pages where the system has them: a TLB holds too few small ones for a block."""
+    """Allocate memory, in huge pages where the system has them: a TLB holds too few small pages for a block."""
     with torch.inference_mode(False):
         try:
             memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except (AttributeError, OSError):  # a system without them, or without so much memory, as PyTorch then says
+        except (AttributeError, OSError):  # no huge pages, or too little memory, which PyTorch then reports
             return torch.empty(size, dtype=torch.uint8, device='cpu')
         return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Batch normalisation, ReLU or nothing, and convolution that keep only their input for the backward pass."""
+"""Batch normalisation, optional ReLU and convolution as one function, which keeps only its input for backward."""
 from typing import Any, Protocol
 
 import torch
@@ -12,14 +12,18 @@ __all__ = ['Recompute', 'begin_norm', 'norm_act_conv', 'normalize', 'refuse_batc
 
 
 class Recompute(Protocol):
-    """What gives the input of a fused convolution again in the backward pass."""
+    """Recomputes the input of a fused convolution in the backward pass."""
 
     def __call__(self) -> torch.Tensor:
-        """Compute it, ``[N, C, H, W]``."""
+        """Recompute the input, ``[N, C, H, W]``."""
         ...
 
     def take_grad_sum(self, total: torch.Tensor) -> None:
-        """Take the sum of that input's whole gradient over images and positions, ``[C]``: the biases' gradient."""
+        """Take the sum of the input's whole gradient over images and positions, ``[C]``.
+
+        It is the gradient of the biases of the cross-layer convolution that gave the input, unless that one drops
+        connections.
+        """
         ...
 
 
@@ -29,14 +33,14 @@ def norm_act_conv(
         conv: nn.Conv2d,
         recompute: Recompute | None = None,
 ) -> torch.Tensor:
-    """Apply ``conv(norm(x))``, and in the backward pass normalise again instead of keeping what was normalised.
+    """Apply ``conv(norm(x))``; the backward pass normalises x again, so that the normalised tensor is not kept.
 
     Args:
         x: ``[N, C, H, W]``.
         norm: BN with affine parameters and running statistics, and ReLU where it has one, as timm's `BatchNormAct2d`.
         conv: Convolution without bias.
-        recompute: Gives x in the backward pass, so that it is not kept either; nothing else may take x, as it is told
-            x's whole gradient.
+        recompute: Recomputes x in the backward pass, so that x is not kept either. It is told the sum of x's whole
+            gradient, so nothing else may use x.
 
     Returns:
         ``[N, C', H', W']``.
@@ -47,7 +51,7 @@ def norm_act_conv(
 
 
 def begin_norm(norm: Any) -> tuple[torch.Tensor, torch.Tensor, bool, float | None, float]:
-    """Begin a call of a batch normalisation: count it in training, and get what is needed besides the parameters.
+    """Begin a call of a batch normalisation: count the batch in training, and get all it needs besides the parameters.
 
     Returns:
         Running mean and variance, ``[C]``, whether it is in training, momentum and eps. The momentum may be None in
@@ -71,14 +75,14 @@ def statistics(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the mean and 1 / standard deviation, ``[C]``, that a batch normalisation uses, in float32 or more.
 
-    In training they are those of x, with which the running ones are updated.
+    In training they are those of x, and the running statistics are updated with them.
 
     Args:
         x: ``[N, C, H, W]``.
         running_mean, running_var, training, momentum, eps: See `begin_norm`.
 
     Raises:
-        ValueError: If x has but one value for each channel, in training.
+        ValueError: In training, if x has only one value for each channel.
     """
     if training:
         count = x.numel() / x.shape[1]
@@ -101,7 +105,7 @@ def normalize(
         x: ``[N, C, H, W]``.
         mean: ``[C]``, as `statistics` gave it.
         invstd: ``[C]``, as `statistics` gave it.
-        training: Whether these two are the statistics of x, through which it is differentiated, too.
+        training: Whether mean and invstd are the statistics of x; gradients then flow through these, too.
         eps: Added to the variance.
 
     Returns:
@@ -113,7 +117,7 @@ def normalize(
 
 
 def stand_in(tensor: torch.Tensor) -> torch.Tensor:
-    """Get the same values as another tensor to differentiate by, so that hooks of the first are not called."""
+    """Get a tensor of the same values to differentiate with respect to, which does not call the given one's hooks."""
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
@@ -144,7 +148,7 @@ class _NormActConv(torch.autograd.Function):
         if ctx.recompute:
             x = ctx.recompute()
         backend = choose_backend(x)
-        with torch.autocast(grad.device.type, enabled=False):  # as ATen's convolutions, whatever the pass runs in
+        with torch.autocast(grad.device.type, enabled=False):  # as for ATen's convolutions, even within autocast
             if torch.is_grad_enabled():
                 grads = _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd)
                 return *grads, *[None] * 8
@@ -153,21 +157,21 @@ class _NormActConv(torch.autograd.Function):
                 grad, y, weight.to(grad.dtype), ctx.conv_args, ctx.needs_input_grad[3])
         grad_x, grad_norm_weight, grad_norm_bias = backend.norm_act_backward(
             grad_y, x, y, norm_weight, norm_bias, mean, invstd, ctx.training, ctx.relu)
-        if ctx.recompute:  # in training, a gradient through a batch normalisation has no mean
+        if ctx.recompute:  # in training, a gradient through a batch normalisation sums to 0
             ctx.recompute.take_grad_sum(
                 torch.zeros_like(mean) if ctx.training else norm_weight * invstd * grad_norm_bias)
         return grad_x, grad_norm_weight, grad_norm_bias, grad_weight, *[None] * 8
 
 
 def _norm_act(x, norm_weight, norm_bias, mean, invstd, relu) -> torch.Tensor:
-    """Normalise and apply the ReLU: a sum of one layer."""
+    """Normalise and, if wanted, apply the ReLU, as a sum over a single layer."""
     scale = norm_weight * invstd
     [y] = choose_backend(x).combine([x], [scale[None]], [norm_bias - scale * mean], relu=relu)
     return y
 
 
 def _differentiable_grads(ctx, grad, x, norm_weight, norm_bias, weight, mean, invstd) -> list[torch.Tensor | None]:
-    """Get the gradients of x and of the parameters by the definition: they can be differentiated again."""
+    """Get the gradients of x and of the parameters by the definition, so that they can be differentiated again."""
     needed = ctx.needs_input_grad[:4]
     x, norm_weight, norm_bias, weight = inputs = [
         stand_in(tensor) if need else tensor for tensor, need in zip((x, norm_weight, norm_bias, weight), needed)]

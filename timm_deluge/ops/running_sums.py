@@ -22,19 +22,19 @@ def running_sums(
 ) -> Iterator[torch.Tensor]:
     """Yield weighted sums, each over all layers that the caller has appended by then.
 
-    Every sum by itself would read all layers again, L²/2 of them in a block. Instead, a pass over the layers begins
-    the next sums, too, each of which later adds only the layers that were not there yet. These fours are counted from
-    the last sum, the longest; the first ones, of few layers, are each read by themselves.
+    If each sum were computed by itself, it would read all layers again: L²/2 reads in a block. Instead, one pass over
+    the layers begins the next four sums, each of which later adds only the layers appended since. The groups of four
+    are counted back from the last and longest sum; the first one to four sums, of few layers, are computed one by one.
 
     Args:
         layers: ``[N, C, H, W]`` each; the caller appends one between two sums.
         num_sums: Number of sums.
-        folded_weights: Gives, of each of some sums, the weights ``[number of layers, C]`` and their share of the bias
-            ``[C]`` by which some layers enter it, with the layers' normalisation folded in:
-            ``folded_weights(sums, layers, whether this begins the sums)``, both by number.
-        outs: Memory that the sums may take, one tensor like a layer for each.
-        relus: Of each sum, whether a ReLU follows; none does if None.
-        sources: Of each sum, the layers that enter it; all if None. What enters no sum of a pass is not read.
+        folded_weights: ``folded_weights(sums, layers, begins)`` gives, for each of these sums, the weights of these
+            layers, ``[number of layers, C]``, and their share of the bias, ``[C]``, with the layers' normalisation
+            folded in. Sums and layers are given by index; ``begins`` tells whether these layers begin the sums.
+        outs: For each sum, a tensor like a layer, which the sum may be written to.
+        relus: For each sum, whether a ReLU follows; none does if None.
+        sources: For each sum, the layers that enter it; all if None. Layers that enter no sum of a pass are not read.
 
     Yields:
         ``[N, C, H, W]``, without autograd history.

@@ -16,8 +16,8 @@ from .layout import same_layout
 __all__ = ['combine', 'combine_backward', 'moments', 'norm_act_backward']
 
 TILE = 8192  # elements of a layer that a program works on
-ADDRESSES = 8  # that a kernel takes as its arguments
-MAX_TILES = 65535  # that CUDA counts in a grid's second dimension
+ADDRESSES = 8  # that `_table_kernel` takes as its arguments
+MAX_TILES = 65535  # CUDA's limit for a grid's second dimension
 
 
 def combine(
@@ -37,7 +37,7 @@ def combine(
         return aten.combine(layers, weights, biases, outs, relu, scales, begun)
     outs = [torch.empty_like(layers[0]) for _ in weights] if outs is None else list(outs)
     with torch.cuda.device_of(like):
-        # programs that read the same tile, each for another result, run beside each other
+        # programs that read the same tile, for different results, are neighbours in the grid and run side by side
         _combine_kernel[(len(outs), *grid)](
             _table([*layers, *outs]), torch.stack(list(weights)).float(), torch.stack(list(biases)).float(), outs[0],
             len(layers), *shape, BEGUN=begun, RELU=relu, **block)
@@ -85,7 +85,7 @@ def _tiling(x: torch.Tensor, inner: int) -> tuple[tuple[int, int, int], tuple[in
 def _table(layers: Sequence[torch.Tensor]) -> torch.Tensor:
     """Get the layers' addresses as a tensor on their device.
 
-    A kernel takes them there as its arguments, as a CUDA graph that is captured can hold no copy from the host.
+    A kernel takes them as arguments and writes them there, as a copy from the host cannot be captured in a CUDA graph.
     """
     addresses = [layer.data_ptr() for layer in layers]
     if not layers[0].is_cuda:
