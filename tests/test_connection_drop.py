@@ -146,9 +146,9 @@ def test_pruned_and_saved_networks_drop_what_is_left(tmp_path):
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'connection_drop_rate': 1}, 'connection_drop_rate=1: must be from 0 to less than 1'),
+    ({'connection_drop_rate': 1}, 'connection_drop_rate=1: must be at least 0 and less than 1'),
     ({'drop_path_rate': 1.5}, 'drop_path_rate=1.5: must be from 0 to 1'),
-    ({'connection_drop_rate': -0.1}, 'connection_drop_rate=-0.1: must be from 0 to less than 1'),
+    ({'connection_drop_rate': -0.1}, 'connection_drop_rate=-0.1: must be at least 0 and less than 1'),
     ({'connection_drop_rate': 0.1, 'aggregation': 'last'}, "aggregation='last' has no connections across"),
     ({'connection_drop_rate': 0.1, 'aggregation': 'residual'}, "aggregation='residual' has no connections"),
 ])

@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_named():
         insert_layers(model, deeper(widths=(4, 12)), LAYERS)
     for pruned in (
             prune_connections(model, 0.3), prune_connections(model, 0.3, unit='channel'), network(aggregation='last')):
-        with pytest.raises(ValueError, match='block 0 has .* that do not hear all layers: insert layers before'):
+        with pytest.raises(ValueError, match='block 0 has .* that do not take all layers: insert layers before'):
             insert_layers(pruned, deeper(), LAYERS)
     assert [len(block.layers) for block in model.stages] == [DEPTHS[0] - 1, DEPTHS[1]]
 

@@ -357,7 +357,7 @@ def test_layers_go_from_a_pruned_network(tmp_path):
 
 def test_layers_that_cannot_go_are_named():
     model = network()
-    with pytest.raises(ValueError, match='expected those of each of 2 blocks, got 1'):
+    with pytest.raises(ValueError, match='expected one list for each of 2 blocks, got 1'):
         remove_layers(model, [[1]])
     with pytest.raises(ValueError, match=r'stages.1.layers has the numbers 0 to 3, got \[4\]'):
         remove_layers(model, [[], [4]])

@@ -158,7 +158,7 @@ def _parse_model_kwarg(text: str) -> tuple[str, Any]:
 def report(
         models: Annotated[list[str], typer.Argument(
             help='Any model names of timm, these included; hf-hub:USER/REPO, local-dir:FOLDER.')],
-        fmt: Annotated[Format, typer.Option('--format', help='How to write it.')] = Format.table,
+        fmt: Annotated[Format, typer.Option('--format', help='Output format.')] = Format.table,
         model_kwargs: Annotated[list[str] | None, typer.Option(
             help='KEY=VALUE for the models, such as aggregation=scalar; may be repeated.')] = None,
 ) -> None:
@@ -193,9 +193,10 @@ def connectivity(
     relative to the largest.
     The sources are batch-normalised, so that their norms can be compared.
 
-    Of the folder of a run of train.py, the table has a row for each epoch and block: the norms of the first source, of
-    the others (their mean) and of the last in that convolution; the share of weights below a thousandth of the largest,
-    the mean of all convolutions; and the norm of the mean gradient that the optimizer keeps, of the weights' norm.
+    For the folder of a run of train.py, the table has a row for each epoch and block: the norms of the first source,
+    of the others (their mean) and of the last in that convolution; the share of weights below a thousandth of the
+    largest, averaged over all convolutions; and the norm of the mean gradient that the optimizer keeps, relative to the
+    weights'.
     """
     if output is not None and output.suffix not in ('.png', '.svg'):
         _fail(f'{output}: pictures are written as .png or .svg')
@@ -249,20 +250,20 @@ def prune(
         output: Annotated[Path, typer.Option(help='Folder to create; load it as local-dir:FOLDER.')],
         fraction: Annotated[float, typer.Option(
             min=0, max=1,
-            help="Share of the unpruned network's connections (or, by --unit, weights) that are to be gone in all.")],
+            help="Share of the unpruned network's connections (or, by --unit, weights) to be removed in total.")],
         by: Annotated[str, typer.Option(
             help=f'How connections are scored: {", ".join(CRITERIA)}. taylor keeps the most accuracy.')] = 'norm',
         unit: Annotated[str, typer.Option(
             help='What is removed: connection, or channel (single weights, which saves no time).')] = 'connection',
         data_dir: Annotated[Path | None, typer.Option(
-            help='Folder with one folder of training images per class, for taylor.', show_default=False)] = None,
-        num_images: Annotated[int, typer.Option(min=1, help='Images to look at, for taylor.')] = 1000,
-        seed: Annotated[int, typer.Option(help='For random.')] = 0,
+            help='Folder with one folder of training images per class, for --by taylor.', show_default=False)] = None,
+        num_images: Annotated[int, typer.Option(min=1, help='Number of images for --by taylor.')] = 1000,
+        seed: Annotated[int, typer.Option(help='Seed for --by random.')] = 0,
 ) -> None:
-    """Remove the weakest connections of a network, and save what is left.
+    """Remove the weakest connections of a network, and save the pruned network.
 
-    Prints how many connections, weights and layers are left, and how many layers run in inference: those that nothing
-    uses are left out there.
+    Prints how many connections, weights and layers are left, and how many layers run in inference, which leaves out
+    layers whose output nothing uses.
     """
     if os.path.lexists(output):
         _fail(f'{output} exists: name a folder that does not')
@@ -291,15 +292,15 @@ def prune(
 
 @app.command()
 def demo(
-        model: Annotated[str, typer.Option(help='Model, or model.tag, that is chosen at first.')] = 'delugenet146',
+        model: Annotated[str, typer.Option(help='Model, or model.tag, that is selected at first.')] = 'delugenet146',
         host: Annotated[str, typer.Option(help='Address to listen at; 0.0.0.0 for the whole network.')] = '127.0.0.1',
         port: Annotated[int, typer.Option(min=1, max=65535, help='Port to listen at.')] = 7860,
         open_browser: Annotated[bool, typer.Option('--open', help='Show it in the browser.')] = False,
 ) -> None:
-    """Serve a page to try the checkpoints on pictures, see where they look, and take connections away."""
+    """Serve a page to try the checkpoints on pictures, see where they look, and remove connections."""
     checkpoint = _find(model)
     if not checkpoint.has_connections:
-        _fail(f'{checkpoint.name} has no connections to show or to take away: name a DelugeNet, such as delugenet146')
+        _fail(f'{checkpoint.name} has no connections to show or to remove: name a DelugeNet, such as delugenet146')
     try:
         from .demo import create_page, launch_page
     except ImportError as error:
@@ -353,11 +354,11 @@ def weights_add(
                  'insert_layers, widen_layers); if two, the one that supplied the classifier.',
         )] = None,
         img_size: Annotated[int | None, typer.Option(
-            help="Size of the images that it is for; the run's if not given.", min=1)] = None,
+            help="Image size that the checkpoint is for; the run's if not given.", min=1)] = None,
         settled_images: Annotated[int | None, typer.Option(
-            help='Take the statistics of batch normalisation anew, from that many training images.', min=1)] = None,
+            help='Re-estimate the BatchNorm statistics on that many training images.', min=1)] = None,
         split: Annotated[str, typer.Option(
-            help="What the data set's authors call the images that it is measured on: test or validation.")] = 'test',
+            help="What the data set's authors call the images for measuring: test or validation.")] = 'test',
 ) -> None:
     """Turn a training run into a checkpoint: write fp16 file and log, measure the accuracy, add all to the manifest.
 
@@ -422,7 +423,7 @@ def weights_download(
             help='Where from: USER/REPO on the Hugging Face Hub; by default what the manifest records.',
             show_default=False)] = None,
 ) -> None:
-    """Download a checkpoint that does not come with the package, unless it is here; resumes what was cut off."""
+    """Download a checkpoint that does not come with the package, unless it is here; resumes an interrupted download."""
     checkpoint = _find(name)
     source = repo_id or checkpoint.hf_hub_id
     try:
@@ -432,14 +433,14 @@ def weights_download(
     except CheckpointError as error:
         _fail(error)
     except Exception as error:  # see `publish`
-        _fail(f'{error} {checkpoint.name} is not here yet; run this again, and what was downloaded will not be '
-              f'downloaded once more.')
+        _fail(f'{error} {checkpoint.name} is not here yet; run this again, and the download resumes where it '
+              f'stopped.')
     console.print(str(checkpoint.path), markup=False)
 
 
 @weights_app.command('show')
 def weights_show(name: Annotated[str, typer.Argument(help='Model, or model.tag.')]) -> None:
-    """Print what the manifest says of one checkpoint, as JSON."""
+    """Print what the manifest says about one checkpoint, as JSON."""
     print(json.dumps(asdict(_find(name)), indent=2))
 
 
@@ -465,7 +466,7 @@ def publish(
     except (CheckpointError, HFValidationError) as error:
         _fail(error)
     except Exception as error:  # the Hub's client lets through errors of an HTTP library that depends on its version
-        _fail(f'{error} Nothing was published; run this again, and what was uploaded will not be uploaded once more. '
+        _fail(f'{error} Nothing was published; run this again, and what was uploaded will not be uploaded again. '
               f'Do you need to log in (`hf auth login`, or HF_TOKEN), or another repository?')
 
 

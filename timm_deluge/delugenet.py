@@ -646,7 +646,7 @@ def _check_connections(
         connection_drop_rate: float,
 ) -> None:
     if not 0 <= connection_drop_rate < 1:
-        raise ValueError(f'connection_drop_rate={connection_drop_rate}: must be from 0 to less than 1')
+        raise ValueError(f'connection_drop_rate={connection_drop_rate}: must be at least 0 and less than 1')
     if channel_masks and aggregation != 'cross_layer':
         raise ValueError(f"channel_masks: only aggregation='cross_layer' takes them, got {aggregation!r}")
     has_pruned = pruned_connections is not None

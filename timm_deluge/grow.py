@@ -42,8 +42,8 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
     donors: list[Any] = [block for block in deeper.modules() if isinstance(block, DelugeBlock)]
     if not blocks or not len(blocks) == len(donors) == len(layers):
         raise ValueError(
-            f'layers: expected those of each block of two DelugeNets, got {len(layers)} for {len(blocks)} blocks and '
-            f'{len(donors)} of the deeper network; a reparameterised network has none')
+            f'layers: expected one list for each block of two DelugeNets, got {len(layers)} lists for {len(blocks)} '
+            f'blocks and {len(donors)} of the deeper network; a reparameterised network has no such blocks')
     for i, (block, donor, additional) in enumerate(zip(blocks, donors, layers)):
         depth = len(donor.layers)
         if depth < len(block.layers):
@@ -57,7 +57,7 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
                 f'block {i} has {block.norm.num_features} channels, in the deeper network {donor.norm.num_features}')
         if any(conv.mask is not None or len(conv.sources) != conv.num_layers for conv in block.cross_layers):
             raise ValueError(
-                f'block {i} has cross-layer convolutions that do not hear all layers: insert layers before pruning, '
+                f'block {i} has cross-layer convolutions that do not take all layers: insert layers before pruning, '
                 f"and not with aggregation='last'")
         for number in sorted(set(additional)):
             for name in ('layers', 'norms', 'drop_paths'):

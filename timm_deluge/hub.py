@@ -116,5 +116,5 @@ def push_to_hub(checkpoint: Checkpoint, repo_id: str) -> str:
     except OSError as error:
         raise CheckpointError(
             f'{checkpoint.name} was published, {commit.commit_url}, but the manifest could not be updated: '
-            f'{error}. Mend that and run this again: what is the same on the Hub stays as it is.') from error
+            f'{error}. Fix that and run this again: files that are unchanged on the Hub stay as they are.') from error
     return str(commit.commit_url)

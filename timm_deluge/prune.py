@@ -146,7 +146,7 @@ def _taylor(
         batches: Iterable[tuple[torch.Tensor, torch.Tensor]] | None,
 ) -> dict[str, torch.Tensor]:
     if batches is None:
-        raise ValueError("by='taylor' needs batches of images and targets: their loss is what it looks at")
+        raise ValueError("by='taylor' needs batches of images and targets, whose loss it estimates")
     model = copy.deepcopy(model).eval().requires_grad_()
     weights = [conv.weight for conv in find_cross_layers(model).values()]
     totals = [torch.zeros_like(weight) for weight in weights]
@@ -257,7 +257,7 @@ def remove_layers(model: nn.Module, layers: Sequence[Collection[int]]) -> nn.Mod
         raise ValueError(f'expected a DelugeNet, neither reparameterised nor of residual sums, got a '
                          f'{type(model).__name__} without Deluge blocks')
     if len(blocks) != len(layers):
-        raise ValueError(f'layers: expected those of each of {len(blocks)} blocks, got {len(layers)}')
+        raise ValueError(f'layers: expected one list for each of {len(blocks)} blocks, got {len(layers)}')
     for (name, block), removed in zip(blocks.items(), layers):
         depth = len(block.layers)
         missing = set(removed) - set(range(depth))

@@ -36,7 +36,7 @@ def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
             f'cannot be reparameterised: a batch normalisation with running statistics was expected, not {norm}')
     drop = getattr(norm, 'drop', None)
     if not (drop is None or isinstance(drop, (nn.Identity, nn.Dropout, nn.Dropout2d))):
-        raise ValueError(f'cannot be reparameterised: dropout was expected behind a batch normalisation, not {drop}')
+        raise ValueError(f'cannot be reparameterised: dropout was expected after a batch normalisation, not {drop}')
     dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
     scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -49,7 +49,7 @@ def check_relu(norm: Any) -> None:
     """Raise a ValueError if the activation behind a batch normalisation is not the ReLU that folding assumes."""
     act = getattr(norm, 'act', None)
     if not isinstance(act, nn.ReLU):
-        raise ValueError(f'cannot be reparameterised: a ReLU was expected behind a batch normalisation, not {act}')
+        raise ValueError(f'cannot be reparameterised: a ReLU was expected after a batch normalisation, not {act}')
 
 
 class InferenceConv2d(nn.Conv2d):

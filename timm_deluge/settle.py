@@ -45,7 +45,7 @@ def settle_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> None
                 norm.momentum = len(images) / num_images
             model(images)
         if not num_images:
-            raise ValueError('batches: expected images to settle the running statistics on, got none')
+            raise ValueError('batches: expected images to estimate the running statistics on, got none')
     except BaseException:
         for buffer, value in before.items():
             buffer.copy_(value)
