@@ -34,8 +34,9 @@ CROSS_LAYER_WEIGHTS = {
     '`--lr-scale 0.1`': 'lr_0.1', '`--weight-decay 0`': 'no_decay', '`--start latest`': 'latest'}
 RESULT_HEADERS = ('training loss', 'error %', 'epochs')
 COUNTS = (
-    'Of one image in inference, by `timm-deluge report`. A multiply-add is one FLOP to fvcore, two to the paper. The '
-    'last column is the share of cross-layer convolutions in parameters / GMACs / GFLOPs (fvcore) / GFLOPs (paper).')
+    'Counted by `timm-deluge report`, for one image in inference. fvcore counts a multiply-add as one FLOP, the paper '
+    'as two. The last column is the share of cross-layer convolutions in parameters / GMACs / GFLOPs (fvcore) / GFLOPs '
+    '(paper).')
 PEERS = ['resnetv2_101', 'resnetv2_152', 'resnet152', 'resnet200', 'wide_resnet50_2', 'densenet161']
 
 
@@ -188,9 +189,9 @@ def _performance_summary() -> str:
     slow_loops = [row['time, of copy_'] > machine['at_most'] for machine in _loops() for row in machine['rows']]
     return '\n\n'.join((
         _performance_table('', chosen, machines),
-        f'Missed goals for networks and blocks, here and [on the page of benchmarks](benchmarks/README.md): '
-        f'{", ".join(missed)}; for single C++ loops, there: {sum(slow_loops)} of {len(slow_loops)}. Some, missed or '
-        'met, are nearer to their limit than the rounds to each other.',
+        f'Missed goals for networks and blocks, here and on the [benchmarks page](benchmarks/README.md): '
+        f'{", ".join(missed)}; for single C++ loops, on that page: {sum(slow_loops)} of {len(slow_loops)}. Some '
+        'results, missed or met, are closer to their goal than the rounds are to each other.',
         *(_conditions(machine) + _doubts(machine, ('inference', 'training', 'autocast')) for machine in machines)))
 
 
@@ -278,14 +279,14 @@ def _pruning() -> str:
     tables = [markdown_table(table) for table in (rows, after, correlations)]
     return '\n\n'.join((
         f'`{results["checkpoint"]}`, {results["connections"]} connections, top-1 {whole["top1"]:.2f} % on '
-        f'{whole["num_images"]:,} test images in {results["dtype"]}, no fine-tuning; inference time, pruned by norm, '
-        f'as a multiple of the whole network\'s:',
+        f'{whole["num_images"]:,} test images in {results["dtype"]}, without fine-tuning; times are of inference after '
+        f'pruning by norm, as multiples of the whole network\'s:',
         tables[0],
-        *(['After one epoch of training by the recipe `cifar100_fine_tuning`, and with BatchNorm statistics '
-           're-estimated on training images, which those above are not:',
+        *(['After one epoch of training with the recipe `cifar100_fine_tuning`, and with BatchNorm statistics '
+           're-estimated on training images, unlike in the table above:',
            tables[1]] if after else []),
         f'Spearman\'s rank correlation of a connection\'s score with the loss on {importance["num_images"]} training '
-        f'images when that connection alone is gone:',
+        f'images when only that connection is removed:',
         tables[2],
         f'{results["machine"]}: {results["threads"]} threads, channels_last, torch {results["torch"]}, '
         f'{results["date"]}; medians of {results["rounds"]} interleaved rounds.',
@@ -411,8 +412,9 @@ def _doubts(machine: dict[str, Any], kinds: tuple[str, ...] = ('',)) -> str:
     unknown = [name for name, row in named if 'load' not in row]
     return (
         (f' Another load was present in: {", ".join(disturbed)}.' if disturbed else '')
-        + (f' Rounds disagree (interquartile range, of the median) in: {", ".join(unsteady)}.' if unsteady else '')
-        + (f' Neither was recorded of: {", ".join(unknown)}.' if unknown else ''))
+        + (f' Rounds disagree (interquartile range relative to the median) in: {", ".join(unsteady)}.'
+           if unsteady else '')
+        + (f' Neither was recorded for: {", ".join(unknown)}.' if unknown else ''))
 
 
 def _comparison(name: str) -> str:

@@ -21,10 +21,10 @@ RESULTS = REPORT.with_suffix('.json')
 NUMBERS = dict(NUM_NETWORKS='500', NUM_KILLS='20')
 INTRODUCTION = """# What goes wrong, and what comes of it
 
-Written by `python reports/robustness.py`, which runs `tests/faults`: with 500 random networks (`NUM_NETWORKS=500`),
-where the tests take 100, and 20 kills of a training (`NUM_KILLS=20`), where they take 2, or none without
-`TIMM_SCRIPTS`. A case is a damaged file, a hostile image, a wrong option, a random network, a kill, or a test; each has
-to end as the first column says. Code and tests are those of the day in the last column.
+Written by `python reports/robustness.py`, which runs `tests/faults` with 500 random networks (`NUM_NETWORKS=500`; by
+default 100) and 20 kills of a training run (`NUM_KILLS=20`; by default 2, and none without `TIMM_SCRIPTS`). A case is a
+damaged file, a hostile image, a wrong option, a random network, a kill, or a test; each has to end as the first column
+says. Each row was measured with the code and tests of the day in its last column.
 """
 
 

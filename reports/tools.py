@@ -32,17 +32,17 @@ TOOLS = {
     EXPORTERS: ('onnx', 'onnxscript', 'onnxruntime')}
 INTRODUCTION = """# Tools that take a DelugeNet
 
-Written by `python reports/tools.py`. Each tool was installed beside this package into an environment of its own, and
-given a network as it is; the tests are in `tests/tools`. They and the code are those of the day that is given.
+Written by `python reports/tools.py`. Each tool was installed with this package in an environment of its own, and given
+an unmodified network; the tests are in `tests/tools`. Each result is of the code and tests of the date given with it.
 
-Two things a package can only work around. timm loads no other package's networks by itself, so that `import
-timm_deluge` has to come first, in every process. And transformers passes `num_classes` a second time where a
-repository's configuration has it among its `model_args`; what `timm-deluge publish` writes has none.
+There are two limitations that this package can only work around. timm does not load other packages' networks by
+itself, so `import timm_deluge` has to come first, in every process. And transformers passes `num_classes` twice if the
+`model_args` in a repository's configuration contain it, so `timm-deluge publish` writes no `model_args`.
 """
 EXPORT = f"""## Exporters and compilers
 
-All of `{EXPORTED}`, in inference, with the largest difference of any output for two sizes of batch, relative to the
-largest output. A reparameterised network is what `timm.utils.reparameterize_model` makes.
+The whole of `{EXPORTED}` in inference; the numbers are the largest difference of any output, for two batch sizes,
+relative to the largest output. `timm.utils.reparameterize_model` makes the reparameterised network.
 """
 
 

@@ -180,11 +180,11 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         if checkpoints else 'No checkpoint is published yet.',
         '## Intended use and limits',
         'For research on how layers connect, for feature extraction and fine-tuning on small images, and as a '
-        'baseline of short training. The checkpoints know only the classes they were trained on and answer with one of '
-        'them for any picture; their probabilities are not calibrated. No images were held out for choices: image '
-        'sizes, averaging, learning rates, and which run is kept, were chosen by errors on the images that the figures '
-        'are of, which makes these optimistic. The checkpoints carry the biases of their training images '
-        'and are not meant for decisions about people.',
+        'baseline for short training runs. The checkpoints know only the classes they were trained on and answer with '
+        'one of them for any picture; their probabilities are not calibrated. No images were held out for model '
+        'selection: image sizes, averaging, learning rates, and which run to keep, were chosen by the errors on the '
+        'same images that are reported here, which makes the errors optimistic. The checkpoints carry the biases of '
+        'their training images and are not meant for decisions about people.',
         '## Citation',
         CITATION,
     ]
@@ -194,21 +194,21 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
 def _checkpoint_section(checkpoint: Checkpoint) -> str:
     printed, exact = _published_error(checkpoint), checkpoint.metrics.get('exact')
     paper = f' The paper reports an error of {printed} %.' if printed else ''
-    without = (f' On the {exact["num_images"]:,} of them that are exact copies of the published ones: '
-               f'{100 - exact["top1"]:.2f} %.') if exact else ''
+    without = (f' On the {exact["num_images"]:,} of these images that are exact copies of the official ones, the '
+               f'error is {100 - exact["top1"]:.2f} %.') if exact else ''
     other_data = [] if checkpoint.dataset_key in published(checkpoint.model).top1_error else [
-        f'Not the data that the paper trains `{checkpoint.model}` on: these weights know the '
+        f'The paper trains `{checkpoint.model}` on other data: these weights are for the '
         f'{len(checkpoint.class_names)} classes of {checkpoint.dataset["name"]}, at '
-        f'{"×".join(map(str, checkpoint.input_size[1:]))} pixels. They are for trying the architecture, for features '
-        'of small images and as a start of fine-tuning, where their use has yet to be measured; not for recognising '
-        'photographs, nor a measure of what the architecture can do.']
+        f'{"×".join(map(str, checkpoint.input_size[1:]))} pixels. Use them to try the architecture, to extract '
+        'features of small images, or as a start for fine-tuning; how well they serve for the latter two has not been '
+        'measured. They are not for recognising photographs, and do not show what the architecture can do.']
     rows = [
         ('architecture', f'`{checkpoint.model}`, {checkpoint.num_params:,} parameters'),
         ('data', f'{checkpoint.dataset["name"]}, {checkpoint.dataset["train_images"]:,} images; '
                  f'{checkpoint.dataset["provenance"]}'),
         ('training', f'recipe `{checkpoint.recipe}`, whose first lines have the commands, '
                      f'{checkpoint.epochs} epoch{"s" * (checkpoint.epochs != 1)} '
-                     f'from {_start(checkpoint)}, seed {checkpoint.seed} (of a run in parts, the last one\'s), '
+                     f'from {_start(checkpoint)}, seed {checkpoint.seed} (the last part\'s if the run had several), '
                      f'{checkpoint.hours} hours on {checkpoint.hardware}; '
                      + ('weights averaged with those it started from; '
                         if '_avg_' in checkpoint.tag and checkpoint.base_model else '')
