@@ -334,7 +334,7 @@ def test_statistics_that_cannot_be_settled_stay():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
     model(torch.randn(4, 3, 5, 5))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match='expected images to settle'):
+    with pytest.raises(ValueError, match='expected images to estimate'):
         settle_batch_norm(model, [])
     with pytest.raises(RuntimeError, match='running_mean'):
         settle_batch_norm(model, [torch.randn(2, 3, 5, 5), torch.randn(2, 4, 5, 5)])
