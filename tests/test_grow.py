@@ -101,9 +101,9 @@ def test_timm_saves_it_and_makes_it_again(tmp_path):
 
 def test_what_does_not_fit_is_named():
     model = network()
-    with pytest.raises(ValueError, match='got 1 for 2 blocks and 2 of the deeper network'):
+    with pytest.raises(ValueError, match='got 1 lists for 2 blocks and 2 of the deeper network'):
         insert_layers(model, deeper(), [[1]])
-    with pytest.raises(ValueError, match='got 2 for 2 blocks and 0 of the deeper network'):
+    with pytest.raises(ValueError, match='got 2 lists for 2 blocks and 0 of the deeper network'):
         insert_layers(model, deeper(aggregation='residual'), LAYERS)
     with pytest.raises(ValueError, match=r'block 0 has 3 layers, and 5 .*: expected 2 numbers from 1 to 4, got'):
         insert_layers(model, deeper(), [[0, 1], []])
