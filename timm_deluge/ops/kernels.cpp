@@ -17,11 +17,18 @@ namespace {
 #ifdef __AVX512F__
 constexpr int WIDTH = 16;  // floats in a vector
 constexpr int UNROLL = 4;  // vectors at once: 32 registers hold as many of each of four results, too
-constexpr int64_t AHEAD = 4096;  // elements between what is read and what is prefetched meanwhile
 #else
 constexpr int WIDTH = 8;
 constexpr int UNROLL = 2;  // with 16 registers
-constexpr int64_t AHEAD = 512;  // and second-level caches of 512 KB, which hold what is prefetched of every layer
+#endif
+// AHEAD: elements between what is read and what is prefetched meanwhile; SHORT_ROW: elements of a row of which four
+// layers' gradients are summed in tiles as wide as the row. Both were measured on processors with these features.
+#if defined(__AMX_TILE__)
+constexpr int64_t AHEAD = 2048, SHORT_ROW = 256;
+#elif defined(__AVX512F__)
+constexpr int64_t AHEAD = 4096, SHORT_ROW = 128;
+#else
+constexpr int64_t AHEAD = 512, SHORT_ROW = 128;  // second-level caches of 512 KB hold what is prefetched of all layers
 #endif
 constexpr int LINE = 64;         // bytes of a cache line
 constexpr int64_t ROWS = 64;     // rows whose products are summed in a float before they go to a double
@@ -418,7 +425,7 @@ void combine_backward_layers(const T* const* grads, int64_t num_grads, const flo
     std::vector<float> all_sums(threads * thread_sums);
     float* const first_sums = all_sums.data();
     // with long rows, a part of a tile would have too few rows to sum in registers
-    const int64_t max_columns = R == 1 || shape.columns <= COLUMNS / 2 ? COLUMNS : LINE / int64_t(sizeof(T));
+    const int64_t max_columns = R == 1 || shape.columns <= SHORT_ROW ? COLUMNS : LINE / int64_t(sizeof(T));
     const Weights<BY_COLUMN, R> weights(all_weights, num_grads, shape.channels);
     for_each_tile<BY_COLUMN>(shape, threads, [=, &weights](const Tile& whole, int thread) {
         float* const sums = first_sums + thread * thread_sums;
