@@ -189,7 +189,7 @@ def _performance_summary() -> str:
     slow_loops = [row['time, of copy_'] > machine['at_most'] for machine in _loops() for row in machine['rows']]
     return '\n\n'.join((
         _performance_table('', chosen, machines),
-        f'Missed goals for networks and blocks, here and on the [benchmarks page](benchmarks/README.md): '
+        f'Missed goals for whole networks, here and on the [benchmarks page](benchmarks/README.md): '
         f'{", ".join(missed)}; for single C++ loops, on that page: {sum(slow_loops)} of {len(slow_loops)}. Some '
         'results, missed or met, are closer to their goal than the rounds are to each other.',
         *(_conditions(machine) + _doubts(machine, ('inference', 'training', 'autocast')) for machine in machines)))

@@ -536,3 +536,12 @@ def test_nothing_is_left_half_written(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_pruned(model, tmp_path / 'pruned')
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('target', ['here', 'nowhere'])
+def test_a_pruned_network_is_not_saved_over_anything(target, tmp_path):
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'pruned').symlink_to(tmp_path / target)
+    with pytest.raises(FileExistsError, match='pruned exists: name a folder that does not'):
+        save_pruned(timm.create_model('delugenet146'), tmp_path / 'pruned')
+    assert {path.name for path in tmp_path.iterdir()} == {'here', 'pruned'}

@@ -281,7 +281,7 @@ def test_a_run_may_start_from_what_was_made_of_a_published_checkpoint(run_dir, d
     wider = weights.load_checkpoint(base)  # as of widen_layers: the additional filters are copies
     wider['stem.conv.weight'] = wider['stem.conv.weight'].repeat(2, 1, 1, 1)
     safetensors.torch.save_file(wider, start)
-    assert add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model=base.name) == made
+    assert add_checkpoint([run_dir], 'test_made', data_dir, **PROVENANCE, base_model=base.model) == made
     for name in ('stem.conv.weight', 'head.fc.bias'):
         changed = weights.load_checkpoint(base)
         changed[name][-1] += 1
@@ -443,7 +443,7 @@ def test_images_are_prepared_as_the_configuration_says(tmp_path):
 
 
 def test_wrong_folders_are_named(data_dir):
-    model = timm.create_model('resnetlike146_1x1')
+    model = timm.create_model('resnetlike146_1x1', num_classes=3)
     with pytest.raises(ValueError, match='absent: no such folder'):
         create_validation_loader(model, data_dir / 'absent', 4, 0)
     model.pretrained_cfg['label_names'] = ['class_0', 'class_5', 'zebra']
@@ -474,6 +474,13 @@ def test_classes_without_names_are_counted(data_dir):
     model = timm.create_model('resnetlike146_1x1', num_classes=4)
     with pytest.raises(ValueError, match='it has 3 class folders, and the model 4 classes'):
         create_validation_loader(model, data_dir / 'validation', 7, 0)
+
+
+def test_a_network_with_another_classifier_and_stem_than_its_checkpoint(data_dir):
+    overlay = {'label_names': ['cat', 'dog'], 'num_classes': 2, 'input_size': (3, 32, 32)}
+    model = timm.create_model('resnetlike146_1x1', pretrained_cfg_overlay=overlay, num_classes=3, in_chans=1).eval()
+    images, targets = next(iter(create_validation_loader(model, data_dir / 'validation', 7, 0)))
+    assert images.shape == (7, 1, 32, 32) and len(rank_targets(model, [(images, targets)])) == 7
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -509,7 +516,7 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     refuse(ValueError, '8 of 9 epochs are done; resume', epochs=9)
     for option in ({'cooldown_epochs': 2}, {'warmup_prefix': True}, {'lr_cycle_limit': 2}):
         refuse(ValueError, 'how many epochs it was to have is not known', **option)
-    refuse(RuntimeError, 'Error.s. in loading state_dict', model='delugenet146')
+    refuse(ValueError, 'no weights of delugenet146 with 3 input channels and the 3 classes', model='delugenet146')
     refuse(ValueError, 'absent: no such folder', val_split='absent')
     refuse(ValueError, 'absent: no such folder', train_split='absent')
     (data_dir / 'empty').mkdir()
@@ -544,6 +551,15 @@ def test_a_damaged_file_is_named(file, content, message, run_dir, data_dir, weig
     options = {'class-descriptions': run_dir / file} if file == 'words.txt' else {}
     result = add(run_dir, data_dir, **options)
     assert result.exit_code == 2 and message in ' '.join(result.stderr.split()), result.output
+    assert not weights.list_checkpoints()
+
+
+@pytest.mark.parametrize('option', ['inexact', 'class-descriptions'])
+def test_a_text_file_in_another_encoding_is_named(option, run_dir, data_dir, weights_dir):
+    path = run_dir / 'words.txt'
+    path.write_text('noise\tnoise\n', encoding='utf-16')
+    result = add(run_dir, data_dir, **{option: path})
+    assert result.exit_code == 2 and 'words.txt: this is no text in UTF-8' in ' '.join(result.stderr.split())
     assert not weights.list_checkpoints()
 
 

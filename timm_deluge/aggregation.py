@@ -13,7 +13,7 @@ from torch import nn
 
 from .ops import cross_layer_depthwise_conv
 
-__all__ = ['AGGREGATIONS', 'CrossLayerDepthwiseConv2d', 'LastLayerScale', 'WeightedLayerSum']
+__all__ = ['AGGREGATIONS', 'CrossLayerDepthwiseConv2d', 'LastLayerScale', 'WeightedLayerSum', 'spread']
 
 
 class CrossLayerDepthwiseConv2d(nn.Module):
@@ -63,7 +63,7 @@ class CrossLayerDepthwiseConv2d(nn.Module):
             self.mask.fill_(True)
 
     def masked_weight(self) -> torch.Tensor:
-        """Get the weight, ``[C, 1, number of sources, 1]``, with zeros for pruned weights."""
+        """Get the weight, of `parameter_shape`, with zeros for pruned weights."""
         mask = self.mask
         return self.weight if mask is None else self.weight * mask
 
@@ -74,11 +74,7 @@ class CrossLayerDepthwiseConv2d(nn.Module):
         weight, bias = self.masked_weight().expand(shape), self.bias.expand(shape)
         if len(self.sources) == self.num_layers:
             return weight, bias
-        zeros = weight.new_zeros(self.channels, 1, 1)
-        weights, biases = (dict(zip(self.sources, parameter.unbind(2))) for parameter in (weight, bias))
-        every = range(self.num_layers)
-        weight, bias = (torch.stack([of_source.get(i, zeros) for i in every], 2) for of_source in (weights, biases))
-        return weight, bias
+        return spread(weight, self.sources, self.num_layers), spread(bias, self.sources, self.num_layers)
 
     def draw_scale(self, batch_size: int) -> torch.Tensor | None:
         """Draw a factor for each image and source layer: 0 if that connection is dropped, more than 1 if it is not.
@@ -131,6 +127,22 @@ class LastLayerScale(CrossLayerDepthwiseConv2d):
     def __init__(self, num_layers: int, channels: int, sources: Any = None, *args: Any, **kwargs: Any):
         """As `CrossLayerDepthwiseConv2d`, but `sources` is ignored: the only source is the last layer."""
         super().__init__(num_layers, channels, [num_layers - 1], *args, **kwargs)
+
+
+def spread(parameter: torch.Tensor, sources: Sequence[int], num_layers: int) -> torch.Tensor:
+    """Put what there is for some source layers in its place among all, with zeros for the others.
+
+    Args:
+        parameter: ``[C, 1, number of sources, 1]``.
+        sources: Indices of the source layers.
+        num_layers: Number l of all layers.
+
+    Returns:
+        ``[C, 1, l, 1]``.
+    """
+    of_source = dict(zip(sources, parameter.unbind(2)))
+    zeros = torch.zeros_like(parameter[:, :, 0])
+    return torch.stack([of_source.get(i, zeros) for i in range(num_layers)], 2)
 
 
 AGGREGATIONS: dict[str, type[CrossLayerDepthwiseConv2d]] = {

@@ -196,6 +196,9 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
     paper = f' The paper reports an error of {printed} %.' if printed else ''
     without = (f' On the {exact["num_images"]:,} of these images that are exact copies of the official ones, the '
                f'error is {100 - exact["top1"]:.2f} %.') if exact else ''
+    start = _start(checkpoint)
+    if checkpoint.base_model and checkpoint.base_model.partition('.')[0] != checkpoint.model:
+        start = f'a network made of {start}'
     other_data = [] if checkpoint.dataset_key in published(checkpoint.model).top1_error else [
         f'The paper trains `{checkpoint.model}` on other data: these weights are for the '
         f'{len(checkpoint.class_names)} classes of {checkpoint.dataset["name"]}, at '
@@ -208,7 +211,7 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
                  f'{checkpoint.dataset["provenance"]}'),
         ('training', f'recipe `{checkpoint.recipe}`, whose first lines have the commands, '
                      f'{checkpoint.epochs} epoch{"s" * (checkpoint.epochs != 1)} '
-                     f'from {_start(checkpoint)}, seed {checkpoint.seed} (the last part\'s if the run had several), '
+                     f'from {start}, seed {checkpoint.seed} (the last part\'s if the run had several), '
                      f'{checkpoint.hours} hours on {checkpoint.hardware}; '
                      + ('weights averaged with those it started from; '
                         if '_avg_' in checkpoint.tag and checkpoint.base_model else '')

@@ -1,6 +1,5 @@
 """The command line, `timm-deluge`: predict, report, connectivity, prune, demo, validate, weights, publish, recipe."""
 import ast
-import csv
 import json
 import math
 import os
@@ -367,7 +366,7 @@ def weights_add(
     try:
         checkpoint = add_checkpoint(
             run_dirs, tag, data_dir, recipe_name, dataset_name, provenance, hardware,
-            list(filter(None, inexact.read_text(encoding='utf-8').splitlines())) if inexact else (),
+            _read_lines(inexact) if inexact else (),
             _read_descriptions(descriptions) if descriptions else None, base_model, img_size, settled_images, split)
     except (LookupError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         _fail(error)
@@ -376,13 +375,19 @@ def weights_add(
 
 
 def _read_descriptions(path: Path) -> dict[str, str]:
-    with path.open(encoding='utf-8', newline='') as f:
-        reader = csv.reader(f, delimiter='\t', quoting=csv.QUOTE_NONE)
-        rows = [row for row in reader if row]
+    rows = [line.split('\t') for line in _read_lines(path)]
     for row in rows:
         if len(row) != 2:
             raise ValueError(f'{path}: expected NAME, a tab and what it stands for on each line, got {" ".join(row)!r}')
     return dict(rows)
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file that are not empty."""
+    try:
+        return list(filter(None, path.read_text(encoding='utf-8').splitlines()))
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path}: this is no text in UTF-8: {error}') from error
 
 
 @weights_app.command('list')

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from .aggregation import CrossLayerDepthwiseConv2d
+from .aggregation import CrossLayerDepthwiseConv2d, spread
 from .weights import CheckpointError, read_tensors
 
 if TYPE_CHECKING:
@@ -138,9 +138,7 @@ def with_pruned(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str,
             weight = tensors[f'{name}.weight']
             if f'{name}.mask' in tensors:
                 weight = weight * tensors[f'{name}.mask']
-            every = weight.new_zeros(*weight.shape[:2], module.num_layers, 1)
-            every[:, :, module.sources] = weight
-            whole[f'{name}.weight'] = every
+            whole[f'{name}.weight'] = spread(weight, module.sources, module.num_layers)
     return whole
 
 

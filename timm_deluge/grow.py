@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .aggregation import CrossLayerDepthwiseConv2d
-from .delugenet import DelugeBlock, DelugeNet
-from .prune import record_model_args
+from .aggregation import CrossLayerDepthwiseConv2d, spread
+from .delugenet import DelugeNet
+from .prune import find_blocks, record_model_args
 
 __all__ = ['insert_layers', 'widen_layers']
 
@@ -38,8 +38,7 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
             layers before it.
     """
     grown = copy.deepcopy(model)
-    blocks: list[Any] = [block for block in grown.modules() if isinstance(block, DelugeBlock)]
-    donors: list[Any] = [block for block in deeper.modules() if isinstance(block, DelugeBlock)]
+    blocks, donors = find_blocks(grown).values(), find_blocks(deeper).values()
     if not blocks or not len(blocks) == len(donors) == len(layers):
         raise ValueError(
             f'layers: expected one list for each block of two DelugeNets, got {len(layers)} lists for {len(blocks)} '
@@ -75,9 +74,7 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
 def _listen_to(conv: CrossLayerDepthwiseConv2d, sources: list[int], num_layers: int) -> None:
     """Give a cross-layer convolution more sources: `sources` numbers its present ones, all others weigh zero."""
     for name, parameter in list(conv.named_parameters()):
-        rows = parameter.new_zeros(*parameter.shape[:2], num_layers, 1)
-        rows[:, :, sources] = parameter
-        setattr(conv, name, nn.Parameter(rows, parameter.requires_grad))
+        setattr(conv, name, nn.Parameter(spread(parameter, sources, num_layers), parameter.requires_grad))
     conv.sources, conv.num_layers = list(range(num_layers)), num_layers
 
 

@@ -14,6 +14,7 @@ result then takes the layer's own input. The result has the structure of a shall
 """
 import copy
 import math
+import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +29,7 @@ from .aggregation import CrossLayerDepthwiseConv2d, LastLayerScale, WeightedLaye
 from .delugenet import CompositeLayer, DelugeBlock
 
 __all__ = [
-    'Connection', 'connection_scores', 'find_cross_layers', 'prune_connections', 'pruned_connections',
+    'Connection', 'connection_scores', 'find_blocks', 'find_cross_layers', 'prune_connections', 'pruned_connections',
     'record_model_args', 'remove_layers', 'save_pruned',
 ]
 
@@ -57,8 +58,8 @@ def pruned_connections(model: nn.Module) -> list[list[list[int]]]:
         For each block, and each of its cross-layer convolutions, the source layers that take no part.
     """
     return [
-        [[i for i in range(conv.num_layers) if i not in conv.sources] for conv in block.cross_layers]  # type: ignore
-        for block in model.modules() if isinstance(block, DelugeBlock)]
+        [[i for i in range(conv.num_layers) if i not in conv.sources] for conv in block.cross_layers]
+        for block in find_blocks(model).values()]
 
 
 def connection_scores(
@@ -93,6 +94,11 @@ def connection_scores(
     return {
         Connection(name, source): score
         for name, conv in consumers.items() for source, score in zip(conv.sources, scores[name][0].tolist())}
+
+
+def find_blocks(model: nn.Module) -> dict[str, Any]:
+    """Get a network's Deluge blocks by name; there are none in a reparameterised one, or one of residual sums."""
+    return {name: block for name, block in model.named_modules() if isinstance(block, DelugeBlock)}
 
 
 def find_cross_layers(model: nn.Module) -> dict[str, CrossLayerDepthwiseConv2d]:
@@ -252,7 +258,7 @@ def remove_layers(model: nn.Module, layers: Sequence[Collection[int]]) -> nn.Mod
             its last source.
     """
     shallower = copy.deepcopy(model)
-    blocks: Any = {name: block for name, block in shallower.named_modules() if isinstance(block, DelugeBlock)}
+    blocks = find_blocks(shallower)
     if not blocks:
         raise ValueError(f'expected a DelugeNet, neither reparameterised nor of residual sums, got a '
                          f'{type(model).__name__} without Deluge blocks')
@@ -282,7 +288,7 @@ def remove_layers(model: nn.Module, layers: Sequence[Collection[int]]) -> nn.Mod
 
 def record_model_args(model: Any) -> None:
     """Record the arguments with which `timm.create_model` makes a network of this structure, for timm to save."""
-    blocks: list[Any] = [block for block in model.modules() if isinstance(block, DelugeBlock)]
+    blocks = find_blocks(model).values()
     convs = [conv for block in blocks for conv in block.cross_layers]
     model._model_args = {
         **getattr(model, '_model_args', {}),
@@ -322,7 +328,7 @@ def save_pruned(model: nn.Module, folder: Path) -> None:
     Raises:
         FileExistsError: If the folder exists.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise FileExistsError(f'{folder} exists: name a folder that does not')
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as scratch:

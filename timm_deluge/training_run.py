@@ -118,8 +118,9 @@ def add_checkpoint(
     first_args = _read_args(run_dirs[0])
     start = _pretrained_checkpoint(first_args)
     known_start = first_args.get('initial_checkpoint') if base_model else None
-    if base_model:
-        _check_made_of(find_checkpoint(base_model), known_start)
+    made_of = find_checkpoint(base_model) if base_model else None
+    if made_of:
+        _check_made_of(made_of, known_start)
     log, epochs_done = _read_log(run_dirs, known_start)
     if epochs_done < args['epochs']:
         raise ValueError(f'{run_dir}: {epochs_done} of {args["epochs"]} epochs are done; resume the run with '
@@ -149,7 +150,13 @@ def add_checkpoint(
             class_descriptions = {name: class_descriptions[name] for name in class_names}
         except KeyError as error:
             raise ValueError(f'the class folder {error} has no description') from None
-    model.load_state_dict(state_dict)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(
+            f'{last}: these are no weights of {model_name} with 3 input channels and the {len(class_names)} classes of '
+            f'{data_dir / args["train_split"]}, for which alone a checkpoint can be published; give the images that '
+            f'the run was trained on') from error
     model.pretrained_cfg.update(input_config)
     if settled_images:
         settled_images = min(settled_images, len(train_set))
@@ -166,6 +173,7 @@ def add_checkpoint(
     metrics = accuracy(rank_targets(model.eval(), loader), test_images, inexact)
 
     name = f'{model_name}.{tag}'
+    origin = made_of or start
     _write_log(log, LOGS / f'{name}.csv')
     checkpoint = Checkpoint(
         model=model_name,
@@ -183,7 +191,7 @@ def add_checkpoint(
             provenance=provenance,
             **(dict(inexact=sorted(inexact)) if inexact else {}),
         ),
-        base_model=start.name if start else base_model,
+        base_model=origin.name if origin else None,
         recipe=recipe,
         epochs=1 + max(log),
         seed=args['seed'],

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_loader, resolve_data_config
+from timm.data import ImageDataset, create_loader, resolve_input_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -71,7 +71,8 @@ def create_validation_loader(
     """Batches of a folder that holds one folder of images per class.
 
     Args:
-        model: A model of timm, whose pretrained configuration names the classes and says how to prepare the images.
+        model: A model of timm. Its pretrained configuration says how to prepare the images, and names the classes,
+            unless it names more or fewer than the model has.
         folder: The images.
         batch_size: Number of images in a batch.
         workers: Number of loader processes.
@@ -85,10 +86,12 @@ def create_validation_loader(
         ValueError: If the folder is missing, its classes are not the model's, or an image does not lie in the folder of
             its class.
     """
-    config = resolve_data_config(model=model)
+    config = resolve_input_data_config(model)
     dataset = open_folder(folder, 'RGB' if config['input_size'][0] == 3 else 'L')
     pretrained_cfg: Any = model.pretrained_cfg
     found, expected = list_classes(dataset), pretrained_cfg.get('label_names')
+    if expected is not None and len(expected) != getattr(model, 'num_classes', len(expected)):
+        expected = None  # they are those of a checkpoint, whose classifier was replaced
     if expected is None and len(found) != model.num_classes:
         raise ValueError(f'{folder}: it has {len(found)} class folders, and the model {model.num_classes} classes')
     if expected is not None and found != list(expected):

@@ -15,7 +15,8 @@ def cross_layer_depthwise_conv(
 
     Args:
         layers: The l preceding layers' outputs, each ``[N, C, H, W]``, the block's first one first.
-        weight: Scale of each source layer's channels, ``[C, 1, l, 1]``: the kernel of a depthwise convolution.
+        weight: Scale of each source layer's channels, ``[C, 1, l, 1]``: the kernel of a depthwise convolution. Here
+            and in the bias, 1 can stand in place of C, for all channels.
         bias: Shift of each source layer's channels, ``[C, 1, l, 1]``.
         scale: Factor of each image's term for each source layer, ``[N, l]``; 1 if None.
 
