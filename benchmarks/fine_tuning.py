@@ -71,8 +71,8 @@ def main(
         'date': str(date.today()), 'machine': run.cpu_name(), 'torch': torch.__version__}
     pruning.FINE_TUNED.mkdir(exist_ok=True)
     (pruning.FINE_TUNED / f'{checkpoint}-{by}-{fraction}.json').write_text(json.dumps(row, indent=2) + '\n')
-    results = json.loads(pruning.RESULTS.read_text())
-    if results['checkpoint'] == checkpoint:
+    results = json.loads(pruning.RESULTS.read_text()) if pruning.RESULTS.exists() else {}
+    if results.get('checkpoint') == checkpoint:
         pruning.draw(results, pruning.RESULTS.with_suffix('.png'))
 
 

@@ -15,7 +15,6 @@ repeated, and the calmer run counts.
 import fnmatch
 import json
 import multiprocessing
-import os
 import platform
 import random
 import re
@@ -23,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -318,8 +318,8 @@ def measure_calmly(name: str, number_of_rounds: int, threads: int) -> dict[str, 
     runs: list[dict[str, Any]] = []
     begin = time.perf_counter()
     while len(runs) < MAX_RUNS and (not runs or runs[-1]['disagreement'] > MAX_DISAGREEMENT):
-        with multiprocessing.get_context('spawn').Pool(1) as pool:
-            runs.append(pool.apply(measure, (name, number_of_rounds, threads)))
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as executor:
+            runs.append(executor.submit(measure, name, number_of_rounds, threads).result())
     calmest = min(runs, key=lambda run: run['disagreement'])
     return {**calmest, 'runs': len(runs), 'wall_seconds': time.perf_counter() - begin}
 
@@ -384,7 +384,6 @@ def main(
     if before['threads'] != threads:
         raise typer.BadParameter(
             f'{output} is of {before["threads"]} threads: name another --output', param_hint='--threads')
-    load = os.getloadavg()[0]
     measured: dict[str, dict[str, Any]] = {}
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in track(chosen, description='Measuring'):
@@ -396,7 +395,7 @@ def main(
             row['load'] = max(row['reference_seconds']) / fastest
         unfinished = output.with_suffix('.partial')
         unfinished.write_text(json.dumps({
-            'machine': machine, 'device': DEVICE, 'threads': threads, 'load_average_before': load,
+            'machine': machine, 'device': DEVICE, 'threads': threads,
             'max_load': MAX_LOAD, 'max_disagreement': MAX_DISAGREEMENT,
             'rows': {name: rows[name] for name in names if name in rows},
         }, indent=2) + '\n')

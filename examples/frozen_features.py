@@ -26,6 +26,8 @@ from torch.utils.data import DataLoader, Subset
 import timm_deluge  # noqa: F401 registers the models
 from timm_deluge.validate import list_classes, open_folder
 
+NEIGHBOURS = 20
+
 
 @torch.inference_mode()
 def extract(model: torch.nn.Module, folder: Path, num_images: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -54,8 +56,8 @@ def main(
         model: str,
         train_dir: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='A folder for each class.')],
         test_dir: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='The same folders.')],
-        num_train: Annotated[int | None, typer.Option(help='Training images; all by default.')] = None,
-        num_test: Annotated[int | None, typer.Option(help='Test images; all by default.')] = None,
+        num_train: Annotated[int | None, typer.Option(min=NEIGHBOURS, help='Training images; all by default.')] = None,
+        num_test: Annotated[int | None, typer.Option(min=1, help='Test images; all by default.')] = None,
 ) -> None:
     """Classify frozen features of MODEL on another data set."""
     try:
@@ -69,7 +71,7 @@ def main(
     network = timm.create_model(model, pretrained=True, num_classes=0).eval()
     train, test = extract(network, train_dir, num_train), extract(network, test_dir, num_test)
     classifiers = {
-        'nearest neighbours': KNeighborsClassifier(20, metric='cosine', weights='distance'),
+        'nearest neighbours': KNeighborsClassifier(min(NEIGHBOURS, len(train[1])), metric='cosine', weights='distance'),
         'linear probe': make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000)),
     }
     accuracies = {name: round(100 * classifier.fit(*train).score(*test), 2) for name, classifier in classifiers.items()}

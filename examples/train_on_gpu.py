@@ -37,7 +37,7 @@ from timm_deluge.validate import list_classes, open_folder
 TRIES = 10  # attempts of timm's 'rrc' to find a crop that fits into the image
 EAGER_STEPS = 3  # before a step is captured: they compile kernels and create the optimizer's state
 DEFAULTS = dict(
-    model_kwargs={}, pretrained=False, train_split='train', val_split='validation',
+    device='cuda', model_kwargs={}, pretrained=False, train_split='train', val_split='validation',
     validation_batch_size=500, opt_kwargs={}, sched='cosine', min_lr=0., train_crop_mode='rrc', scale=(0.08, 1.0),
     ratio=(3 / 4, 4 / 3), hflip=0.5, reprob=0., smoothing=0.1, seed=42, val_interval=5)
 FIXED = dict(  # the only values of these options that this script supports
@@ -63,7 +63,7 @@ def read_recipe(path: Path) -> dict[str, object]:
     missing = NEEDED - recipe.keys()
     if missing:
         raise ValueError(f'{path}: says nothing of {min(missing)}, where train.py does something else than this script')
-    known = {*DEFAULTS, *NEEDED - FIXED.keys(), 'input_size', 'mean', 'std', 'interpolation', 'device', 'workers'}
+    known = {*DEFAULTS, *NEEDED - FIXED.keys(), 'input_size', 'mean', 'std', 'interpolation', 'workers'}
     for name, value in recipe.items():
         if name not in known and FIXED.get(name) != value:
             raise ValueError(f'{path}: {name}: {value} is not known here; train by timm\'s train.py')
@@ -78,25 +78,33 @@ def read_recipe(path: Path) -> dict[str, object]:
 
 
 def read_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Read images of one size, a folder for each class.
+    """Read square images of one size, a folder for each class.
 
     Returns:
         Images ``[N, H, W, 3]`` of bytes, classes ``[N]``, and the names of the classes.
 
     Raises:
-        ValueError: If there is no such folder, or its images differ in size.
+        ValueError: If there is no such folder, an image cannot be read, is not square, or is not as large as the first.
     """
     dataset = open_folder(folder)
     paths, targets = zip(*dataset.reader.samples)
     with Pool() as pool:
         images = pool.map(read_image, paths, 500)
+    height, width = images[0].shape[:2]
+    for image, path in zip(images, paths):
+        if image.shape != (height, height, 3):
+            raise ValueError(f'{path}: has {image.shape[1]}x{image.shape[0]} pixels, {paths[0]} {width}x{height}; '
+                             f'expected square images of one size')
     return torch.from_numpy(np.stack(images)), torch.tensor(targets), list_classes(dataset)
 
 
 def read_image(path: str) -> np.ndarray:
     """Read an image, ``[H, W, 3]``."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert('RGB'))
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert('RGB'))
+    except OSError as error:
+        raise ValueError(f'{path}: cannot be read ({error})') from error
 
 
 def augment(images: torch.Tensor, size: int, args: Namespace) -> torch.Tensor:
@@ -269,7 +277,12 @@ def train(args: Namespace) -> dict[str, float]:
     Returns:
         The last row of `summary.csv`.
     """
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = torch.device(args.device)
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f'device: {device}: PyTorch {torch.__version__} finds no GPU; to train on the CPU, write '
+                         f'`device: cpu` into a copy of the recipe')
+    if args.val_interval < 1:
+        raise ValueError(f'val_interval: expected 1 or more epochs, got {args.val_interval}')
     random_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     if args.output.exists():
@@ -335,7 +348,7 @@ def train(args: Namespace) -> dict[str, float]:
             count += 1
             scheduler.step_update(epoch * steps + count)
         loss = total_loss.item() / steps
-        rate = len(images) / (time.perf_counter() - start)
+        rate = steps * args.batch_size / (time.perf_counter() - start)
         print(f'{args.output.name} {epoch}: {size} px, loss {loss:.3f}, {rate:.0f} images/s', flush=True)
         if not math.isfinite(loss):
             raise FloatingPointError(f'the training loss is {loss} in epoch {epoch}')

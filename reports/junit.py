@@ -6,6 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import typer
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -24,6 +26,18 @@ class Outcome(NamedTuple):
     message: str
     seconds: float
     properties: dict[str, str]
+
+
+def find_timm_scripts() -> None:
+    """Make TIMM_SCRIPTS an absolute path, as the tests run in the repository's folder.
+
+    Raises:
+        typer.BadParameter: If this environment variable does not name a checkout of timm's repository.
+    """
+    scripts = Path(os.environ.get('TIMM_SCRIPTS', ''))
+    if not (scripts / 'train.py').is_file():
+        raise typer.BadParameter('set TIMM_SCRIPTS to a checkout of pytorch-image-models, whose scripts are tried, too')
+    os.environ['TIMM_SCRIPTS'] = str(scripts.resolve())
 
 
 def run_tests(python: str | Path, *arguments: str | Path, **environment: str) -> list[Outcome]:

@@ -4,7 +4,6 @@
 """
 import ast
 import json
-import os
 import platform
 import sys
 from datetime import date
@@ -13,7 +12,7 @@ from typing import Annotated
 
 import torch
 import typer
-from junit import REPOSITORY, run_tests
+from junit import REPOSITORY, find_timm_scripts, run_tests
 from tabulate import tabulate
 
 REPORT = REPOSITORY / 'reports' / 'robustness.md'
@@ -36,8 +35,7 @@ def purpose(path: Path) -> str:
 def main(names: Annotated[list[str] | None, typer.Argument(help='Test files; all by default.')] = None) -> None:
     """Run the tests in the files named; what was found of the others stays."""
     files = {path.name: path for path in sorted((REPOSITORY / 'tests' / 'faults').glob('test_*.py'))}
-    if not os.environ.get('TIMM_SCRIPTS'):
-        raise typer.BadParameter('set TIMM_SCRIPTS to a checkout of pytorch-image-models: its train.py is tried, too')
+    find_timm_scripts()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if unknown := set(names or ()) - set(files):
         raise typer.BadParameter(f'{unknown.pop()}: must be one of {", ".join(files)}')

@@ -4,7 +4,6 @@
 """
 import ast
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from junit import REPOSITORY, Outcome, run_tests
+from junit import REPOSITORY, Outcome, find_timm_scripts, run_tests
 from tabulate import tabulate
 
 REPORT = REPOSITORY / 'reports' / 'tools.md'
@@ -123,8 +122,7 @@ def report(results: dict[str, Any]) -> str:
 
 def main(names: Annotated[list[str] | None, typer.Argument(help=f'Of {", ".join(TOOLS)}; all by default.')] = None):
     """Try the tools named; what was found of the others stays."""
-    if not os.environ.get('TIMM_SCRIPTS'):
-        sys.exit("TIMM_SCRIPTS: name a checkout of timm's repository, whose scripts are tried, too")
+    find_timm_scripts()
     if unknown := set(names or ()) - set(TOOLS):
         sys.exit(f'{unknown.pop()}: must be one of {", ".join(TOOLS)}')
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {

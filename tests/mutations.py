@@ -24,7 +24,8 @@ MUTATIONS = [
     # the definition and the architecture
     ('aggregation.py', 'self.weight, 1 / len(self.sources)', 'self.weight, 1.', 'test_counts.py'),
     ('aggregation.py', '.div_(keep_rate)', '', 'test_connection_drop.py'),
-    ('aggregation.py', 'for of_source in (weights, biases)', 'for of_source in (weights, weights)', 'test_prune.py'),
+    ('aggregation.py', 'spread(bias, self.sources, self.num_layers)', 'spread(weight, self.sources, self.num_layers)',
+     'test_prune.py'),
     ('ops/reference.py', 'x = bias.sum(0)', 'x = bias[0]', 'test_fidelity.py'),
     ('delugenet.py', 'outputs = [self.norm(x)]', 'outputs = [x]', 'test_fidelity.py'),
     ('delugenet.py', "mode='fan_out'", "mode='fan_in'", 'test_fidelity.py test_timm_contract.py'),
@@ -62,7 +63,8 @@ MUTATIONS = [
     ('validate.py', 'if stray:', 'if False:', 'test_training_run.py'),
     ('hub.py', "if '/' not in repo_id:", 'if False:', 'test_hub.py'),
     ('grow.py', 'part.train(block.training)', 'part', 'test_grow.py'),
-    ('grow.py', 'rows[:, :, sources] = parameter', 'rows[:, :, :parameter.shape[2]] = parameter', 'test_grow.py'),
+    ('grow.py', 'spread(parameter, sources, num_layers)', 'spread(parameter, range(len(sources)), num_layers)',
+     'test_grow.py'),
     ('ops/conv.py', 'pad_h, pad_w = max(0, dh * (kh - 1) - ph)', 'pad_h, pad_w = max(0, kh - 1 - ph)', 'test_conv.py'),
     ('ops/decision.py', "name = 'reference' if reason else", 'name =', IMPLEMENTATIONS),
     ('ops/implementation.py', 'if x.dtype is torch.float16 and not x.is_cuda:', 'if False:', IMPLEMENTATIONS),
@@ -134,9 +136,16 @@ MUTATIONS = [
 ]
 
 
+def check(mutations: list[tuple[str, str, str, str]]) -> None:
+    """Check that what each mutation replaces occurs once."""
+    for file, old, *_ in mutations:
+        count = (REPOSITORY / 'timm_deluge' / file).read_text().count(old)
+        assert count == 1, f'{file}: {count} times {old!r}'
+
+
 def first_failure(checkout: Path, tests: str) -> str | None:
     """Run some of the scratch copy's tests until one fails, and get its name."""
-    environment = {**os.environ, 'PYTHONPATH': str(checkout)}
+    environment = {**os.environ, 'PYTHONPATH': str(checkout), 'CUDA_VISIBLE_DEVICES': ''}  # CUDA needs more than that
     paths = [f'tests/{name}' for name in tests.split()]
     process = subprocess.run(
         [sys.executable, '-m', 'pytest', '-qx', '-p', 'no:cacheprovider', '--timeout=0', *paths],
@@ -149,9 +158,7 @@ def first_failure(checkout: Path, tests: str) -> str | None:
 
 def main() -> int:
     chosen = [m for m in MUTATIONS if not sys.argv[1:] or any(part in m[0] for part in sys.argv[1:])]
-    for file, old, *_ in chosen:
-        count = (REPOSITORY / 'timm_deluge' / file).read_text().count(old)
-        assert count == 1, f'{file}: {count} times {old!r}'
+    check(chosen)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     rows = []
     with TemporaryDirectory() as folder:

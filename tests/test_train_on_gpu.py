@@ -47,8 +47,9 @@ def images(tmp_path_factory):
 
 def recipe(tmp_path, **options) -> Path:
     text = yaml.safe_load(recipe_path('cifar100_baselines').read_text())
-    text.update(
-        {'num_classes': 2, 'epochs': 2, 'train_img_sizes': [16, 24], 'batch_size': 16, 'warmup_epochs': 0, **options})
+    text.update({
+        'device': 'cuda' if torch.cuda.is_available() else 'cpu', 'num_classes': 2, 'epochs': 2,
+        'train_img_sizes': [16, 24], 'batch_size': 16, 'warmup_epochs': 0, **options})
     path = tmp_path / 'recipe.yaml'
     path.write_text(yaml.safe_dump(text))
     return path
@@ -67,6 +68,16 @@ def test_data_that_cannot_be_trained_on_leave_nothing_behind(images, tmp_path):
     shutil.copytree(images, copy)
     shutil.rmtree(copy / 'validation' / 'bright')
     assert 'must have images of the same classes; only one has any in bright' in errors(copy)
+    assert 'val_interval: expected 1 or more epochs, got 0' in errors(images, val_interval=0)
+    if not torch.cuda.is_available():
+        assert 'finds no GPU; to train on the CPU, write `device: cpu`' in errors(images, device='cuda')
+    first = images / 'validation' / 'bright' / '0.png'
+    other = copy / 'validation' / 'dark' / '3.png'
+    shutil.copytree(images / 'validation' / 'bright', copy / 'validation' / 'bright')
+    Image.new('RGB', (32, 24)).save(other)
+    assert f'3.png: has 32x24 pixels, {copy / first.relative_to(images)} 32x32' in errors(copy)
+    other.write_bytes(first.read_bytes()[:200])
+    assert '3.png: cannot be read' in errors(copy)
     assert not (tmp_path / 'output').exists()
 
 

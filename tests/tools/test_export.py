@@ -3,6 +3,7 @@
 `EXPORTED=delugenet146` takes a whole network, in the place of a small one.
 """
 import os
+import shutil
 
 import pytest
 import timm
@@ -52,15 +53,22 @@ def onnxruntime(path):
 
 
 def torch_compile(model, path):
+    needs_compiler()
     torch.compiler.reset()
     return torch.compile(model, fullgraph=True, dynamic=True)
 
 
 def aot_inductor(model, path):
+    needs_compiler()
     if not hasattr(torch._inductor, 'aoti_load_package'):
         pytest.skip(f'torch {torch.__version__} packages no AOTInductor models')
     package = torch._inductor.aoti_compile_and_package(exported(model), package_path=str(path / 'model.pt2'))
     return torch._inductor.aoti_load_package(package)
+
+
+def needs_compiler():
+    if shutil.which('c++') is None:
+        pytest.skip('needs a C++ compiler')
 
 
 def jit_script(model, path):
