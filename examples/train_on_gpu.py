@@ -11,11 +11,12 @@ weights and no optimizer state, so a run cannot be resumed.
 """
 import csv
 import math
+import os
 import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Callable
-from multiprocessing import Pool
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,13 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from PIL import Image
 from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.optim.muon import _COEFFICIENTS, _is_suitable_for_muon, get_lr_scale, zeropower_via_newtonschulz
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ParseKwargs, random_seed
 from torch import nn
+from torch.utils.data import DataLoader
 
 import timm_deluge  # noqa: F401 registers the models
 from timm_deluge.validate import list_classes, open_folder
@@ -87,24 +88,16 @@ def read_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         ValueError: If there is no such folder, an image cannot be read, is not square, or is not as large as the first.
     """
     dataset = open_folder(folder)
-    paths, targets = zip(*dataset.reader.samples)
-    with Pool() as pool:
-        images = pool.map(read_image, paths, 500)
+    dataset.transform = np.asarray
+    loader = DataLoader(dataset, 500, num_workers=os.cpu_count() or 1, collate_fn=list)
+    images, targets = zip(*chain.from_iterable(loader))
+    paths = [path for path, _ in dataset.reader.samples]
     height, width = images[0].shape[:2]
     for image, path in zip(images, paths):
         if image.shape != (height, height, 3):
             raise ValueError(f'{path}: has {image.shape[1]}x{image.shape[0]} pixels, {paths[0]} {width}x{height}; '
                              f'expected square images of one size')
     return torch.from_numpy(np.stack(images)), torch.tensor(targets), list_classes(dataset)
-
-
-def read_image(path: str) -> np.ndarray:
-    """Read an image, ``[H, W, 3]``."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert('RGB'))
-    except OSError as error:
-        raise ValueError(f'{path}: cannot be read ({error})') from error
 
 
 def augment(images: torch.Tensor, size: int, args: Namespace) -> torch.Tensor:

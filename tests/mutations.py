@@ -145,7 +145,7 @@ def check(mutations: list[tuple[str, str, str, str]]) -> None:
 
 def first_failure(checkout: Path, tests: str) -> str | None:
     """Run some of the scratch copy's tests until one fails, and get its name."""
-    environment = {**os.environ, 'PYTHONPATH': str(checkout), 'CUDA_VISIBLE_DEVICES': ''}  # CUDA needs more than that
+    environment = {**os.environ, 'PYTHONPATH': str(checkout), 'CUDA_VISIBLE_DEVICES': ''}  # it reserves more memory
     paths = [f'tests/{name}' for name in tests.split()]
     process = subprocess.run(
         [sys.executable, '-m', 'pytest', '-qx', '-p', 'no:cacheprovider', '--timeout=0', *paths],
