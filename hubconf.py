@@ -9,8 +9,8 @@ import timm
 try:
     import timm_deluge  # noqa: F401 registers the models
 except ImportError as error:  # torch.hub checks only whether the packages are installed
-    raise ImportError(f'timm-deluge needs timm>=1.0.31 (pip install --upgrade timm), and this is timm '
-                      f'{timm.__version__}: {error}') from error
+    raise ImportError(f'timm_deluge cannot be imported: {error} (it needs timm>=1.0.31, and this is timm '
+                      f'{timm.__version__}: pip install --upgrade timm)') from error
 
 dependencies = ['torch', 'timm']
 for name in timm.list_models(module='delugenet'):

@@ -191,7 +191,7 @@ def _performance_summary() -> str:
         _performance_table('', chosen, machines),
         f'Missed goals for whole networks, here and on the [benchmarks page](benchmarks/README.md): '
         f'{", ".join(missed)}; for single C++ loops, on that page: {sum(slow_loops)} of {len(slow_loops)}. Some '
-        'results, missed or met, are closer to their goal than the rounds are to each other.',
+        'results, missed or met, differ from their goal by less than the rounds from each other.',
         *(_conditions(machine) + _doubts(machine, ('inference', 'training', 'autocast')) for machine in machines)))
 
 

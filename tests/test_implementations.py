@@ -1385,7 +1385,7 @@ def test_an_explanation_names_the_implementation_and_what_is_against_it(caplog):
         fused = timm.utils.reparameterize_model(model.eval())
         assert explain_implementation(fused, x)['stages.1'] == ('aten', None)
         assert explain_implementation(fused, x)['stages.1.transition'].reason == 'norm was reparameterised'
-    assert 'gradients are wanted' in explain_implementation(fused, x)['stages.1'].reason
+    assert 'gradients are enabled' in explain_implementation(fused, x)['stages.1'].reason
 
     model.stages[1].layers[0].norm2.register_forward_hook(lambda *_: None)
     caplog.set_level('DEBUG', 'timm_deluge')

@@ -63,8 +63,8 @@ CIFAR100_STD = (0.2673, 0.2564, 0.2762)
 MAX_PARAMS = 10 ** 9  # so that a configuration from elsewhere cannot exhaust the memory
 
 
-class FinalNorm(BatchNormAct2d):
-    """BN and ReLU before the classifier."""
+class NormAct(BatchNormAct2d):
+    """BN and ReLU after the stem's convolution, and before the classifier."""
 
     def fuse(self) -> ChannelAffine:
         """Get the equivalent module for inference, for `timm.utils.reparameterize_model`."""
@@ -387,14 +387,16 @@ class DelugeNet(nn.Module):
             channel_masks: Whether the weights of the cross-layer convolutions have masks, as buffers, for loading a
                 network that was pruned by channel.
             drop_rate: Dropout rate before the classifier.
-            drop_path_rate: Stochastic depth rate of the last composite layer; grows linearly from 0.
+            drop_path_rate: Stochastic depth rate of the last composite layer; grows linearly from 0. Layers that
+                give h_0 have none.
             connection_drop_rate: Share of the connections between layers that are dropped in training, drawn for each
                 image; the others are scaled up to keep the mean.
 
         Raises:
             ValueError: If `depths` and `widths` differ in length or are empty, the layer that gives h_0 is missing, an
                 option has none of the values above, a rate is not from 0 to 1 (`connection_drop_rate`: less than 1),
-                `pruned_connections` do not fit, or the network would have more than a billion parameters.
+                `pruned_connections` do not fit, or the network would have more than a billion parameters, not counting
+                transitions.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -419,7 +421,7 @@ class DelugeNet(nn.Module):
         if stem_type == 'imagenet':
             self.stem: nn.Sequential = Stem(OrderedDict(
                 conv=nn.Conv2d(in_chans, prev_chs, 7, stride=2, padding=3, bias=False, **dd),
-                norm=BatchNormAct2d(prev_chs, **dd),
+                norm=NormAct(prev_chs, **dd),
                 pool=nn.MaxPool2d(3, stride=2, padding=1),
             ))
             feature_info: list[dict[str, Any]] = [dict(num_chs=prev_chs, reduction=2, module='stem.norm')]
@@ -464,7 +466,7 @@ class DelugeNet(nn.Module):
 
         self.feature_info = feature_info
         self.num_features = prev_chs
-        self.norm: nn.Module = FinalNorm(prev_chs, **dd)
+        self.norm: nn.Module = NormAct(prev_chs, **dd)
         self.head = ClassifierHead(prev_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
 
@@ -501,7 +503,7 @@ class DelugeNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute composite layers in the backward pass instead of keeping their activations."""
+        """Recompute composite layers after h_0 in the backward pass instead of keeping their activations."""
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 module.grad_checkpointing = enable

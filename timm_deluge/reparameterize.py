@@ -313,7 +313,7 @@ class FoldedDelugeBlock(nn.Module):
     @torch.jit.ignore
     def infers_fast(self, x: torch.Tensor) -> bool:
         """Whether `forward` takes `forward_fast`."""
-        reason = why_not_fast(x) or ('gradients are wanted' if torch.is_grad_enabled() else None)
+        reason = why_not_fast(x) or ('gradients are enabled' if torch.is_grad_enabled() else None)
         if any(has_hooks(module) for module in (*self.cross_layers, self.last_cross_layer)):
             reason = reason or 'a cross-layer convolution has hooks'
         return takes_fast_path(self, x, reason)

@@ -106,7 +106,7 @@ def create_report(model_name: str, **model_kwargs: Any) -> ModelReport:
     """Count a model's parameters and the arithmetic of one image's inference, at the model's own input size.
 
     Args:
-        model_name: Any name of timm's registry.
+        model_name: Any name that `timm.create_model` takes.
         **model_kwargs: Further arguments of `timm.create_model`, such as DelugeNet's `aggregation`.
 
     Returns:
