@@ -4,7 +4,8 @@
     python examples/segmentation.py
 
 Any DelugeNet for large images will do: `tu-delugenet92`, `tu-delugenet104`, `tu-delugenet122`. The CIFAR networks
-will not: their feature maps have strides 1, 1, 2 and 4, and these decoders want every map half the size of the one before.
+will not: their feature maps have strides 1, 1, 2 and 4, and these decoders want every map half the size of the one
+before.
 """
 import segmentation_models_pytorch as smp
 import torch

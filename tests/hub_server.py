@@ -18,7 +18,7 @@ class HubServer(ThreadingHTTPServer):
         objects: Large files by SHA-256.
         requests: How often each kind of request was answered.
         revisions: Those of which a file was asked for.
-        drop_commits: Number of commits during which the connection breaks.
+        drop_commits: Number of commits that are refused.
         tamper: Whether a byte of each large file is changed on its way out.
         cut_at: Number of bytes of a large file after which the connection breaks, once.
         stall_at: Number of bytes of a large file after which nothing more comes, once.
@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch('/api/models/(.+?)/commit/main', path):
             if self.server.drop_commits:
                 self.server.drop_commits -= 1
-                return self.answer({'error': 'The connection was lost.'}, 400)
+                return self.answer({'error': 'This commit is refused.'}, 400)
             self.commit(match[1], [json.loads(line) for line in body.splitlines()])
             return self.answer({'commitUrl': f'{self.server.url}/{match[1]}/commit/{COMMIT}', 'commitOid': COMMIT})
         self.answer({'error': f'unknown: {path}'}, 404)

@@ -1,6 +1,7 @@
 """Norms of connections are what their weights say, wherever a checkpoint comes from."""
 import json
 import math
+import sys
 from argparse import Namespace
 
 import pytest
@@ -108,6 +109,19 @@ def test_command(scratch_weights, tmp_path):
     assert (tmp_path / 'picture.svg').read_text().lstrip().startswith('<?xml')
     table = invoke('connectivity', scratch_weights).stdout
     assert 'block 3' in table and 'h_24' in table and 'h_25' not in table
+
+
+def test_table(state_dict, tmp_path):
+    safetensors.torch.save_file(state_dict, tmp_path / 'a.safetensors')
+    lines = invoke('connectivity', tmp_path / 'a.safetensors').stdout.splitlines()
+    rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in lines if 'h_' in line]
+    assert rows == [['h_0', '0.33', '0.33'], ['h_1', '0.67', '0.53'], ['h_2', '1.00', '1.00']]
+
+
+def test_a_picture_needs_matplotlib(scratch_weights, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    result = invoke('connectivity', scratch_weights, '--output', tmp_path / 'a.png')
+    assert result.exit_code == 2 and 'pip install matplotlib' in result.stderr
 
 
 def test_picture_has_every_connection(state_dict, tmp_path):

@@ -18,7 +18,7 @@ from test_cli import invoke
 gr = pytest.importorskip('gradio')
 
 from timm_deluge import prune_connections  # noqa: E402
-from timm_deluge.demo import MAX_PIXELS, answer, create_page, grad_cam, launch_page  # noqa: E402
+from timm_deluge.demo import MAX_PIXELS, answer, create_page, grad_cam, launch_page, lay_over  # noqa: E402
 from timm_deluge.predict import EXAMPLE_IMAGE, predict  # noqa: E402
 from timm_deluge.weights import find_checkpoint  # noqa: E402
 
@@ -65,6 +65,14 @@ def test_grad_cam_by_hand():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_heat_is_laid_over_the_picture():
+    heat = torch.zeros(8, 8)
+    heat[:4] = 1
+    overlay = lay_over(heat, Image.new('RGB', (320, 320), 'white'), 1.)
+    for y, colour in (10, (253, 231, 37)), (310, (68, 1, 84)):  # viridis' brightest and darkest
+        assert overlay.getpixel((160, y)) == pytest.approx([(255 + value) / 2 for value in colour], abs=3)
+
+
 @pytest.mark.parametrize('content, message', [(b'', 'the file is empty'), (b'GIF89a', 'not an image|corrupt')])
 def test_a_bad_picture_is_refused(tmp_path, content, message):
     (tmp_path / 'bad.png').write_bytes(content)
@@ -79,12 +87,21 @@ def test_a_huge_picture_is_refused(tmp_path, monkeypatch):
 
     page = Page()
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', Image.MAX_IMAGE_PIXELS)
-    launch_page(page, '127.0.0.1', 7860, False)
-    assert page.options['share'] is False and page.options['server_name'] == '127.0.0.1'
+    launch_page(page, 'localhost', 7000, True)
+    options = {'server_name': 'localhost', 'server_port': 7000, 'inbrowser': True, 'share': False}
+    assert options.items() <= page.options.items()
     side = int(MAX_PIXELS ** 0.5) + 1
     Image.new('1', (side, side)).save(tmp_path / 'huge.png')
     with pytest.raises(gr.Error, match='50,000,000 pixels'):
         answer(str(tmp_path / 'huge.png'), NAME, 10)
+
+
+def test_options_reach_the_page(monkeypatch):
+    given = []
+    monkeypatch.setattr('timm_deluge.demo.create_page', lambda name: name)
+    monkeypatch.setattr('timm_deluge.demo.launch_page', lambda *args: given.append(args))
+    assert invoke('demo', '--model', NAME, '--host', '0.0.0.0', '--port', '7000', '--open').exit_code == 0
+    assert given == [(NAME, '0.0.0.0', 7000, True)]
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch):

@@ -3,6 +3,7 @@ import csv
 import json
 import re
 import runpy
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def test_generated_files_are_up_to_date(generator):
     for path, text in generator['generate']().items():
         stale = f'{path.name} is out of date: run `python reports/generate.py`'
         assert without_probabilities(path.read_text(encoding='utf-8')) == without_probabilities(text), stale
+
+
+@pytest.mark.parametrize('child, kind, message', [
+    ('', 'passed', ''), ('<failure message="a"/>', 'failed', 'a'), ('<error message="a"/>', 'failed', 'a'),
+    ('<skipped message="a"/>', 'skipped', 'a')])
+def test_outcomes_are_those_of_pytest(child, kind, message):
+    outcome = runpy.run_path(str(REPOSITORY / 'reports' / 'junit.py'))['_outcome']
+    case = ET.fromstring(f'<testcase name="test" time="1.5"><properties><property name="n" value="3"/></properties>'
+                         f'{child}</testcase>')
+    assert outcome(case) == ('test', kind, message, 1.5, {'n': '3'})
 
 
 def test_readme_shows_the_model_table():

@@ -2,6 +2,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -10,6 +11,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
+from test_cli import invoke
 
 from timm_deluge import weights
 from timm_deluge.card import model_card
@@ -51,6 +53,12 @@ def test_parts_are_published_as_one_file(server, call, publish, split_weights):
     loaded = call(LOAD)
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.split()[-1] == str(float(total))
+
+
+def test_parts_that_join_to_another_file_are_not_published(split_weights, monkeypatch):
+    monkeypatch.setattr('timm_deluge.hub.joined_bytes', lambda state_dict: b'another')
+    with pytest.raises(CheckpointError, match='joined, the parts have the SHA-256'):
+        hub_files(weights.find_checkpoint('delugenet146'), REPO)
 
 
 def test_a_whole_file_is_not_joined_again(split_weights, monkeypatch):
@@ -160,6 +168,18 @@ def test_interrupted_publishing_uploads_nothing_twice(server, publish):
     assert server.requests == {'upload': 1, 'commit': 1}
 
 
+def test_a_lost_connection_is_no_traceback(scratch_weights, monkeypatch):
+    class ProtocolError(Exception):
+        """Neither an OSError nor a RuntimeError, as that of an HTTP library."""
+
+    def lose(*args):
+        raise ProtocolError('the server disconnected')
+
+    monkeypatch.setattr('timm_deluge.cli.push_to_hub', lose)
+    result = invoke('publish', 'delugenet146', '--repo-id', REPO)
+    assert result.exit_code == 2 and 'Nothing was published; run this again' in result.stderr
+
+
 def test_wrong_token_is_refused_with_advice(server, publish):
     result = publish(token='hf_wrong')
     assert result.returncode == 2 and 'hf auth login' in result.stderr and 'hf_wrong' not in result.stderr
@@ -241,6 +261,19 @@ def test_a_cache_without_links_needs_the_hub(offline, tmp_path, monkeypatch):
     else:
         monkeypatch.setattr(weights, 'get_hf_file_metadata', refuse)
     with pytest.raises(CheckpointError, match='model.safetensors: without links in its cache, only the Hub can tell'):
+        weights.load_download('a/b')
+
+
+def test_a_cache_without_links_believes_the_hub(tmp_path, monkeypatch):
+    content = safetensors.torch.save({'x': torch.ones(2)})
+    path = tmp_path / 'model.safetensors'
+    path.write_bytes(content)
+    metadata = SimpleNamespace(etag=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(weights, 'hf_hub_download', lambda *args, **kwargs: str(path))
+    monkeypatch.setattr(weights, 'get_hf_file_metadata', lambda url: metadata)
+    assert weights.load_download('a/b')['x'].tolist() == [1, 1]
+    path.write_bytes(content[:-1] + b'!')
+    with pytest.raises(CheckpointError, match='not what was published as a/b'):
         weights.load_download('a/b')
 
 

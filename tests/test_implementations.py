@@ -147,6 +147,13 @@ def test_a_block_without_layers(training):
     assert reason == 'there are no layers'
 
 
+def test_an_explanation_draws_no_random_numbers():
+    module, x = block(drop_path_rates=(0., .2, .3, .5)).train(), torch.randn(4, 6, 5, 7)
+    before = torch.get_rng_state()
+    explain_implementation(module, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_explanation_leaves_other_devices_alone(monkeypatch):
     touched = []
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
@@ -1140,6 +1147,22 @@ def test_backends_agree_on_any_number_of_channels(name, layout, channels):
         expected_grads, expected_dots = aten.combine_backward(layers, *of_layers)
         torch.testing.assert_close(list(grads), list(expected_grads))
         assert_near(dots, expected_dots, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize('dtype, channels', [(torch.float32, 16), (torch.float32, 300), (torch.bfloat16, 300)])
+@pytest.mark.parametrize('layout', ['channels_last', 'contiguous'])
+@pytest.mark.parametrize('num_grads', [7, 8, 9, 13])  # of which the loops sum four at a time, then the rest
+@pytest.mark.parametrize('name', FAST[1:])
+def test_backends_agree_on_any_number_of_gradients(name, num_grads, layout, dtype, channels):
+    backend = importlib.import_module(f'timm_deluge.ops.{name}')
+    torch.manual_seed(0)
+    grads = [LAYOUTS[layout](x) for x in torch.randn(num_grads, 3, channels, 5, 7).to(dtype)]
+    for num_layers in 1, 4:
+        of_layers = torch.randn(num_layers, num_grads, channels), grads[:num_layers], torch.randn(num_layers, channels)
+        found, found_dots = backend.combine_backward(grads, *of_layers)
+        expected, expected_dots = aten.combine_backward(grads, *of_layers)
+        for actual, exact in zip((*found, *found_dots), (*expected, *expected_dots)):
+            assert_near(actual, exact, TOLERANCE[dtype])
 
 
 @pytest.mark.skipif(shutil.which('c++') is None, reason='needs a C++ compiler')

@@ -49,6 +49,12 @@ def test_each_loss_without_a_layer_is_that_of_the_network_without_it():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_layer_that_is_an_only_source_is_left_out():
+    model = network(pruned_connections=[[[], [], []], [[], [0, 2], [], []]])
+    _, losses = layer_removal_losses(model, torch.randn(6, 3, 16, 16), torch.arange(6) % 5)
+    assert losses.keys() == {(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (1, 3)}
+
+
 def test_what_is_wrong_is_said():
     images, targets = torch.randn(2, 3, 16, 16), torch.arange(2)
     with pytest.raises(ValueError, match='in training mode'):

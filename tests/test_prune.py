@@ -217,6 +217,20 @@ def test_the_weakest_weights_go_by_their_share_of_their_channel():
     assert gone.max() <= others.min()
 
 
+def test_the_weakest_weights_go_by_their_estimate():
+    model = network().double()
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 16, 16).double(), torch.arange(4)
+    left = masks(prune_connections(model, 0.3, 'taylor', [(x, y)], unit='channel'))
+    weights = [model.get_submodule(name).weight for name in left]
+    grads = torch.autograd.grad(F.cross_entropy(model(x), y, reduction='sum'), weights)
+    estimates = {name: (w * g).detach().abs()[:, 0, :, 0] for name, w, g in zip(left, weights, grads)}
+    gone = torch.cat([estimates[name][~mask] for name, mask in left.items()])
+    largest = {name: estimate == estimate.amax(1, keepdim=True) for name, estimate in estimates.items()}
+    others = torch.cat([estimates[name][mask & ~largest[name]] for name, mask in left.items()])
+    assert gone.max() <= others.min() * (1 + 1e-6)
+
+
 def test_a_connection_without_weights_is_gone():
     model = network()
     with torch.no_grad():

@@ -219,8 +219,17 @@ def test_hooks_of_stem_and_norm_are_called():
     model, seen = trained('imagenet'), []
     for name in ('stem.norm', 'norm'):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
-    reparameterize_model(model)(torch.randn(1, 3, 32, 32))
-    assert seen == ['stem.norm', 'norm']
+    model.norm.register_forward_hook(lambda *of_call: seen.append(len(of_call)), with_kwargs=True)
+    model.norm.register_forward_hook(lambda *_: seen.append('always'), always_call=True)
+    model.norm.register_forward_pre_hook(lambda *of_call: seen.append(len(of_call)))
+    model.norm.register_forward_pre_hook(lambda *of_call: seen.append(len(of_call)), with_kwargs=True)
+    fused = reparameterize_model(model)
+    fused(torch.randn(1, 3, 32, 32))
+    assert seen == ['stem.norm', 2, 3, 'norm', 4, 'always']
+    seen.clear()
+    with pytest.raises(TypeError):
+        fused.norm(None)
+    assert seen == [2, 3, 'always']
 
 
 @pytest.mark.parametrize('size', (2, 8), ids=lambda size: f'{size ** 2} positions')

@@ -136,6 +136,7 @@ def test_grad_checkpointing_gives_the_same_gradients(aggregation):
     gradients = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
+        assert all(stage.grad_checkpointing is enable for stage in model.stages)
         model.zero_grad()
         model(x).square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])

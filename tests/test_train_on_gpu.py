@@ -79,6 +79,9 @@ def test_data_that_cannot_be_trained_on_leave_nothing_behind(images, tmp_path):
     other.write_bytes(first.read_bytes()[:200])
     assert '3.png: cannot be read' in errors(copy)
     assert not (tmp_path / 'output').exists()
+    (tmp_path / 'output').mkdir()
+    assert 'output exists: name a folder that does not' in errors(images)
+    assert not list((tmp_path / 'output').iterdir())
 
 
 def test_a_step_is_that_of_timms_muon(example, monkeypatch):
@@ -178,7 +181,8 @@ def test_erases_as_often_as_asked(example):
 def test_a_run_learns_and_leaves_what_a_checkpoint_needs(images, tmp_path):
     path = recipe(tmp_path, epochs=6, train_img_sizes=[16] * 6, lr=0.005, smoothing=0.)
     subprocess.run(
-        [sys.executable, EXAMPLE, path, images, '--output', tmp_path / 'run', '--val-interval', '1'], check=True,
+        [sys.executable, EXAMPLE, path, images, '--output', tmp_path / 'run', '--val-interval', '1', '--seed', '7',
+         '--model-kwargs', 'drop_rate=0.1'], check=True,
         env={name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'})  # it takes a GPU
     rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
     assert [int(row['epoch']) for row in rows] == list(range(6))
@@ -186,7 +190,8 @@ def test_a_run_learns_and_leaves_what_a_checkpoint_needs(images, tmp_path):
     left = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)
     timm.create_model('delugenet146', num_classes=2).load_state_dict(left['state_dict'])
     args = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
-    assert (args['model'], args['epochs'], args['train_split'], args['seed']) == ('delugenet146', 6, 'train', 42)
+    assert (args['model'], args['epochs'], args['train_split'], args['seed']) == ('delugenet146', 6, 'train', 7)
+    assert args['model_kwargs'] == {'drop_rate': 0.1}
 
 
 def test_a_folder_that_is_not_there_is_named_before_anything_is_written(images, tmp_path):

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -427,6 +428,14 @@ def test_pip_knows_the_checkout(monkeypatch, url, expected):
     assert weights._checkout() == expected
 
 
+def test_a_package_that_pip_does_not_know_has_no_checkout(monkeypatch):
+    def fail(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(weights, 'distribution', fail)
+    assert weights.weights_dirs().keys() == {'the package', 'the Hugging Face cache'}
+
+
 def test_the_wheel_has_the_smaller_checkpoints_and_fits_into_pypi(tmp_path, monkeypatch):
     [wheel] = WheelBuilder(str(REPOSITORY)).build(directory=str(tmp_path), versions=['standard'])
     assert Path(wheel).stat().st_size < 100e6
@@ -438,6 +447,13 @@ def test_the_wheel_has_the_smaller_checkpoints_and_fits_into_pypi(tmp_path, monk
     shipped = {Path(name).name for name in names if name.endswith(('.safetensors', '.index.json'))}
     smaller = 'delugenet146', 'resnetlike146_1x1', 'resnetlike146_3x3'
     assert shipped == {checkpoint.file for checkpoint in list_checkpoints() if checkpoint.model in smaller}
+    installed = tmp_path / 'installed'
+    zipfile.ZipFile(wheel).extractall(installed)
+    code = ('from timm_deluge import weights; print(weights.weights_dir())\n'
+            "weights.verify_checkpoint(weights.find_checkpoint('delugenet146'))")
+    result = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONPATH': str(installed)},
+                            cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(result.stdout.strip()).samefile(installed / 'timm_deluge' / 'checkpoints')
     monkeypatch.setattr(weights, 'weights_dirs', lambda: {'package': tmp_path / 'empty'})
     checkpoints = [replace(checkpoint, hf_hub_id=None) for checkpoint in list_checkpoints()]
     assert {checkpoint.model for checkpoint in checkpoints if not checkpoint.is_elsewhere} == set(smaller)

@@ -22,7 +22,7 @@ from .predict import EXAMPLE_IMAGE, class_labels
 from .prune import find_cross_layers, prune_connections
 from .weights import find_checkpoint, list_checkpoints
 
-__all__ = ['answer', 'create_page', 'grad_cam', 'launch_page']
+__all__ = ['answer', 'create_page', 'grad_cam', 'launch_page', 'lay_over']
 
 MAX_FILE_SIZE = '20mb'
 MAX_PIXELS = 50_000_000  # of a picture: 200 MB once it is decoded
@@ -66,8 +66,17 @@ def grad_cam(model: Any, x: torch.Tensor) -> torch.Tensor:
     return heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
 
 
-def _lay_over(heat: torch.Tensor, picture: Image.Image, crop_pct: float) -> Image.Image:
-    """Lay the heat map over the part of a picture that the network was shown."""
+def lay_over(heat: torch.Tensor, picture: Image.Image, crop_pct: float) -> Image.Image:
+    """Lay a heat map over the part of a picture that the network was shown.
+
+    Args:
+        heat: ``[h, w]``, with values from 0 to 1.
+        picture: The whole picture.
+        crop_pct: The network's, see timm.
+
+    Returns:
+        The mean of that part, as a square, and the heat in colours.
+    """
     shown = ImageOps.fit(picture, (OVERLAY_SIZE, OVERLAY_SIZE), bleed=(1 - crop_pct) / 2)
     smooth = Image.fromarray(heat.numpy()).resize(shown.size, Image.Resampling.BICUBIC)
     colours = Image.fromarray(colormaps['viridis'](np.asarray(smooth), bytes=True)).convert('RGB')
@@ -119,7 +128,7 @@ def answer(
     probabilities, times = _time_together([whole, rest], x)
     labels = [label.replace('_', ' ') for label in class_labels(find_checkpoint(name))]
     before, after = (dict(zip(labels, values.tolist())) for values in probabilities)
-    overlay = _lay_over(grad_cam(model, x), picture, config['crop_pct'])
+    overlay = lay_over(grad_cam(model, x), picture, config['crop_pct'])
     layers = [sum(len(stage.layers) for stage in network.stages) for network in (whole, rest)]
     facts = (f'{num_left} of {num_connections} connections and {layers[1]} of {layers[0]} layers are left. An image '
              f'takes {times[1]:.1f} ms here, instead of {times[0]:.1f} ms.')

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='makes a fifo, and measures memory as POSIX does')
+
 NUM_IMAGES = 1000
 MAX_BYTES = 2 * 2 ** 30
 PREDICT = """
@@ -81,7 +83,6 @@ BAD = [truncated, of_noise, empty, thread]
 ODD = [with_another_extension, of_any_mode, of_16_bits, animated, rotated]
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='makes a fifo, and measures memory as POSIX does')
 @pytest.mark.parametrize('from_stdin', [False, True])
 def test_a_name_that_is_no_text(tmp_path, from_stdin):
     unnamed = os.fsencode(tmp_path) + b'/\xff.png'

@@ -1,4 +1,4 @@
-"""The cross-layer depthwise convolution: `reference` defines it, all else computes the same with less memory traffic."""
+"""The cross-layer depthwise convolution: `reference` defines it, all else does the same with less memory traffic."""
 from .backend import Backend
 from .checkpoint import checkpoint_layer
 from .decision import Decision, explain_implementation, has_hooks, takes_fast_path
