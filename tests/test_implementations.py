@@ -769,12 +769,13 @@ def test_a_single_value_has_no_statistics():
         block().train()(torch.randn(1, 6, 1, 1))
 
 
-def test_no_images():
-    module, x = block().eval(), torch.randn(0, 6, 4, 4, requires_grad=True)
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_no_images(memory_format):
+    module, x = block().eval(), torch.empty(0, 6, 4, 4, memory_format=memory_format, requires_grad=True)
     module(x).sum().backward()
     assert x.grad.shape == x.shape
     with torch.no_grad():
-        assert module.fuse()(x).shape == x.shape
+        assert module.fuse().to(memory_format=memory_format)(x).shape == x.shape
 
 
 @pytest.mark.parametrize('implementation', FAST)

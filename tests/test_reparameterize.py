@@ -15,7 +15,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_deluge.aggregation import AGGREGATIONS
-from timm_deluge.delugenet import DelugeBlock, DelugeNet
+from timm_deluge.delugenet import DelugeBlock, DelugeNet, ProjectionLayer
 from timm_deluge.ops import memory, set_implementation, workspace
 from timm_deluge.reparameterize import FoldedDelugeBlock, InferenceConv2d
 
@@ -306,6 +306,8 @@ def test_training_mode_and_twice(kind):
     lambda layer: setattr(layer.conv2, 'padding', 'same'),
     lambda layer: setattr(layer, 'conv2', nn.Conv2d(4, 4, 3, padding=1, groups=2)),
     lambda layer: setattr(layer, 'conv2', timm.layers.StdConv2d(4, 4, 3, padding=1)),
+    lambda layer: setattr(layer, 'conv2', nn.Sequential(layer.conv2, nn.Dropout())),
+    lambda layer: setattr(layer.conv2, 'forward', lambda x: 2 * x),
     lambda layer: setattr(layer.norm1, 'drop', nn.AvgPool2d(3, 1, 1)),
     lambda layer: setattr(layer.norm2, 'drop', nn.AvgPool2d(3, 1, 1)),
     lambda layer: setattr(layer, 'norm1', nn.Sequential(OrderedDict(norm=nn.Identity(), act=nn.ReLU()))),
@@ -322,6 +324,23 @@ def test_what_cannot_be_folded_is_refused(change, aggregation):
     with pytest.raises(ValueError, match='cannot be reparameterised'):
         layer.reparameterize()
     assert dict(layer.named_modules()) == parts
+
+
+@pytest.mark.parametrize('name, part', [
+    ('layers', nn.Identity()), ('layers', ProjectionLayer(8, 4)), ('drop_paths', nn.ReLU()),
+    ('cross_layers', nn.Identity())])
+def test_a_part_that_computes_something_else_is_refused(name, part):
+    model = DelugeNet((3, 2), (4, 8), 5, stem_type='cifar').eval()
+    getattr(model.stages[0], name)[0] = part
+    with pytest.raises(ValueError, match=f'cannot be reparameterised: {name}.0 was replaced by {type(part).__name__}'):
+        reparameterize_model(model)
+
+
+def test_a_block_stays_as_it_is():
+    block = DelugeNet((3, 2), (4, 8), 5, stem_type='cifar').train().stages[1]
+    block.transition.eval()
+    assert not any(module.training for module in block.fuse().transition.modules())
+    assert not block.transition.norm.training and block.training
 
 
 @pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])

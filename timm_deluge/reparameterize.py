@@ -52,6 +52,11 @@ def check_relu(norm: Any) -> None:
         raise ValueError(f'cannot be reparameterised: a ReLU was expected after a batch normalisation, not {act}')
 
 
+def _computes_as(module: nn.Module, *types: type[nn.Module]) -> bool:
+    """Tell whether a module's `forward` is that of one of the types; a subclass may have other parameters."""
+    return any(getattr(module.forward, '__func__', None) is of_type.forward for of_type in types)
+
+
 class InferenceConv2d(nn.Conv2d):
     """Convolution, optionally with a ReLU, that keeps a copy of its weight, reordered for the computation.
 
@@ -80,11 +85,11 @@ class InferenceConv2d(nn.Conv2d):
             ValueError: If the convolution has groups, does not pad with a fixed number of zeros, or computes something
                 other than `nn.Conv2d` does.
         """
+        if not _computes_as(conv, nn.Conv2d):
+            raise ValueError(f'cannot be reparameterised: expected what nn.Conv2d computes, not {conv}')
         if conv.groups != 1 or conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
             raise ValueError(
                 f'cannot be reparameterised: expected groups=1 and a number of zeros as padding, not {conv}')
-        if type(conv).forward is not nn.Conv2d.forward:
-            raise ValueError(f'cannot be reparameterised: expected what nn.Conv2d computes, not {conv}')
         super().__init__(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             bias=False, device='meta')
@@ -173,6 +178,10 @@ class InferenceConv2d(nn.Conv2d):
         if kept is None or kept[0] != key:  # holding the weight keeps its address unique
             kept = self._reordered = key, reorder(self.weight), self.weight.detach()
         return kept[1]
+
+    def _apply(self, *args: Any) -> Any:
+        self._reordered = None  # keeps the weight of before
+        return super()._apply(*args)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
@@ -379,8 +388,12 @@ def fuse_block(block: Any) -> FoldedDelugeBlock:
         ValueError: If a part was replaced by one that cannot be folded.
     """
     layers, cross_layers = block.layers, block.cross_layers
+    for name in 'layers', 'drop_paths', 'cross_layers':
+        for i, part in enumerate(getattr(block, name)):
+            if not _computes_as(part, *block.part_types[f'{name}[]']):
+                raise ValueError(f'cannot be reparameterised: {name}.{i} was replaced by {part}')
     norms = (block.norm, *block.norms)
-    if any(hasattr(norm, 'act') for norm in norms):
+    if not all(isinstance(getattr(norm, 'act', nn.Identity()), nn.Identity) for norm in norms):
         raise ValueError(
             "cannot be reparameterised: the normalisation of a layer's output was replaced by one with an activation")
     scales, shifts = map(torch.stack, zip(*map(affine_of, norms)))  # [L + 1, C]
@@ -405,4 +418,8 @@ def fuse_block(block: Any) -> FoldedDelugeBlock:
         FoldedCrossLayer(weights[i], biases[i], [number[source] for source in sources[i]], relu=i < len(layers))
         for i in (*kept, len(layers))]
     fused_layers = [FoldedCompositeLayer(layers[i]) for i in kept]
-    return FoldedDelugeBlock(block.transition, fused_layers, sums).train(block.training)
+    fused = FoldedDelugeBlock(block.transition, fused_layers, sums)
+    for name, module in fused.named_modules():
+        if name.split('.')[0] != 'transition':  # which is the block's own
+            module.training = block.training
+    return fused

@@ -1,8 +1,8 @@
 """Compile C++ for the processor at hand, once for all processes of a user.
 
 Libraries are kept in the user's cache folder, `$XDG_CACHE_HOME/timm_deluge` or `~/.cache/timm_deluge`. A file's name
-tells what it was made from and holds the SHA-256 of its content, so that a damaged file is not loaded. Folder and file
-must belong to the user, and no one else may be able to write them; otherwise each process compiles for itself.
+tells what it was made from and holds half of the SHA-256 of its content, so that a damaged file is not loaded. Folder
+and file must belong to the user, and no one else may be able to write them; otherwise each process compiles for itself.
 """
 import ctypes
 import hashlib
@@ -67,7 +67,7 @@ def compile_library(source: Path, options: Sequence[str]) -> ctypes.CDLL:
             return library
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, 'stderr', '') or error
-        raise ImportError(f'{source.name} cannot be compiled with {compiler[0]!r}: {reason}') from error
+        raise ImportError(f'{source.name} cannot be compiled with {compiler[0]!r} and loaded: {reason}') from error
 
 
 def _cache_folder() -> Path:

@@ -36,11 +36,10 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, conv_args: ConvArgs) -> torch.
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    if weight.shape[2:] != (1, 1):
-        size = _output_size(x, weight, conv_args)
-        if _pays(x, weight, size, MAX_POSITIONS):
-            kernels = weight.permute(0, 2, 3, 1).flatten(1)
-            return _images(_patches(x, weight, size, conv_args) @ kernels.t(), x.shape[0], size)
+    size = _output_size(x, weight, conv_args)
+    if _pays(x, weight, size, MAX_POSITIONS):
+        kernels = weight.permute(0, 2, 3, 1).flatten(1)
+        return _images(_patches(x, weight, size, conv_args) @ kernels.t(), x.shape[0], size)
     return F.conv2d(x, weight, None, *conv_args)
 
 

@@ -57,7 +57,7 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
 
     Returns:
         The decision of each module that had to make one, by the module's name. A block that takes its fast path
-        decides for its layers, too.
+        decides for its layers, too, unless it recomputes them (gradient checkpointing).
     """
     model = copy.deepcopy(model)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
