@@ -39,13 +39,13 @@ def assert_blocks(blocks):
     assert [len(norms) for norms in first.norms] == [2, 3]  # the first composite layer gives h_0
     assert first.norms[-1] == pytest.approx([1, 2, 3])
     assert first.last == pytest.approx([1 / 3, 2 / 3, 1])
-    assert first.dead_channels == [0, 0]
-    assert second.dead_channels == pytest.approx([0, 3 / 24])
+    assert first.dead_weights == [0, 0]
+    assert second.dead_weights == pytest.approx([0, 3 / 24])
 
 
 def test_weights_that_are_all_zero_are_dead():
     blocks = block_connectivity({'stages.0.cross_layers.0.weight': torch.zeros(8, 1, 2, 1)})
-    assert blocks[0].dead_channels == [1]
+    assert blocks[0].dead_weights == [1]
 
 
 def test_norms(state_dict):

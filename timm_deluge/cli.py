@@ -238,7 +238,7 @@ def _print_training(epochs: list[EpochConnectivity], as_json: bool) -> None:
                 gradient = f'{math.hypot(*epoch.gradients[i].norms[-1]) / (math.hypot(*block.norms[-1]) or 1.):.1e}'
             table.add_row(
                 str(epoch.epoch), str(block.block), f'{first:.2f}', f'{mean(others):.2f}', f'{others[-1]:.2f}',
-                f'{mean(block.dead_channels):.1%}', gradient)
+                f'{mean(block.dead_weights):.1%}', gradient)
     console.print(table, soft_wrap=False)
 
 

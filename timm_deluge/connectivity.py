@@ -36,12 +36,12 @@ class BlockConnectivity:
         block: Number of the block, counted from 1.
         norms: ``norms[k][i]`` is the L2 norm of the weights of source h_i in the convolution that gives x_{k+2}, which
             has k + 2 sources.
-        dead_channels: For each convolution, the share of its weights, one per source and channel, whose magnitude is
+        dead_weights: For each convolution, the share of its weights, one per source and channel, whose magnitude is
             at most a thousandth of the largest.
     """
     block: int
     norms: list[list[float]]
-    dead_channels: list[float]
+    dead_weights: list[float]
 
     @cached_property
     def last(self) -> list[float]:
@@ -49,7 +49,7 @@ class BlockConnectivity:
         return [norm / (max(self.norms[-1]) or 1.) for norm in self.norms[-1]]
 
     def as_dict(self) -> dict[str, Any]:
-        return {'block': self.block, 'last': self.last, 'norms': self.norms, 'dead_channels': self.dead_channels}
+        return {'block': self.block, 'last': self.last, 'norms': self.norms, 'dead_weights': self.dead_weights}
 
 
 def block_connectivity(state_dict: dict[str, torch.Tensor]) -> list[BlockConnectivity]:
@@ -84,7 +84,7 @@ def block_connectivity(state_dict: dict[str, torch.Tensor]) -> list[BlockConnect
         BlockConnectivity(
             block=1 + index,
             norms=[weights[i].norm(dim=0).tolist() for i in sorted(weights)],
-            dead_channels=[float((w.abs() <= DEAD * w.abs().max()).float().mean()) for _, w in sorted(weights.items())],
+            dead_weights=[float((w.abs() <= DEAD * w.abs().max()).float().mean()) for _, w in sorted(weights.items())],
         )
         for index, weights in sorted(blocks.items())
     ]
