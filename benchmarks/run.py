@@ -381,6 +381,8 @@ def main(
         without = '' if has_bfloat16() else '; autocast and baselines need a processor with bfloat16'
         raise typer.BadParameter(f'{only!r} fits none of: {", ".join(names)}{without}', param_hint='--only')
     before = json.loads(output.read_text()) if output.exists() else {'threads': threads, 'rows': {}}
+    if before.get('machine', machine) != machine:
+        raise typer.BadParameter(f'{output} is of the {before["machine"]}: name another', param_hint='--output')
     if before['threads'] != threads:
         raise typer.BadParameter(
             f'{output} is of {before["threads"]} threads: name another --output', param_hint='--threads')

@@ -297,18 +297,20 @@ def train(args: Namespace) -> dict[str, float]:
         args.model, pretrained=args.pretrained, num_classes=args.num_classes, **args.model_kwargs)
     config = resolve_data_config(vars(args), model=model)
     args.input_size, args.interpolation = config['input_size'], config['interpolation']
+    if args.interpolation not in ('bilinear', 'bicubic'):
+        raise ValueError(f'interpolation: {args.interpolation} is not known here; expected bilinear or bicubic')
     args.mean_, args.std_ = (
         255 * torch.tensor(config[name], device=device)[:, None, None] for name in ('mean', 'std'))
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = create_optimizer_v2(
         model, args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum, **args.opt_kwargs)
     muon = BatchedMuon(optimizer)
-    args.output.mkdir(parents=True)
-    (args.output / 'args.yaml').write_text(yaml.safe_dump(plain))
     steps = len(images) // args.batch_size
     scheduler, _ = create_scheduler_v2(
         optimizer, args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=args.warmup_lr,
         min_lr=args.min_lr, step_on_epochs=False, updates_per_epoch=steps)
+    args.output.mkdir(parents=True)
+    (args.output / 'args.yaml').write_text(yaml.safe_dump(plain))
     index = torch.zeros(args.batch_size, dtype=torch.long, device=device)
     total_loss = torch.zeros((), device=device)
 

@@ -26,9 +26,15 @@ from forked import Forked
 from hub_server import TOKEN, HubServer
 from PIL import Image
 
-import timm_deluge  # noqa: F401 registers the models
+import timm_deluge
 from timm_deluge import training_run, weights
 from timm_deluge.cli import EXAMPLE_IMAGE
+
+
+@pytest.fixture(autouse=True)
+def restore_implementation():
+    yield
+    timm_deluge.set_implementation('auto')
 
 
 @pytest.fixture(scope='session', autouse=True)

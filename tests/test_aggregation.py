@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 from test_cli import invoke
-from test_implementations import FAST, LAYOUTS, assert_same, block, restore_implementation  # noqa: F401
+from test_implementations import FAST, LAYOUTS, assert_same, block
 from torch import nn
 
 from timm_deluge.aggregation import AGGREGATIONS

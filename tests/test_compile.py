@@ -257,6 +257,14 @@ def test_errors_of_the_compiler_are_shown(place):
     assert place.libraries() == []
 
 
+@needs_compiler
+def test_a_killed_compiler(place):
+    place.compiler.write_text('#!/bin/sh\nkill -9 $$\n')
+    with pytest.raises(ImportError, match='source.cpp cannot be compiled with .*SIGKILL'):
+        place.answer()
+    assert place.libraries() == []
+
+
 def test_a_compiler_that_cannot_be_parsed_is_named(monkeypatch):
     monkeypatch.setenv('CXX', "g++ '")
     with pytest.raises(ImportError, match='CXX=.*No closing quotation'):

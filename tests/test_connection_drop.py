@@ -4,7 +4,7 @@ import copy
 import pytest
 import timm
 import torch
-from test_implementations import (  # noqa: F401
+from test_implementations import (
     FAST,
     LAYOUTS,
     TOLERANCE,
@@ -13,7 +13,6 @@ from test_implementations import (  # noqa: F401
     block,
     fused_calls,
     kept_bytes,
-    restore_implementation,
 )
 from test_reparameterize import assert_same_function, away_from_start
 from timm.utils import reparameterize_model

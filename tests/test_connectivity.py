@@ -206,6 +206,19 @@ def test_training(tmp_path, opt):
     assert training_connectivity(tmp_path) == epochs
 
 
+def test_weights_without_gradients_have_zeros(tmp_path):
+    train_one_step(tmp_path, 'sgd')
+    last = tmp_path / 'last.pth.tar'
+    checkpoint, whole = read_training_state(last), training_connectivity(tmp_path)[-1].gradients[0]
+    states = checkpoint['optimizer']['state']
+    for number in [n for n, state in states.items() if state['momentum_buffer'].shape == (4, 1, 2, 1)]:
+        del states[number]
+    last.unlink()  # a hard link
+    torch.save(checkpoint, last)
+    (tmp_path / 'checkpoint-1.pth.tar').unlink()
+    assert training_connectivity(tmp_path)[-1].gradients[0].norms == [[0, 0], *whole.norms[1:]]
+
+
 def test_averaged_weights_in_the_last_ones_place_are_passed_over(tmp_path):
     train_one_step(tmp_path, 'sgd')
     last = tmp_path / 'last.pth.tar'

@@ -10,6 +10,7 @@ from distributed_steps import create_model, take_steps
 from PIL import Image
 from torch import nn
 
+from timm_deluge import set_implementation
 from timm_deluge.cli import EXAMPLE_IMAGE
 
 STEPS, BATCH = 2, 8
@@ -41,6 +42,7 @@ def in_two_processes(batches, tmp_path_factory) -> dict[str, list[dict[str, torc
 
 def in_one_process(mode: str, batches) -> list[dict[str, torch.Tensor]]:
     """Whole batches; or each half on its own and the mean of both, where normalisation knows its own half only."""
+    set_implementation('reference')
     model = create_model(mode)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if mode != 'local':

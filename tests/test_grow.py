@@ -5,10 +5,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_implementations import assert_near, restore_implementation  # noqa: F401
+from test_implementations import assert_near
 from test_prune import DEPTHS, network
 from test_reparameterize import assert_same_function, away_from_start
 from timm.models import save_for_hf
+from timm.utils import reparameterize_model
 
 from timm_deluge import insert_layers, prune_connections, remove_layers, set_implementation, widen_layers
 from timm_deluge.delugenet import DelugeNet
@@ -192,10 +193,12 @@ def test_networks_that_differ_in_more_than_widths_are_refused():
     with pytest.raises(ValueError, match='wider: expected in_chans=3, as in the model, got 6'):
         widen_layers(model, wider(in_chans=6))
     pruned = [[[[], [source], []], [[], [], [], []]] for source in (0, 1)]
-    for pair in (model, wider(global_pool='max')), (
+    for pair in (model, wider(global_pool='max')), (network(aggregation='scalar'), wider()), (
             network(pruned_connections=pruned[0]), wider(pruned_connections=pruned[1])):
-        with pytest.raises(ValueError, match='wider: expected .* widths alone; a stride, a dilation, the pooling or'):
+        with pytest.raises(ValueError, match='wider: expected .* widths alone; a stride, a dilation, the pooling, or'):
             widen_layers(*pair)
+    with pytest.raises(ValueError, match='expected two networks for training, got one that was reparameterised'):
+        widen_layers(*map(reparameterize_model, (model.eval(), wider().eval())))
     with pytest.raises(ValueError, match="expected a global pooling that gives each channel once, got 'catavgmax'"):
         widen_layers(model, wider(global_pool='catavgmax'))
     for pair in (model, torch.nn.Identity()), (torch.nn.Identity(), wider()):

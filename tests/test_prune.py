@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_cli import invoke
-from test_implementations import FAST, LAYOUTS, assert_same, block, restore_implementation  # noqa: F401
+from test_implementations import FAST, LAYOUTS, assert_same, block
 from test_reparameterize import assert_same_function, away_from_start, run_onnx
 from timm.utils import reparameterize_model
 
@@ -263,7 +263,7 @@ def test_single_weights_go_after_others_and_before_layers(tmp_path):
     torch.manual_seed(0)
     model = away_from_start(timm.create_model('delugenet146', num_classes=5))
     pruned = prune_connections(prune_connections(model, 0.2, 'random'), 0.5, 'random', unit='channel')
-    with pytest.raises(ValueError, match='fraction=0.3: .* channels are gone already'):
+    with pytest.raises(ValueError, match='fraction=0.3: .* weights are gone already'):
         prune_connections(pruned, 0.3, unit='channel')
     shallower = remove_layers(prune_connections(pruned, 0.3), [[2], [0, 15], [7]]).eval()
     save_pruned(shallower, tmp_path / 'pruned')
@@ -395,8 +395,10 @@ def test_what_is_wrong_is_said():
         prune_connections(model, 0.5, 'size')
     with pytest.raises(ValueError, match="unit='layer': must be one of 'connection', 'channel'"):
         prune_connections(model, 0.5, unit='layer')
-    with pytest.raises(ValueError, match='of 296 channels at most 208 can go'):
+    with pytest.raises(ValueError, match='a channel would lose its last source; of 296 weights at most 208 can go'):
         prune_connections(model, 0.9, unit='channel')
+    with pytest.raises(ValueError, match="with aggregation='last' there are no connections across layers"):
+        prune_connections(network(aggregation='last'), 0.)
     with pytest.raises(ValueError, match='all channels of a connection have the same weight'):
         prune_connections(network(aggregation='scalar'), 0.5, unit='channel')
     with pytest.raises(ValueError, match="only aggregation='cross_layer' takes them"):
@@ -539,6 +541,13 @@ def test_command_with_taylor_needs_images(scratch_weights, tmp_path, monkeypatch
     result = invoke(*by_taylor, tmp_path / 'train', '--seed', '5')
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)['removed'] == 51
+
+
+def test_a_reparameterised_network_is_not_saved(tmp_path):
+    model = reparameterize_model(timm.create_model('delugenet146', depths=DEPTHS, widths=(4, 8)).eval())
+    with pytest.raises(ValueError, match='or it was reparameterised; prune first'):
+        save_pruned(model, str(tmp_path / 'pruned'))
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_left_half_written(tmp_path, monkeypatch):

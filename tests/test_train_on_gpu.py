@@ -61,6 +61,8 @@ def test_data_that_cannot_be_trained_on_leave_nothing_behind(images, tmp_path):
         return subprocess.run(command, capture_output=True, text=True).stderr
 
     assert '32 training images, fewer than a batch of 64' in errors(images, batch_size=64)
+    assert 'interpolation: lanczos is not known here' in errors(images, interpolation='lanczos')
+    assert 'Plateau LR only supports step per epoch' in errors(images, sched='plateau')
     assert '2 classes; the recipe is for 100' in errors(images, num_classes=100)
     assert 'no adjust_lr_fn and ns_coefficients of your own' in errors(images, opt_kwargs={'adjust_lr_fn': None})
     assert 'ns_coefficients of your own' in errors(images, opt_kwargs={'ns_coefficients': [3.4445, -4.775, 2.0315]})

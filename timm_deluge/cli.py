@@ -163,9 +163,9 @@ def report(
 ) -> None:
     """Parameters, multiply-adds and FLOPs, by fvcore's and by the paper's convention."""
     for name in models:
-        if '=' in name:
-            _fail(f'{name}: no model; --model-kwargs takes one KEY=VALUE, and may be repeated')
         if not names_model(name):
+            if '=' in name:
+                _fail(f'{name}: no model; --model-kwargs takes one KEY=VALUE, and may be repeated')
             close = timm.list_models(f'*{name[:6]}*')[:5]
             _fail(f'timm has no model {name!r}' + (f'; similar names: {", ".join(close)}' if close else ''))
     kwargs = dict(map(_parse_model_kwarg, model_kwargs or []))
@@ -192,8 +192,8 @@ def connectivity(
     relative to the largest.
     The sources are batch-normalised, so that their norms can be compared.
 
-    For the folder of a run of train.py, the table has a row for each epoch and block: the norms of the first source,
-    of the others (their mean) and of the last in that convolution; the share of weights below a thousandth of the
+    For the folder of a run of train.py, the table has a row for each epoch and block: these relative norms of the first
+    source, of the others (their mean) and of the last; the share of weights below a thousandth of the
     largest, averaged over all convolutions; and the norm of the mean gradient that the optimizer keeps, relative to the
     weights'.
     """

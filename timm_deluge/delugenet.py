@@ -129,9 +129,12 @@ class CompositeLayer(FusedModule):
     @torch.jit.ignore
     def forward_fused(self, x: torch.Tensor, recompute: Recompute | None = None) -> torch.Tensor:
         """Like `forward`, but save only two convolutions' outputs for backward, and x unless it is recomputed."""
-        x = norm_act_conv(x, self.norm1, self.conv1, recompute)
-        x = norm_act_conv(x, self.norm2, self.conv2)
-        return norm_act_conv(x, self.norm3, self.conv3)
+        return self.finish_fused(norm_act_conv(x, self.norm1, self.conv1, recompute))
+
+    @torch.jit.ignore
+    def finish_fused(self, x: torch.Tensor) -> torch.Tensor:
+        """Everything after the first convolution, fused."""
+        return norm_act_conv(norm_act_conv(x, self.norm2, self.conv2), self.norm3, self.conv3)
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -145,6 +148,7 @@ class CompositeLayer(FusedModule):
 
 class ProjectionLayer(CompositeLayer):
     """Composite layer plus a 1x1 projection shortcut: how a standard pre-activation ResNet starts a stage."""
+    part_types = {**CompositeLayer.part_types, 'shortcut': (nn.Conv2d,)}
 
     def __init__(
             self,
@@ -160,6 +164,9 @@ class ProjectionLayer(CompositeLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm1(x)
+        if not torch.jit.is_scripting():
+            if self.runs_fused(x):
+                return self.shortcut(x) + self.finish_fused(self.conv1(x))
         return self.shortcut(x) + self.bottleneck(x)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from .aggregation import CrossLayerDepthwiseConv2d, spread
 from .delugenet import DelugeNet
 from .prune import find_blocks, record_model_args
+from .reparameterize import InferenceConv2d
 
 __all__ = ['insert_layers', 'widen_layers']
 
@@ -100,6 +101,8 @@ def widen_layers(model: DelugeNet, wider: DelugeNet) -> DelugeNet:
     for network in model, wider:
         if not isinstance(network, DelugeNet):
             raise ValueError(f'expected two DelugeNets, got a {type(network).__name__}')
+        if any(isinstance(module, InferenceConv2d) for module in network.modules()):
+            raise ValueError('expected two networks for training, got one that was reparameterised')
         if network.head.global_pool.feat_mult() != 1:
             raise ValueError(
                 f'expected a global pooling that gives each channel once, got {network.head.global_pool.pool_type!r}')
@@ -120,8 +123,8 @@ def widen_layers(model: DelugeNet, wider: DelugeNet) -> DelugeNet:
         tensors[name] = _with_copies(tensor, size)
     if _wiring(model) != _wiring(wider):
         raise ValueError(
-            'wider: expected a network that differs in its widths alone; a stride, a dilation, the pooling or the '
-            'sources of a cross-layer convolution differ')
+            'wider: expected a network that differs in its widths alone; a stride, a dilation, the pooling, or '
+            'the kind or the sources of a cross-layer convolution differ')
     grown: Any = copy.deepcopy(wider).to(next(model.parameters())).train(model.training)
     grown.load_state_dict(tensors)
     cfg: Any = getattr(model, 'pretrained_cfg', None)
@@ -136,7 +139,8 @@ def widen_layers(model: DelugeNet, wider: DelugeNet) -> DelugeNet:
 def _wiring(network: DelugeNet) -> list[Any]:
     """Get what a network's function depends on besides its tensors."""
     return [network.head.global_pool.pool_type, *(
-        module.sources if isinstance(module, CrossLayerDepthwiseConv2d) else (module.stride, module.dilation)
+        (type(module), module.sources) if isinstance(module, CrossLayerDepthwiseConv2d)
+        else (module.stride, module.dilation)
         for module in network.modules() if isinstance(module, (CrossLayerDepthwiseConv2d, nn.Conv2d)))]
 
 

@@ -198,15 +198,17 @@ def prune_connections(
         gradients: there, DistributedDataParallel needs ``find_unused_parameters=True``.
 
     Raises:
-        ValueError: See `connection_scores`. Also if the fraction is not from 0 to 1, is less than what is gone already,
-            or would remove the last source of a cross-layer convolution; if there is no such unit; or if single weights
-            are to be removed where all channels share one.
+        ValueError: See `connection_scores`. Also with ``aggregation='last'``; if the fraction is not from 0 to 1, is
+            less than what is gone already, or would remove the last source of a cross-layer convolution; if there is no
+            such unit; or if single weights are to be removed where all channels share one.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f'fraction={fraction}: must be from 0 to 1')
     if unit not in UNITS:
         raise ValueError(f'unit={unit!r}: must be one of {", ".join(map(repr, UNITS))}')
     consumers = find_cross_layers(model)
+    if any(isinstance(conv, LastLayerScale) for conv in consumers.values()):
+        raise ValueError("with aggregation='last' there are no connections across layers")
     if unit == 'channel' and any(isinstance(conv, WeightedLayerSum) for conv in consumers.values()):
         raise ValueError("unit='channel': with aggregation='scalar' all channels of a connection have the same weight")
     scores = {n: score.cpu() for n, score in _scores(model, consumers, unit, by, batches, seed).items()}
@@ -219,11 +221,12 @@ def prune_connections(
     total = sum(conv.num_layers * len(scores[name]) for name, conv in consumers.items())
     num_gone, num_weak = total - sum(int(t.sum()) for t in there.values()), sum(int(w.sum()) for w in weak.values())
     number = math.floor(fraction * total + 1e-6) - num_gone
+    what, owner = ('weights', 'a channel') if unit == 'channel' else ('connections', next(iter(consumers)))
     if number < 0:
-        raise ValueError(f'fraction={fraction}: {num_gone} of {total} {unit}s are gone already')
+        raise ValueError(f'fraction={fraction}: {num_gone} of {total} {what} are gone already')
     if number > num_weak:
         raise ValueError(
-            f'fraction={fraction}: {next(iter(consumers))} would lose its last source; of {total} {unit}s at most '
+            f'fraction={fraction}: {owner} would lose its last source; of {total} {what} at most '
             f'{num_gone + num_weak} can go')
     order = torch.cat([scores[name][weak[name]] for name in consumers]).argsort(stable=True)
     goes = torch.zeros(num_weak, dtype=torch.bool, device='cpu')
@@ -315,7 +318,7 @@ def _with_rows(conv: CrossLayerDepthwiseConv2d, rows: list[int]) -> CrossLayerDe
     return smaller
 
 
-def save_pruned(model: nn.Module, folder: Path) -> None:
+def save_pruned(model: nn.Module, folder: str | Path) -> None:
     """Save a pruned network so that ``timm.create_model('local-dir:FOLDER', pretrained=True)`` recreates it.
 
     Uploaded to a repository of the Hugging Face Hub, the folder's files can be loaded as ``hf-hub:USER/REPO``.
@@ -326,8 +329,11 @@ def save_pruned(model: nn.Module, folder: Path) -> None:
         folder: The folder to create; it must not exist yet.
 
     Raises:
+        ValueError: If the model has no connections: a reparameterised one could not be recreated.
         FileExistsError: If the folder exists.
     """
+    find_cross_layers(model)
+    folder = Path(folder)
     if os.path.lexists(folder):
         raise FileExistsError(f'{folder} exists: name a folder that does not')
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -179,9 +179,9 @@ class InferenceConv2d(nn.Conv2d):
             kept = self._reordered = key, reorder(self.weight), self.weight.detach()
         return kept[1]
 
-    def _apply(self, *args: Any) -> Any:
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._reordered = None  # keeps the weight of before
-        return super()._apply(*args)  # type: ignore[no-untyped-call]
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

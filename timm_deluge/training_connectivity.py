@@ -28,7 +28,8 @@ class EpochConnectivity:
         epoch: Number of the epoch, counted from 0 as in train.py.
         weights: Norms of the weights, for each block.
         gradients: Norms of the weights' mean gradients, for each block; None if the optimizer has no momentum, or its
-            parameter groups are not those that timm makes. With SGD, the gradients include the weight decay.
+            parameter groups are not those that timm makes. With SGD, the gradients include the weight decay; RMSprop,
+            LARS, Adafactor and NovoGrad scale them before they average. A weight without gradients has zeros.
     """
     epoch: int
     weights: list[BlockConnectivity]
@@ -103,4 +104,6 @@ def _mean_gradients(checkpoint: dict[str, Any], model: nn.Module) -> dict[str, t
         for parameter, number in zip(parameters, saved['params']):
             state = checkpoint['optimizer']['state'].get(number, {})
             gradients.update({names[id(parameter)]: share * state[key] for key in MOMENTA if key in state})
-    return gradients
+    if not gradients:
+        return {}
+    return {name: gradients.get(name, torch.zeros(parameter.shape)) for name, parameter in model.named_parameters()}

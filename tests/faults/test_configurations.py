@@ -6,7 +6,7 @@ from statistics import mean
 
 import pytest
 import torch
-from test_implementations import LAYOUTS, differentiate, restore_implementation  # noqa: F401
+from test_implementations import LAYOUTS, differentiate
 from timm.layers import freeze_batch_norm_2d
 from timm.utils import reparameterize_model
 

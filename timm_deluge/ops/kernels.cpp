@@ -22,18 +22,20 @@ constexpr int WIDTH = 8;
 constexpr int UNROLL = 2;  // with 16 registers
 #endif
 // AHEAD: elements between what is read and what is prefetched meanwhile; SHORT_ROW: elements of a row of which four
-// layers' gradients are summed in tiles as wide as the row. Both were measured on processors with these features.
+// layers' gradients are summed in tiles as wide as the row; COLUMNS_SUMMED: columns whose sums over the rows are kept in
+// registers. All were measured on processors with these features.
 #if defined(__AMX_TILE__)
-constexpr int64_t AHEAD = 2048, SHORT_ROW = 256;
+constexpr int64_t AHEAD = 2048, SHORT_ROW = 256, COLUMNS_SUMMED = 128;
 #elif defined(__AVX512F__)
-constexpr int64_t AHEAD = 4096, SHORT_ROW = 128;
+constexpr int64_t AHEAD = 4096, SHORT_ROW = 128, COLUMNS_SUMMED = 64;
 #else
-constexpr int64_t AHEAD = 512, SHORT_ROW = 128;  // second-level caches of 512 KB hold what is prefetched of all layers
+constexpr int64_t AHEAD = 512;  // second-level caches of 512 KB hold what is prefetched of all layers
+constexpr int64_t SHORT_ROW = 128, COLUMNS_SUMMED = 64;
 #endif
 constexpr int LINE = 64;         // bytes of a cache line
 constexpr int64_t ROWS = 64;     // rows whose products are summed in a float before they go to a double
 template <bool BY_COLUMN>  // vectors side by side that are summed at once; contiguous rows may be short
-constexpr int SUMMED = (BY_COLUMN ? 64 : 32) / WIDTH;
+constexpr int SUMMED = (BY_COLUMN ? COLUMNS_SUMMED : 32) / WIDTH;
 constexpr int64_t VECTORS = 64;  // the number of vectors whose sums stay in a core's first-level cache
 constexpr int64_t COLUMNS = VECTORS / UNROLL * WIDTH;
 constexpr int64_t APART = 64;    // floats between what two threads write, lest they share a cache line
