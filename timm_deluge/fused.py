@@ -62,7 +62,7 @@ class FusedModule(nn.Module):
             if not part.track_running_stats or any(buffer is None for buffer in part._buffers.values()):
                 return 'has no running statistics'
             if part.affine and any(parameter is None for parameter in part._parameters.values()):
-                return 'lacks a parameter'
+                return 'has no weight or no bias'
             if part.affine == (last in self.not_affine):
                 return f'has {"parameters of its own" if part.affine else "no parameters"}'
         return None
