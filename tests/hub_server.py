@@ -18,7 +18,7 @@ class HubServer(ThreadingHTTPServer):
         objects: Large files by SHA-256.
         requests: How often each kind of request was answered.
         revisions: Those of which a file was asked for.
-        drop_commits: Number of commits that are refused.
+        refuse_commits: Number of commits that are refused.
         tamper: Whether a byte of each large file is changed on its way out.
         cut_at: Number of bytes of a large file after which the connection breaks, once.
         stall_at: Number of bytes of a large file after which nothing more comes, once.
@@ -31,7 +31,7 @@ class HubServer(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.requests: Counter[str] = Counter()
         self.revisions: set[str] = set()
-        self.drop_commits = 0
+        self.refuse_commits = 0
         self.tamper = False
         self.cut_at: int | None = None
         self.stall_at: int | None = None
@@ -83,8 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
                     'actions': {'upload': {'href': f'{self.server.url}/objects/{o["oid"]}'}}})}
                 for o in json.loads(body)['objects']]})
         if match := re.fullmatch('/api/models/(.+?)/commit/main', path):
-            if self.server.drop_commits:
-                self.server.drop_commits -= 1
+            if self.server.refuse_commits:
+                self.server.refuse_commits -= 1
                 return self.answer({'error': 'This commit is refused.'}, 400)
             self.commit(match[1], [json.loads(line) for line in body.splitlines()])
             return self.answer({'commitUrl': f'{self.server.url}/{match[1]}/commit/{COMMIT}', 'commitOid': COMMIT})

@@ -159,7 +159,7 @@ app()
 
 
 def test_interrupted_publishing_uploads_nothing_twice(server, publish):
-    server.drop_commits = 1
+    server.refuse_commits = 1
     result = publish()
     assert result.returncode == 2 and 'Nothing was published; run this again' in result.stderr
     assert server.repos[REPO] == {} and weights.find_checkpoint('delugenet146').hf_hub_id is None

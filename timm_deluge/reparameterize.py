@@ -180,7 +180,7 @@ class InferenceConv2d(nn.Conv2d):
         return kept[1]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._reordered = None  # keeps the weight of before
+        self._reordered = None  # it would hold the memory of the weight as it was
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any) -> None:
