@@ -104,6 +104,8 @@ def main(
     output = output or FOLDER / 'kernels' / f'{slug(cpu_name())}.json'
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    random.seed(0)
     size = [int(n) for n in shape.split()]
     rows = []
     for dtype in (torch.float32, torch.bfloat16):

@@ -4,7 +4,7 @@
     python benchmarks/pruning.py --train-dir cifar100/train --test-dir cifar100/validation
 
 Three things are measured: how well the norm of a connection's weights, and a first-order estimate, rank connections by
-the loss on training images without each; the accuracy on all test images without the weakest connections, before any
+how much the loss on training images changes without each; the accuracy on all test images without the weakest connections, before any
 fine-tuning; and the inference time that is left, a ratio of medians of interleaved rounds.
 """
 import json
@@ -42,7 +42,10 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
 def measure_importance(
         model: nn.Module, images: torch.Tensor, targets: torch.Tensor, scores: dict[str, dict[Connection, float]],
 ) -> dict[str, Any]:
-    """Compare scores with the loss without each connection, for each block and for all of them."""
+    """Compare scores with how much the loss changes without each connection, for each block and for all of them.
+
+    The changes are compared in absolute value, as both scores are: the loss can also be lower without a connection.
+    """
     found: dict[str, Any] = {'num_images': len(images)}
     for what, keep_mean in (('replaced by its mean', True), ('set to zero', False)):
         loss, losses = removal_losses(model, images, targets, keep_mean)
@@ -51,10 +54,12 @@ def measure_importance(
         for block, chosen in [
                 *((f'block {int(b) + 1}', [c for c in losses if c.consumer.split('.')[1] == b]) for b in blocks),
                 ('all', list(losses))]:
-            increases = [losses[c] - loss for c in chosen]
+            changes = [losses[c] - loss for c in chosen]
             found.setdefault(block, {'connections': len(chosen)})[what] = {
-                'largest increase': max(increases),
-                **{by: rank_correlation([scores[by][c] for c in chosen], increases) for by in ('norm', 'taylor')}}
+                'largest increase': max(changes),
+                'share of lower losses': sum(change < 0 for change in changes) / len(changes),
+                **{by: rank_correlation([scores[by][c] for c in chosen], [abs(change) for change in changes])
+                   for by in ('norm', 'taylor')}}
     return found
 
 

@@ -411,7 +411,7 @@ def _doubts(machine: dict[str, Any], kinds: tuple[str, ...] = ('',)) -> str:
         if row['disagreement'] > machine['max_disagreement']]
     unknown = [name for name, row in named if 'load' not in row]
     return (
-        (f' Another load was present in: {", ".join(disturbed)}.' if disturbed else '')
+        (f' Another load was present, or the clock rate lower, in: {", ".join(disturbed)}.' if disturbed else '')
         + (f' Rounds disagree (interquartile range relative to the median) in: {", ".join(unsteady)}.'
            if unsteady else '')
         + (f' Neither was recorded for: {", ".join(unknown)}.' if unknown else ''))

@@ -47,6 +47,11 @@ def test_predict_without_an_image_shows_the_packaged_photograph():
     assert 'rocket' in result.stdout.replace('rocket.jpg', '')
 
 
+def test_predict_shows_class_names_as_words():
+    result = invoke('predict', '--top', 100)
+    assert 'aquarium fish' in result.stdout and 'aquarium_fish' not in result.stdout
+
+
 def test_predict_shows_what_the_class_names_stand_for():
     (prediction,) = json.loads(invoke('predict', '--model', 'delugenet92', '--json').stdout)
     assert {c['name'] for c in prediction['classes']} <= set(find_checkpoint('delugenet92').class_descriptions.values())

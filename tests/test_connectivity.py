@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import CheckpointSaver
 
 from timm_deluge.connectivity import block_connectivity, draw_connectivity, read_state_dict
-from timm_deluge.prune import prune_connections, save_pruned
+from timm_deluge.prune import find_cross_layers, prune_connections, save_pruned
 from timm_deluge.training_connectivity import training_connectivity
 from timm_deluge.weights import CheckpointError, read_training_state
 
@@ -72,13 +72,17 @@ def test_a_file_of_a_run_has_the_trained_weights_not_their_average(state_dict, t
 def test_one_weight_for_all_channels_has_one_norm_wherever_it_comes_from(tmp_path):
     options = dict(depths=[2, 2], widths=[2, 4], aggregation='scalar')
     model = timm.create_model('delugenet146', **options)
+    for conv in find_cross_layers(model).values():
+        torch.nn.init.normal_(conv.weight)
     timm.models.save_for_hf(model, str(tmp_path), model_args=options)
     blocks = block_connectivity(model.state_dict())
     assert block_connectivity(read_state_dict(f'local-dir:{tmp_path}')) == blocks
-    save_pruned(prune_connections(model, 0.2, 'norm', unit='connection'), tmp_path / 'pruned')
-    for before, after in zip(blocks, block_connectivity(read_state_dict(f'local-dir:{tmp_path / "pruned"}'))):
-        for norms, left in zip(before.norms, after.norms):
-            assert all(norm in (0, expected) for norm, expected in zip(left, norms))
+    pruned = prune_connections(model, 0.2, 'norm', unit='connection')
+    save_pruned(pruned, tmp_path / 'pruned')
+    after = block_connectivity(read_state_dict(f'local-dir:{tmp_path / "pruned"}'))
+    for stage, block, block_after in zip(pruned.stages, blocks, after):
+        for conv, norms, left in zip(stage.cross_layers, block.norms, block_after.norms):
+            assert left == [norm if i in conv.sources else 0 for i, norm in enumerate(norms)]
 
 
 @pytest.mark.parametrize('name, content', [

@@ -49,6 +49,17 @@ def test_values_and_gradients(monkeypatch, kernel, stride, padding, dilation, si
     assert grad_weight is None
 
 
+@pytest.mark.parametrize('stride, padding', [((1, 1), (0, 0)), ((2, 1), (0, 0)), ((1, 1), (1, 1))])
+def test_values_and_gradients_of_1x1(stride, padding):
+    conv_args = stride, padding, (1, 1)
+    x, weight = example((1, 1), (5, 7))
+    expected = F.conv2d(x, weight, None, *conv_args)
+    grad = torch.randn_like(expected).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(conv.conv2d(x, weight, conv_args), expected)
+    torch.testing.assert_close(
+        tuple(conv.conv2d_backward(grad, x, weight, conv_args, True)), convolution_backward(grad, x, weight, conv_args))
+
+
 @pytest.mark.parametrize('stride', [1, 2])
 def test_bfloat16_is_as_exact_as_atens(monkeypatch, stride):
     conv_args = (stride, stride), (1, 1), (1, 1)

@@ -4,18 +4,42 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-DOCS = Path(__file__).resolve().parent.parent / 'docs'
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCS = REPOSITORY / 'docs'
+
+
+def run_python_of(page, names, text=''):
+    text = text or page.read_text(encoding='utf-8')
+    blocks = re.findall(r'^```python\n(.*?)^```', text, re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        if 'download=True' not in block:
+            exec(compile(block, str(page), 'exec'), names)
+    assert len(blocks) > 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('page', sorted(DOCS.glob('*.md')), ids=lambda path: path.stem)
 def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path):
-    blocks = re.findall(r'^```python\n(.*?)^```', page.read_text(encoding='utf-8'), re.DOTALL | re.MULTILINE)
-    names = {'folder': tmp_path / 'folder'}
-    for block in blocks:
-        exec(compile(block, str(page), 'exec'), names)
-    assert blocks
+    run_python_of(page, {'folder': tmp_path / 'folder'})
+
+
+@pytest.mark.slow
+def test_python_of_the_readme_runs(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    page = REPOSITORY / 'README.md'
+    images, targets = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    text = page.read_text(encoding='utf-8').replace('path/to/checkout', str(REPOSITORY))
+    run_python_of(page, {'loader': [(images, targets)], 'images': images}, text)
+
+
+@pytest.mark.parametrize('page', [
+    page for page in sorted(REPOSITORY.glob('**/*.md')) if not any(p.startswith('.') for p in page.relative_to(
+        REPOSITORY).parts)], ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r'\]\(([^)#\s]+)[^)]*\)', page.read_text(encoding='utf-8')):
+        assert '://' in link or (page.parent / link).exists(), link
 
 
 @pytest.mark.slow

@@ -133,8 +133,8 @@ def test_what_was_not_recorded_is_not_called_calm(generator):
         'training a': old, 'training b': {'load': 1.2, 'disagreement': 0.1},
         'training c': {'load': 1.1, 'disagreement': 0.2}}}
     assert doubts(machine) == (
-        ' Another load was present in: training b. Rounds disagree (interquartile range relative to the median) in: '
-        'training c (20%). Neither was recorded for: training a.')
+        ' Another load was present, or the clock rate lower, in: training b. Rounds disagree (interquartile range '
+        'relative to the median) in: training c (20%). Neither was recorded for: training a.')
 
 
 def test_learning_curves_are_those_of_the_logs(generator, tmp_path):

@@ -14,6 +14,7 @@ from timm.models._features import FeatureGetterNet
 from timm.utils import reparameterize_model
 from torch import nn
 
+from timm_deluge import explain_implementation
 from timm_deluge.aggregation import AGGREGATIONS
 from timm_deluge.delugenet import DelugeBlock, DelugeNet, ProjectionLayer
 from timm_deluge.ops import memory, set_implementation, workspace
@@ -87,6 +88,11 @@ def test_bfloat16_is_as_exact_as_the_reference(kind):
             return (fused(x.bfloat16()) - model(x)).norm()
 
     assert error('auto') <= 1.1 * error('reference')
+    set_implementation('auto')
+    with torch.no_grad():
+        decisions = explain_implementation(fused, x.bfloat16())
+    for name, decision in decisions.items():
+        assert decision.reason is None or not isinstance(fused.get_submodule(name), FoldedDelugeBlock)
 
 
 @pytest.mark.parametrize('kind', KINDS)

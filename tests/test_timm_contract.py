@@ -93,8 +93,12 @@ def test_forward_intermediates_options():
     torch.testing.assert_close(model.norm(every[-1]), features)
     last = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
     torch.testing.assert_close(last[0], features)
+    calls = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda stage, *_: calls.append(stage))
     early = model.forward_intermediates(x, indices=[0, 2], stop_early=True, intermediates_only=True)
     torch.testing.assert_close(early, [every[0], every[2]])
+    assert calls == list(model.stages[:2])
     with pytest.raises(AssertionError, match='NCHW'):
         model.forward_intermediates(x, output_fmt='NLC')
 
@@ -111,6 +115,14 @@ def test_prune_intermediate_layers_leaves_nothing_unused(stem_type, indices):
     sum(f.sum() for f in model.forward_intermediates(x, indices=taken, intermediates_only=True)).backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None]
     assert model(x).shape[1] == model.num_features == expected[-1].shape[1]
+
+
+def test_prune_intermediate_layers_can_keep_the_classifier():
+    model = tiny('imagenet').eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    model.prune_intermediate_layers([0, len(model.stages)], prune_head=False)
+    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize('aggregation', [*AGGREGATIONS, 'residual'])
@@ -206,6 +218,10 @@ def test_modules_are_grouped_with_their_layers():
                          (('norms.3', 'cross_layers.3', 'layers.3.conv1'), 'layers.3.norm1')):
         assert {groups[f'stages.1.{other}'] for other in others} == {groups[f'stages.1.{name}']}
     assert groups['stages.1.norms.3'] < groups['stages.1.norms.4'] < groups['stages.2.norm'] < groups['head.fc']
+    coarse = timm.models.group_modules(model, model.group_matcher(coarse=True), reverse=True)
+    of_stages = [{number for name, number in coarse.items() if name.startswith(f'stages.{i}.')} for i in range(3)]
+    numbers = [coarse['stem.conv'], *(number for (number,) in of_stages), coarse['head.fc']]
+    assert numbers == sorted(set(numbers))
 
 
 def test_layer_decay_orders_stem_to_head():

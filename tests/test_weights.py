@@ -24,6 +24,7 @@ from timm.models import adapt_input_conv
 
 from timm_deluge import delugenet, weights
 from timm_deluge.paper import PUBLISHED
+from timm_deluge.pretrained import _say_what_it_is
 from timm_deluge.weights import (
     CheckpointError,
     find_checkpoint,
@@ -66,8 +67,28 @@ def test_published_file_is_what_the_manifest_says(checkpoint):
 @pytest.mark.parametrize('checkpoint', CHECKPOINTS, ids=lambda c: c.name)
 def test_pretrained_cfg_is_the_manifests(checkpoint):
     cfg = timm.create_model(checkpoint.name).pretrained_cfg
-    assert cfg['tag'] == checkpoint.tag and cfg['mean'] == tuple(checkpoint.mean)
+    assert cfg['tag'] == checkpoint.tag and cfg['num_classes'] == len(checkpoint.class_names)
     assert cfg['label_names'] == tuple(checkpoint.class_names)
+    assert cfg.get('label_descriptions') == checkpoint.class_descriptions
+    for key in 'input_size', 'mean', 'std':
+        assert cfg[key] == tuple(getattr(checkpoint, key))
+    for key in 'interpolation', 'crop_pct':
+        assert cfg[key] == getattr(checkpoint, key)
+
+
+def test_a_manifest_is_written_whole_or_not_at_all(scratch_weights, monkeypatch):
+    manifest = scratch_weights.parent / 'manifest.json'
+    before = manifest.read_bytes()
+    write_text = Path.write_text
+
+    def fill_the_disk(path, text, **kwargs):
+        write_text(path, text[:100], **kwargs)
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(Path, 'write_text', fill_the_disk)
+    with pytest.raises(OSError, match='No space left'):
+        write_manifest([])
+    assert manifest.read_bytes() == before
 
 
 @pytest.mark.parametrize('checkpoint', CHECKPOINTS, ids=lambda c: c.name)
@@ -230,6 +251,7 @@ def test_joining_parts_takes_no_more_memory_than_one_file(tmp_path):
 
 
 def test_first_load_says_once_what_the_weights_are(scratch_weights, caplog):
+    _say_what_it_is.cache_clear()
     manifest = scratch_weights.parent / 'manifest.json'
     for tag, level in (('once_cifar100', logging.INFO), ('once_tinyin', logging.WARNING)):
         entry = json.loads(manifest.read_text())['checkpoints'][0]

@@ -34,12 +34,14 @@ def test_a_network_of_any_size_is_not_built(config, tmp_path, memory_limit):
         timm.create_model(f'local-dir:{tmp_path}')
 
 
-@pytest.mark.parametrize('model_args, error', [
-    ({'depths': [1, 2]}, ValueError), ({'aggregation': '__import__("os")'}, ValueError),
-    ({'stem_type': ['cifar']}, ValueError), ({'code': 'print(1)'}, TypeError)], ids=str)
-def test_what_is_no_option_is_refused(model_args, error, tmp_path):
+@pytest.mark.parametrize('model_args, error, message', [
+    ({'depths': [1, 2]}, ValueError, 'must name the same number of blocks'),
+    ({'aggregation': '__import__("os")'}, ValueError, "must be one of 'cross_layer', 'scalar'"),
+    ({'stem_type': ['cifar']}, ValueError, "must be one of 'imagenet', 'cifar'"),
+    ({'code': 'print(1)'}, TypeError, "unexpected keyword argument 'code'")], ids=str)
+def test_what_is_no_option_is_refused(model_args, error, message, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps({**CONFIG, 'model_args': model_args}))
-    with pytest.raises(error):
+    with pytest.raises(error, match=message):
         timm.create_model(f'local-dir:{tmp_path}')
 
 
