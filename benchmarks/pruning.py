@@ -4,8 +4,8 @@
     python benchmarks/pruning.py --train-dir cifar100/train --test-dir cifar100/validation
 
 Three things are measured: how well the norm of a connection's weights, and a first-order estimate, rank connections by
-how much the loss on training images changes without each; the accuracy on all test images without the weakest connections, before any
-fine-tuning; and the inference time that is left, a ratio of medians of interleaved rounds.
+how much the loss on training images changes without each; the accuracy on all test images without the weakest
+connections, before any fine-tuning; and the inference time that is left, a ratio of medians of interleaved rounds.
 """
 import json
 from collections.abc import Iterator

@@ -67,8 +67,8 @@ def test_processors_of_one_name_are_told_apart(run, monkeypatch):
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'only': 'nonsense *'}, "'nonsense \\*' fits none of"), ({'only': 'autocast *'}, 'need a processor with bfloat16'),
-    ({'machine': 'Other'}, 'is of the Other: name another'), ({'threads': 8}, 'is of 2 threads: name another --output')])
+    ({'only': 'nonsense *'}, 'fits none of'), ({'only': 'autocast *'}, 'need a processor with bfloat16'),
+    ({'machine': 'Other'}, 'is of the Other: name another'), ({'threads': 8}, 'is of 2 threads: name another')])
 def test_results_of_other_conditions_are_not_mixed(run, tmp_path, options, message):
     output = tmp_path / 'results.json'
     content = json.dumps({'machine': options.pop('machine', run.cpu_name()), 'threads': 2, 'rows': {}})
