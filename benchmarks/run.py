@@ -410,8 +410,8 @@ def main(
     ], headers='keys', floatfmt='.2f'))
     for name, row in measured.items():
         if row['load'] > MAX_LOAD:
-            print(f'{name}: another load was present, or the clock rate lower: the reference kernel took {row["load"]:.2f} '
-                  f'times its least time')
+            print(f'{name}: another load was present, or the clock rate lower: the reference kernel took '
+                  f'{row["load"]:.2f} times its least time')
         if row['disagreement'] > MAX_DISAGREEMENT:
             print(f'{name}: rounds disagree by {row["disagreement"]:.0%} in the calmer of {row["runs"]} runs')
 
