@@ -10,7 +10,7 @@ try:
     import timm_deluge  # noqa: F401 registers the models
 except ImportError as error:  # torch.hub checks only whether the packages are installed
     raise ImportError(f'timm_deluge cannot be imported: {error} (it needs timm>=1.0.31, and this is timm '
-                      f'{timm.__version__}: pip install --upgrade timm)') from error
+                      f'{timm.__version__}; `pip install .` in its checkout installs all that it needs)') from error
 
 dependencies = ['torch', 'timm']
 for name in timm.list_models(module='delugenet'):

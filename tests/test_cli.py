@@ -67,6 +67,19 @@ def test_predict_json_of_a_folder(photos):
         assert len(probabilities) == 3 and probabilities == sorted(probabilities, reverse=True)
 
 
+@pytest.mark.parametrize('name', ['clip.mpg', 'features.h5', 'page.eps'])
+def test_what_pillow_knows_but_cannot_read_alone_is_no_image_of_a_folder(photos, name):
+    (photos / name).write_bytes(b'not a picture')
+    result = invoke('predict', photos, '--json', '--top', 1)
+    assert result.exit_code == 0 and len(json.loads(result.stdout)) == 3
+
+
+@pytest.mark.parametrize('name, meant', [('delugnet146', 'delugenet146'), ('reset50', 'resnet50')])
+def test_a_misspelt_model_is_recognised(name, meant):
+    result = invoke('report', name)
+    assert result.exit_code == 2 and meant in result.stderr
+
+
 def test_predict_agrees_with_timm(photos):
     model = timm.create_model('delugenet146', pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))

@@ -210,6 +210,14 @@ def test_training(tmp_path, opt):
     assert training_connectivity(tmp_path) == epochs
 
 
+def test_a_run_from_a_checkpoint_that_is_gone(tmp_path):
+    train_one_step(tmp_path, 'sgd')
+    checkpoint = read_training_state(tmp_path / 'last.pth.tar')
+    checkpoint['args'].model = 'delugenet146.gone_cifar100'
+    torch.save(checkpoint, tmp_path / 'last.pth.tar')
+    assert [epoch.epoch for epoch in training_connectivity(tmp_path)] == [0, 1]
+
+
 def test_weights_without_gradients_have_zeros(tmp_path):
     train_one_step(tmp_path, 'sgd')
     last = tmp_path / 'last.pth.tar'

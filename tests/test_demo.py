@@ -111,6 +111,18 @@ def test_without_gradio_it_says_what_to_install(monkeypatch):
     assert result.exit_code == 2 and "pip install '.[demo]'" in result.stderr
 
 
+def test_a_port_that_is_taken(monkeypatch):
+    with gr.Blocks() as page:
+        gr.Markdown('empty')
+    monkeypatch.setattr('timm_deluge.demo.create_page', lambda default: page)
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = invoke('demo', '--port', port)
+    assert result.exit_code == 2 and f'cannot listen at 127.0.0.1:{port}: choose another --port' in result.stderr
+
+
 def test_an_unknown_network():
     result = invoke('demo', '--model', 'delugenet146.nonsense')
     assert result.exit_code == 2 and "no checkpoint with the tag 'nonsense'" in result.stderr

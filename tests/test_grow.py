@@ -114,6 +114,9 @@ def test_what_does_not_fit_is_named():
         insert_layers(deeper(), model, LAYERS)
     with pytest.raises(ValueError, match='block 1 has 16 channels, in the deeper network 24'):
         insert_layers(model, deeper(widths=(4, 12)), LAYERS)
+    dilated, larger = (DelugeNet((2, 2, depth), (4, 4, 4), output_stride=stride) for depth, stride in ((2, 8), (3, 32)))
+    with pytest.raises(ValueError, match='block 2 has another dilation .*: give both the same output_stride'):
+        insert_layers(dilated, larger, [[], [], [1]])
     for pruned in (
             prune_connections(model, 0.3), prune_connections(model, 0.3, unit='channel'), network(aggregation='last')):
         with pytest.raises(ValueError, match='block 0 has .* that do not take all layers: insert layers before'):

@@ -129,7 +129,7 @@ def test_a_repository_holds_one_checkpoint(scratch_weights):
 
 def test_dry_run_refuses_what_the_hub_refuses(server, publish):
     result = publish('--dry-run', '--repo-id', 'a/b/c')
-    assert result.returncode == 2 and "'a/b/c'" in result.stderr and 'Nothing was published' not in result.stderr
+    assert result.returncode == 2 and "'a/b/c'" in result.stderr and 'No file was published' not in result.stderr
     assert result.stdout == '' and not server.requests
 
 
@@ -155,13 +155,13 @@ app()
     result = call(full_disk, 'publish', 'delugenet146', '--repo-id', REPO)
     assert result.returncode == 2 and server.repos[REPO]
     assert 'was published' in result.stderr and 'No space left on device' in result.stderr
-    assert 'Nothing was published' not in result.stderr
+    assert 'No file was published' not in result.stderr
 
 
 def test_interrupted_publishing_uploads_nothing_twice(server, publish):
     server.refuse_commits = 1
     result = publish()
-    assert result.returncode == 2 and 'Nothing was published; run this again' in result.stderr
+    assert result.returncode == 2 and 'No file was published; run this again' in result.stderr
     assert server.repos[REPO] == {} and weights.find_checkpoint('delugenet146').hf_hub_id is None
     result = publish()
     assert result.returncode == 0, result.stderr
@@ -177,7 +177,7 @@ def test_a_lost_connection_is_no_traceback(scratch_weights, monkeypatch):
 
     monkeypatch.setattr('timm_deluge.cli.push_to_hub', lose)
     result = invoke('publish', 'delugenet146', '--repo-id', REPO)
-    assert result.exit_code == 2 and 'Nothing was published; run this again' in result.stderr
+    assert result.exit_code == 2 and 'No file was published; run this again' in result.stderr
 
 
 def test_wrong_token_is_refused_with_advice(server, publish):

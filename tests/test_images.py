@@ -154,6 +154,8 @@ def test_find_images(tmp_path, monkeypatch):
     assert [p.name for p in find_images([str(tmp_path / '*.png')])] == ['b.png']
     assert [p.name for p in find_images([str(tmp_path / '**' / '*.webp')])] == ['c.webp']
     assert [p.name for p in find_images([str(tmp_path / 's*')])] == ['c.webp']
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert [p.name for p in find_images(['~/**/*.webp'])] == ['c.webp']
     found = list(find_images([str(tmp_path / '**')]))
     assert len(found) == len(set(found)) == 5
     (tmp_path / 'z.png').symlink_to('x' * 300)  # asking for what it leads to is an error

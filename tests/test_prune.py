@@ -389,14 +389,14 @@ def test_what_is_wrong_is_said():
     for fraction in (-0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match=f'fraction={fraction}: must be from 0 to 1'):
             prune_connections(model, fraction)
-    message = 'stages.0.cross_layers.0 would lose its last source; of 23 connections at most 16 can go'
+    message = 'of 23 connections at most 16 can go, since each cross-layer convolution keeps one'
     with pytest.raises(ValueError, match=message):
         prune_connections(model, 0.75)
     with pytest.raises(ValueError, match="by='size': must be one of 'norm', 'taylor', 'random'"):
         prune_connections(model, 0.5, 'size')
     with pytest.raises(ValueError, match="unit='layer': must be one of 'connection', 'channel'"):
         prune_connections(model, 0.5, unit='layer')
-    with pytest.raises(ValueError, match='a channel would lose its last source; of 296 weights at most 208 can go'):
+    with pytest.raises(ValueError, match='of 296 weights at most 208 can go, since each channel keeps one'):
         prune_connections(model, 0.9, unit='channel')
     with pytest.raises(ValueError, match="with aggregation='last' there are no connections across layers"):
         prune_connections(network(aggregation='last'), 0.)
@@ -408,7 +408,7 @@ def test_what_is_wrong_is_said():
         with pytest.raises(ValueError, match='needs batches'):
             prune_connections(model, 0.5, 'taylor', batches)
     for other in (network(aggregation='residual'), reparameterize_model(model)):
-        with pytest.raises(ValueError, match='no cross-layer convolutions to prune'):
+        with pytest.raises(ValueError, match='there are no cross-layer convolutions'):
             prune_connections(other, 0.5)
 
 
@@ -546,7 +546,7 @@ def test_command_with_taylor_needs_images(scratch_weights, tmp_path, monkeypatch
 
 def test_a_reparameterised_network_is_not_saved(tmp_path):
     model = reparameterize_model(timm.create_model('delugenet146', depths=DEPTHS, widths=(4, 8)).eval())
-    with pytest.raises(ValueError, match='or it was reparameterised; prune first'):
+    with pytest.raises(ValueError, match='this is no DelugeNet, or it was reparameterised'):
         save_pruned(model, str(tmp_path / 'pruned'))
     assert not list(tmp_path.iterdir())
 

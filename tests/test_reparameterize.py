@@ -325,6 +325,16 @@ def test_what_cannot_be_folded_is_refused(change, aggregation):
     assert dict(layer.named_modules()) == parts
 
 
+def test_a_transition_that_cannot_be_folded_stays_as_it_is():
+    transition = DelugeNet((2, 2), (4, 8), 5, stem_type='cifar').eval().stages[1].transition
+    transition.conv.padding_mode = 'circular'
+    parts = dict(transition.named_modules())
+    for _ in range(2):
+        with pytest.raises(ValueError, match='cannot be reparameterised'):
+            transition.reparameterize()
+    assert dict(transition.named_modules()) == parts
+
+
 @pytest.mark.parametrize('name, part', [
     ('layers', nn.Identity()), ('layers', ProjectionLayer(8, 4)), ('drop_paths', nn.ReLU()),
     ('cross_layers', nn.Identity())])

@@ -3,13 +3,12 @@ import ast
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from enum import Enum
+from difflib import get_close_matches
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import timm
 import torch
@@ -49,12 +48,8 @@ LOADING_ERRORS = (
     ValueError)
 
 
-class Format(str, Enum):
-    """How a report is written."""
-    table = 'table'
-    json = 'json'
-    markdown = 'markdown'
-    csv = 'csv'
+def _without_full_stop(error: Exception) -> str:
+    return str(error).rstrip('.')
 
 
 def _fail(message: object) -> NoReturn:
@@ -125,7 +120,7 @@ def _shorten(path: str) -> str:
 
 def _printable(path: str) -> str:
     """Get a file's name with a replacement character for each byte that cannot be decoded."""
-    return os.fsencode(path).decode(errors='replace')
+    return path.encode(errors='surrogateescape').decode(errors='replace')
 
 
 def _print_predictions(predictions: list[Prediction]) -> None:
@@ -149,7 +144,7 @@ def _parse_model_kwarg(text: str) -> tuple[str, Any]:
         _fail(f'--model-kwargs {text}: expected KEY=VALUE, such as aggregation=scalar')
     try:
         return key, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, TypeError, ValueError):
         return key, value
 
 
@@ -157,7 +152,8 @@ def _parse_model_kwarg(text: str) -> tuple[str, Any]:
 def report(
         models: Annotated[list[str], typer.Argument(
             help='Any model names of timm, these included; hf-hub:USER/REPO, local-dir:FOLDER.')],
-        fmt: Annotated[Format, typer.Option('--format', help='Output format.')] = Format.table,
+        fmt: Annotated[Literal['table', 'json', 'markdown', 'csv'], typer.Option(
+            '--format', help='Output format.')] = 'table',
         model_kwargs: Annotated[list[str] | None, typer.Option(
             help='KEY=VALUE for the models, such as aggregation=scalar; may be repeated.')] = None,
 ) -> None:
@@ -166,11 +162,11 @@ def report(
         if not names_model(name):
             if '=' in name:
                 _fail(f'{name}: no model; --model-kwargs takes one KEY=VALUE, and may be repeated')
-            close = timm.list_models(f'*{name[:6]}*')[:5]
+            close = get_close_matches(name, timm.list_models(), 5)
             _fail(f'timm has no model {name!r}' + (f'; similar names: {", ".join(close)}' if close else ''))
     kwargs = dict(map(_parse_model_kwarg, model_kwargs or []))
     try:
-        text = format_reports([create_report(name, **kwargs) for name in models], fmt.value)
+        text = format_reports([create_report(name, **kwargs) for name in models], fmt)
     except LOADING_ERRORS as error:
         _fail(error)
     print(text)
@@ -197,7 +193,7 @@ def connectivity(
     largest, averaged over all convolutions; and the norm of the mean gradient that the optimizer keeps, relative to the
     weights'.
     """
-    if output is not None and output.suffix not in ('.png', '.svg'):
+    if output is not None and output.suffix.lower() not in ('.png', '.svg'):
         _fail(f'{output}: pictures are written as .png or .svg')
     is_run = os.path.isdir(source) and not timm.is_model(source)
     if is_run and output is not None:
@@ -305,9 +301,13 @@ def demo(
     except ImportError as error:
         _fail(f"the page needs more packages: in a checkout of timm-deluge, pip install '.[demo]' ({error})")
     try:
-        launch_page(create_page(checkpoint.name), host, port, open_browser)
+        page = create_page(checkpoint.name)
     except (OSError, RuntimeError) as error:
         _fail(error)
+    try:
+        launch_page(page, host, port, open_browser)
+    except OSError:
+        _fail(f'cannot listen at {host}:{port}: choose another --port, or a --host of this machine')
 
 
 @app.command('validate')
@@ -371,7 +371,7 @@ def weights_add(
     except (LookupError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         _fail(error)
     kind = 'last weights' if checkpoint.ema_decay is None else f'moving average, decay {checkpoint.ema_decay}'
-    console.print(f'{checkpoint.path}, {kind}: {checkpoint.metrics}', markup=False)
+    console.print(f'{checkpoint.path}, {kind}: {json.dumps(checkpoint.metrics)}', markup=False)
 
 
 def _read_descriptions(path: Path) -> dict[str, str]:
@@ -434,12 +434,15 @@ def weights_download(
     try:
         if source and not checkpoint.files:
             download_checkpoint(checkpoint, source)
-        verify_checkpoint(checkpoint)
-    except CheckpointError as error:
+    except (CheckpointError, HFValidationError) as error:
         _fail(error)
     except Exception as error:  # see `publish`
-        _fail(f'{error} {checkpoint.name} is not here yet; run this again, and the download resumes where it '
-              f'stopped.')
+        _fail(f'{_without_full_stop(error)}. {checkpoint.name} is not here yet; run this again, and the download '
+              f'resumes where it stopped.')
+    try:
+        verify_checkpoint(checkpoint)
+    except (CheckpointError, OSError) as error:
+        _fail(error)
     console.print(str(checkpoint.path), markup=False)
 
 
@@ -471,7 +474,8 @@ def publish(
     except (CheckpointError, HFValidationError) as error:
         _fail(error)
     except Exception as error:  # the Hub's client lets through errors of an HTTP library that depends on its version
-        _fail(f'{error} Nothing was published; run this again, and what was uploaded will not be uploaded again. '
+        _fail(f'{_without_full_stop(error)}. No file was published; run this again, and what was uploaded will not be '
+              f'uploaded again. '
               f'Do you need to log in (`hf auth login`, or HF_TOKEN), or another repository?')
 
 
@@ -501,4 +505,4 @@ def recipe(
 
 
 if __name__ == '__main__':
-    sys.exit(app())
+    app()

@@ -138,7 +138,10 @@ class CompositeLayer(FusedModule):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Fold the inner BNs into the convolutions before them, for `timm.utils.reparameterize_model`."""
+        """Fold the inner BNs into the convolutions before them, and put a scale and a shift in the first one's place.
+
+        For `timm.utils.reparameterize_model`.
+        """
         if not isinstance(self.conv1, InferenceConv2d):
             check_relu(self.norm1)
             norm1, folded = ChannelAffine(self.norm1), FoldedCompositeLayer(self)
@@ -208,8 +211,7 @@ class BlockTransition(FusedModule):
         The convolution pads the BN's output with zeros, so the shift cannot be folded into it.
         """
         if not isinstance(self.norm, ChannelAffine):
-            self.norm = ChannelAffine(self.norm)
-            self.conv = InferenceConv2d(self.conv)
+            self.norm, self.conv = ChannelAffine(self.norm), InferenceConv2d(self.conv)
 
 
 class ResidualBlock(nn.Module):
@@ -401,9 +403,9 @@ class DelugeNet(nn.Module):
 
         Raises:
             ValueError: If `depths` and `widths` differ in length or are empty, the layer that gives h_0 is missing, an
-                option has none of the values above, a rate is not from 0 to 1 (`connection_drop_rate`: less than 1),
-                `pruned_connections` do not fit, or the network would have more than a billion parameters, not counting
-                transitions.
+                option has none of the values above, or is not for that aggregation, a rate is not from 0 to 1
+                (`connection_drop_rate`: less than 1), `pruned_connections` do not fit, or the network would have more
+                than a billion parameters, not counting transitions.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -510,7 +512,10 @@ class DelugeNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute composite layers after h_0 in the backward pass instead of keeping their activations."""
+        """Recompute composite layers after h_0 in the backward pass instead of keeping their activations.
+
+        Their batch normalisations then update the running statistics twice in a step, as in other models of timm.
+        """
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 module.grad_checkpointing = enable
@@ -551,7 +556,8 @@ class DelugeNet(nn.Module):
             intermediates_only: Return the intermediates alone.
 
         Returns:
-            The final features and the list of intermediates, or just that list.
+            The final features, or with `stop_early` those of the last block computed, and the list of intermediates; or
+            just that list.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []

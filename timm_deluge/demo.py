@@ -26,6 +26,7 @@ __all__ = ['answer', 'create_page', 'grad_cam', 'launch_page', 'lay_over']
 
 MAX_FILE_SIZE = '20mb'
 MAX_PIXELS = 50_000_000  # of a picture: 200 MB once it is decoded
+DAY = 24 * 3600  # seconds after which uploaded pictures are deleted
 MAX_FRACTION = 0.8  # of the connections can be removed: each sum keeps at least one
 OVERLAY_SIZE = 320
 ROUNDS = 3
@@ -153,7 +154,7 @@ def create_page(default: str) -> gr.Blocks:
     names = [c.name for c in list_checkpoints() if c.files and c.has_connections]
     for name in names:
         _network(name)
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(DAY, DAY)) as page:
         gr.Markdown(INTRODUCTION)
         with gr.Row():
             with gr.Column():

@@ -25,6 +25,7 @@ def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
         The file.
 
     Raises:
+        huggingface_hub.errors.HFValidationError: If there can be no repository of that name.
         CheckpointError: If the repository's file is not what the manifest says; nothing of it is kept.
         huggingface_hub.errors.HTTPError: If the Hub refuses (HfHubHTTPError), or the connection is lost.
         OSError: If the file cannot be written, such as on a full disk.

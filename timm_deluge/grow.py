@@ -45,21 +45,23 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
             f'layers: expected one list for each block of two DelugeNets, got {len(layers)} lists for {len(blocks)} '
             f'blocks and {len(donors)} of the deeper network; a reparameterised network has no such blocks')
     for i, (block, donor, additional) in enumerate(zip(blocks, donors, layers)):
-        depth = len(donor.layers)
+        depth, additional = len(donor.layers), set(additional)
         if depth < len(block.layers):
             raise ValueError(f'block {i} has {len(block.layers)} layers, but {depth} in the deeper network')
-        if not set(additional) <= set(range(1, depth)) or len(block.layers) + len(set(additional)) != depth:
+        if not additional <= set(range(1, depth)) or len(block.layers) + len(additional) != depth:
             raise ValueError(
                 f'layers: block {i} has {len(block.layers)} layers, and {depth} in the deeper network: expected '
                 f'{depth - len(block.layers)} numbers from 1 to {depth - 1}, got {sorted(additional)}')
         if block.norm.num_features != donor.norm.num_features:
             raise ValueError(
                 f'block {i} has {block.norm.num_features} channels, in the deeper network {donor.norm.num_features}')
+        if len({layer.conv2.dilation for layer in (*block.layers, *donor.layers)}) > 1:
+            raise ValueError(f'block {i} has another dilation in the deeper network: give both the same output_stride')
         if any(conv.mask is not None or len(conv.sources) != conv.num_layers for conv in block.cross_layers):
             raise ValueError(
                 f'block {i} has cross-layer convolutions that do not take all layers: insert layers before pruning, '
                 f"and not with aggregation='last'")
-        for number in sorted(set(additional)):
+        for number in sorted(additional):
             for name in ('layers', 'norms', 'drop_paths'):
                 part = copy.deepcopy(getattr(donor, name)[number]).to(block.cross_layers[0].weight)
                 getattr(block, name).insert(number, part.train(block.training))
@@ -95,8 +97,8 @@ def widen_layers(model: DelugeNet, wider: DelugeNet) -> DelugeNet:
         they learn different things.
 
     Raises:
-        ValueError: If the networks are not DelugeNets, have a global pooling that gives each channel more than once,
-            differ in more than their widths, or the wider network has a smaller width.
+        ValueError: If the networks are not DelugeNets, were reparameterised, have a global pooling that gives each
+            channel more than once, differ in more than their widths, or the wider network has a smaller width.
     """
     for network in model, wider:
         if not isinstance(network, DelugeNet):

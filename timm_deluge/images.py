@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 __all__ = ['ImageError', 'find_images', 'read_image']
 
+NO_PICTURES = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}  # Pillow needs other programs to read these
 MAX_ASPECT_RATIO = 1000  # beyond it, resizing the short side to a network's input would make the long one huge
 
 
@@ -38,7 +39,8 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
         elif os.path.exists(path):
             yield from _expand_folder(Path(path))
         else:
-            matches = sorted(glob.glob(path, recursive=True)) or [path]  # with **, folders and their files
+            pattern = os.path.expanduser(path)  # the shell leaves ~ alone in a quoted pattern
+            matches = sorted(glob.glob(pattern, recursive=True)) or [path]  # with **, folders and their files
             yield from dict.fromkeys(file for match in matches for file in _expand_folder(Path(match)))
 
 
@@ -46,7 +48,8 @@ def _expand_folder(path: Path) -> Iterator[Path]:
     if not os.path.isdir(path):
         yield path
         return
-    extensions = {suffix for suffix, fmt in Image.registered_extensions().items() if fmt in Image.OPEN}
+    extensions = {
+        suffix for suffix, fmt in Image.registered_extensions().items() if fmt in Image.OPEN and fmt not in NO_PICTURES}
     yield from sorted(p for p in path.rglob('*') if p.suffix.lower() in extensions and os.path.isfile(p)) or [path]
 
 
@@ -54,8 +57,9 @@ def read_image(path: Path) -> Image.Image:
     """Read an image as 8-bit RGB, upright.
 
     Args:
-        path: File in any format and mode that Pillow reads. Transparent images are laid over white, 16-bit images and
-            floats from 0 to 1 are scaled to 8 bits, floats up to 255 are rounded, and the EXIF orientation is applied.
+        path: File in any format and mode that Pillow reads; of several frames or pages, the first is taken. Transparent
+            images are laid over white, 16-bit images and floats from 0 to 1 are scaled to 8 bits, floats up to 255 are
+            rounded, and the EXIF orientation is applied.
 
     Returns:
         An image of mode 'RGB'.

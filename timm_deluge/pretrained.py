@@ -91,8 +91,8 @@ def _load_or_download(checkpoint: Checkpoint, cache_dir: str | Path | None) -> d
             download_checkpoint(checkpoint, checkpoint.hf_hub_id)
         except (HTTPError, OSError) as error:
             raise CheckpointError(
-                f'{checkpoint.name} is not here and could not be downloaded from {checkpoint.hf_hub_id}: {error} '
-                f'Once it can: timm-deluge weights download {checkpoint.name}') from error
+                f'{checkpoint.name} is not here and could not be downloaded from {checkpoint.hf_hub_id}: '
+                f'{str(error).rstrip(".")}. Once it can: timm-deluge weights download {checkpoint.name}') from error
     return load_checkpoint(checkpoint)
 
 

@@ -29,8 +29,8 @@ from .aggregation import CrossLayerDepthwiseConv2d, LastLayerScale, WeightedLaye
 from .delugenet import CompositeLayer, DelugeBlock
 
 __all__ = [
-    'Connection', 'connection_scores', 'find_blocks', 'find_cross_layers', 'prune_connections', 'pruned_connections',
-    'record_model_args', 'remove_layers', 'save_pruned',
+    'CRITERIA', 'Connection', 'connection_scores', 'find_blocks', 'find_cross_layers', 'prune_connections',
+    'pruned_connections', 'record_model_args', 'remove_layers', 'save_pruned',
 ]
 
 CRITERIA = ('norm', 'taylor', 'random')
@@ -74,8 +74,8 @@ def connection_scores(
         model: A DelugeNet, not reparameterised.
         by: One of
 
-            * 'norm': L2 norm of the connection's weights, relative to the norm of all weights of its convolution, by
-              which the batch normalisation that follows would divide.
+            * 'norm': L2 norm of the connection's weights, relative to the norm of all weights of its convolution, whose
+              scale the batch normalisation that follows undoes.
             * 'taylor': first-order estimate of how much the loss changes, in absolute value, if the connection's output
               is replaced by its mean: ``|sum of weight * gradient|``.
             * 'random': a random number.
@@ -110,8 +110,7 @@ def find_cross_layers(model: nn.Module) -> dict[str, CrossLayerDepthwiseConv2d]:
     consumers = {n: m for n, m in model.named_modules() if isinstance(m, CrossLayerDepthwiseConv2d)}
     if not consumers:
         raise ValueError(
-            'there are no cross-layer convolutions to prune: this is no DelugeNet, or it was reparameterised; prune '
-            'first')
+            'there are no cross-layer convolutions: this is no DelugeNet, or it was reparameterised')
     return consumers
 
 
@@ -123,10 +122,7 @@ def _scores(
         batches: Iterable[tuple[torch.Tensor, torch.Tensor]] | None,
         seed: int,
 ) -> dict[str, torch.Tensor]:
-    """Score each convolution's connections, ``[1, number of sources]``, or single weights, ``[C, …]``.
-
-    Norms are relative to the norm over all sources, by which the batch normalisation after the sum would divide.
-    """
+    """Score each convolution's connections, ``[1, number of sources]``, or single weights, ``[C, …]``."""
     if by == 'norm':
         weights = {name: conv.masked_weight().detach().float()[:, 0, :, 0] for name, conv in consumers.items()}
         sizes = {n: w.abs() if unit == 'channel' else w.norm(dim=0, keepdim=True) for n, w in weights.items()}
@@ -159,7 +155,9 @@ def _taylor(
     images = None
     for images, targets in batches:
         with torch.enable_grad():
-            loss = F.cross_entropy(model(images).float(), targets, reduction='sum')
+            logits = model(images)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = F.cross_entropy(logits, targets, reduction='sum')
         gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         for total, gradient in zip(totals, gradients):
             total += gradient
@@ -221,13 +219,13 @@ def prune_connections(
     total = sum(conv.num_layers * len(scores[name]) for name, conv in consumers.items())
     num_gone, num_weak = total - sum(int(t.sum()) for t in there.values()), sum(int(w.sum()) for w in weak.values())
     number = math.floor(fraction * total + 1e-6) - num_gone
-    what, owner = ('weights', 'a channel') if unit == 'channel' else ('connections', next(iter(consumers)))
+    what, owner = ('weights', 'channel') if unit == 'channel' else ('connections', 'cross-layer convolution')
     if number < 0:
         raise ValueError(f'fraction={fraction}: {num_gone} of {total} {what} are gone already')
     if number > num_weak:
         raise ValueError(
-            f'fraction={fraction}: {owner} would lose its last source; of {total} {what} at most '
-            f'{num_gone + num_weak} can go')
+            f'fraction={fraction}: of {total} {what} at most {num_gone + num_weak} can go, since each {owner} keeps '
+            f'one')
     order = torch.cat([scores[name][weak[name]] for name in consumers]).argsort(stable=True)
     goes = torch.zeros(num_weak, dtype=torch.bool, device='cpu')
     goes[order[:number]] = True

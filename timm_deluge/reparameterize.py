@@ -2,7 +2,9 @@
 
 A composite layer's second and third batch normalisation go into the convolutions before them. All others of a Deluge
 block (those of the layer outputs, and each composite layer's first) go into the cross-layer convolutions' weights.
-The BatchNorm at the start of a transition, and the one before the classifier, become a scale and a shift per channel.
+The BatchNorm at the start of a transition, and the one before the classifier, become a scale and a shift per channel;
+so does the first one of a composite layer that no cross-layer convolution precedes. The stem's goes into its
+convolution.
 """
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,8 +23,8 @@ from .ops import (
 )
 
 __all__ = [
-    'ChannelAffine', 'FoldedDelugeBlock', 'InferenceConv2d', 'affine_of', 'check_relu', 'fold_into_conv', 'fuse_block',
-    'keep_hooks']
+    'ChannelAffine', 'FoldedCompositeLayer', 'FoldedDelugeBlock', 'InferenceConv2d', 'check_relu', 'fold_into_conv',
+    'fuse_block', 'keep_hooks']
 
 
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -379,7 +381,8 @@ def fuse_block(block: Any) -> FoldedDelugeBlock:
     """Make a `DelugeBlock` ready for inference.
 
     Args:
-        block: The block; left as it is.
+        block: The block; left as it is. Hooks on its layers, normalisations and cross-layer convolutions are not kept:
+            these parts are not called any more.
 
     Returns:
         An equivalent block for inference, without layers whose output no later convolution uses.

@@ -83,9 +83,10 @@ def training_connectivity(run_dir: Path) -> list[EpochConnectivity]:
 
 
 def _untrained(args: Any) -> nn.Module:
-    """Make a run's network, on the meta device."""
+    """Make a run's network, on the meta device, also if the checkpoint that it started from is gone."""
+    name = args.model if ':' in args.model else args.model.partition('.')[0]
     return timm.create_model(
-        args.model, num_classes=args.num_classes, in_chans=args.in_chans or (args.input_size or [3])[0],
+        name, num_classes=args.num_classes, in_chans=args.in_chans or (args.input_size or [3])[0],
         device=torch.device('meta'), **args.model_kwargs)
 
 

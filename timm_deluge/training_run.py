@@ -174,11 +174,12 @@ def add_checkpoint(
 
     name = f'{model_name}.{tag}'
     origin = made_of or start
+    files = write_weights(published, name)
     _write_log(log, LOGS / f'{name}.csv')
     checkpoint = Checkpoint(
         model=model_name,
         tag=tag,
-        **write_weights(published, name),
+        **files,
         num_params=sum(p.numel() for p in model.parameters()),
         class_names=input_config.pop('label_names'),
         class_descriptions=class_descriptions,

@@ -117,7 +117,7 @@ def image_names(loader: DataLoader[Any]) -> list[str]:
 
 @torch.inference_mode()
 def rank_targets(model: nn.Module, batches: Iterable[Any], device: str = 'cpu') -> torch.Tensor:
-    """Count the classes that the model finds more probable than the right one.
+    """Count the classes that the model finds more probable than the right one, up to five.
 
     Args:
         model: The model, in eval mode, on `device`.

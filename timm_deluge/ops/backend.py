@@ -69,8 +69,8 @@ class Backend(Protocol):
 
         Returns:
             For each layer, ``sum_i weights[i] * grads[i]``, ``[N, C, H, W]``, added to `begun`; and for each layer and
-            gradient, ``sum grads[i] * (layer - mean)`` over images and positions, ``[number of layers, l, C]``. The
-            scales, if any, multiply the gradients' images in both.
+            gradient, ``sum grads[i] * (layer - mean)`` over images and positions, ``[number of layers, l, C]``, in
+            float32 or more. The scales, if any, multiply the gradients' images in both.
         """
         ...
 

@@ -13,7 +13,7 @@ def checkpoint_layer(layer: nn.Module, x: torch.Tensor, recompute: Recompute | N
     """Apply a layer without keeping any of its activations for the backward pass.
 
     Args:
-        layer: The layer. Its batch normalisation counts a batch again when it runs again, as under
+        layer: The layer. Its batch normalisations update their running statistics again when it runs again, as under
             `torch.utils.checkpoint`.
         x: ``[N, C, H, W]``.
         recompute: Recomputes x in the backward pass; if None, x is kept.

@@ -34,7 +34,8 @@ def set_implementation(name: str) -> None:
             * 'reference': differentiable operators only, layer by layer: for debugging.
             * 'aten', 'cpp', 'triton': as 'auto', but with this backend wherever it can run. Elsewhere, ATen's operators
               take its place, or for 'triton' on a CPU, the backend that 'auto' takes. 'cpp' and 'triton' also try again
-              what did not compile before.
+              what did not compile before; on a CUDA device where Triton's kernels do not run, 'triton' lets its errors
+              through.
 
     Raises:
         ValueError: If there is no such implementation.
@@ -85,13 +86,14 @@ def why_not_fast(x: torch.Tensor) -> str | None:
 
 def choose_backend(x: torch.Tensor) -> Backend:
     """Get the backend for a tensor: it depends on device, dtype and the implementation that was set."""
-    if x.dtype is not torch.float64:  # Triton's kernels sum in float32
-        if _implementation == 'triton' and (x.is_cuda or os.environ.get('TRITON_INTERPRET') == '1'):
-            from . import triton
-            return triton
-        if _implementation == 'auto' and x.is_cuda:
-            return _triton(x.device, x.dtype) or aten
-    if _implementation in ('auto', 'cpp', 'triton') and not x.is_cuda and x.dtype in (torch.float32, torch.bfloat16):
+    if x.dtype is torch.float64:  # kernels and loops sum in float32
+        return aten
+    if _implementation == 'triton' and (x.is_cuda or os.environ.get('TRITON_INTERPRET') == '1'):
+        from . import triton
+        return triton
+    if x.is_cuda:
+        return _implementation == 'auto' and _triton(x.device, x.dtype) or aten
+    if _implementation in ('auto', 'cpp', 'triton') and x.dtype in (torch.float32, torch.bfloat16):
         return _cpp(x.dtype) or aten
     return aten
 
