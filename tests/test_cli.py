@@ -173,6 +173,8 @@ def test_report_of_an_unknown_model_suggests_similar_names():
     assert result.exit_code == 2 and "no model 'delugenet1'" in result.stderr and 'delugenet104' in result.stderr
     result = invoke('report', 'resnetlike146_1x1', '--model-kwargs', 'drop_rate=0.1', 'num_classes=10')
     assert result.exit_code == 2 and 'num_classes=10: no model; --model-kwargs takes one KEY=VALUE' in result.stderr
+    result = invoke('report', 'resnetlike146_1x1', '--model-kwargs', 'depths={[]: 1}')
+    assert result.exit_code == 2 and 'error:' in result.stderr
     result = invoke('report', 'local-dir:fraction=0.3')
     assert result.exit_code == 2 and 'fraction=0.3/config.json' in result.stderr and 'KEY=VALUE' not in result.stderr
 

@@ -162,6 +162,8 @@ def test_find_images(tmp_path, monkeypatch):
     assert [p.name for p in find_images([str(tmp_path)])] == ['a.JPG', 'b.png', 'c.webp']
     (tmp_path / 'empty').mkdir()
     assert [p.name for p in find_images([str(tmp_path / 'empty')])] == ['empty']
+    assert [p.name for p in find_images([str(tmp_path / 'e*')])] == ['empty']
+    assert [p for p in find_images([str(tmp_path / '**')]) if p.name != 'z.png'] == found
     with pytest.raises(ImageError, match='a folder without images'):
         read_image(tmp_path / 'empty')
     assert [p.name for p in find_images([str(tmp_path / 'notes.txt'), 'absent.png'])] == ['notes.txt', 'absent.png']

@@ -40,8 +40,9 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
             yield from _expand_folder(Path(path))
         else:
             pattern = os.path.expanduser(path)  # the shell leaves ~ alone in a quoted pattern
-            matches = sorted(glob.glob(pattern, recursive=True)) or [path]  # with **, folders and their files
-            yield from dict.fromkeys(file for match in matches for file in _expand_folder(Path(match)))
+            matches = map(Path, sorted(glob.glob(pattern, recursive=True)))  # with **, folders and their files
+            files = [file for match in matches for file in _expand_folder(match)]
+            yield from dict.fromkeys([file for file in files if not os.path.isdir(file)] or files or [Path(path)])
 
 
 def _expand_folder(path: Path) -> Iterator[Path]:
