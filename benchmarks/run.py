@@ -9,8 +9,8 @@ timm; fused R runs its composite layers and transitions as DelugeNets do, withou
 inputs for the backward pass.
 
 A reference kernel is timed before, during and after a comparison's rounds: where it takes longer than at its fastest in
-the whole file, another load was present, and this is reported for the comparison. A comparison whose rounds disagree is
-repeated, and the calmer run counts.
+any comparison of the same call, another load was present or the clock rate lower, and this is reported. A comparison
+whose rounds disagree is repeated, and the calmer run counts.
 """
 import fnmatch
 import json

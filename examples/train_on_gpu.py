@@ -89,7 +89,7 @@ def read_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """
     dataset = open_folder(folder)
     dataset.transform = np.asarray
-    loader = DataLoader(dataset, 500, num_workers=len(os.sched_getaffinity(0)), collate_fn=list)
+    loader = DataLoader(dataset, 500, num_workers=os.cpu_count() or 1, collate_fn=list)
     images, targets = zip(*chain.from_iterable(loader))
     paths = [path for path, _ in dataset.reader.samples]
     height, width = images[0].shape[:2]

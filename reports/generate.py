@@ -274,7 +274,8 @@ def _pruning() -> str:
     correlations = [
         {'': part, 'connections': importance[part]['connections'], **{
             f'{by}, {what}': f'{importance[part][what][by]:.2f}'
-            for what in ('replaced by its mean', 'set to zero') for by in ('norm', 'taylor')}}
+            for what in ('replaced by its mean', 'set to zero') for by in ('norm', 'taylor')},
+            'lower loss without it': f'{importance[part]["replaced by its mean"]["share of lower losses"]:.0%}'}
         for part in importance if part not in ('num_images', 'loss')]
     tables = [markdown_table(table) for table in (rows, after, correlations)]
     return '\n\n'.join((
@@ -285,8 +286,9 @@ def _pruning() -> str:
         *(['After one epoch of training with the recipe `cifar100_fine_tuning`, and with BatchNorm statistics '
            're-estimated on training images, unlike in the table above:',
            tables[1]] if after else []),
-        f'Spearman\'s rank correlation of a connection\'s score with the loss on {importance["num_images"]} training '
-        f'images when only that connection is removed:',
+        f'Spearman\'s rank correlation of a connection\'s score with how much the loss on {importance["num_images"]} '
+        f'training images changes, in absolute value, when only that connection is removed; and the share of '
+        f'connections without which, replaced by their means, the loss is lower:',
         tables[2],
         f'{results["machine"]}: {results["threads"]} threads, channels_last, torch {results["torch"]}, '
         f'{results["date"]}; medians of {results["rounds"]} interleaved rounds.',

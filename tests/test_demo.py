@@ -115,6 +115,7 @@ def test_a_port_that_is_taken(monkeypatch):
     with gr.Blocks() as page:
         gr.Markdown('empty')
     monkeypatch.setattr('timm_deluge.demo.create_page', lambda default: page)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', Image.MAX_IMAGE_PIXELS)
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()

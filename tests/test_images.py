@@ -84,7 +84,7 @@ def test_unreadable_files_say_why(tmp_path, monkeypatch):
             read_image(tmp_path / name)
     with pytest.raises(ImageError, match='no such file'):
         read_image(tmp_path / 'absent.jpg')
-    for path in find_images(['long' * 2000 + '.jpg', 'zero\0byte.jpg']):
+    for path in find_images(['long' * 2000 + '.jpg', 'zero\0byte.jpg', '~zero\0byte.jpg']):
         with pytest.raises(ImageError, match='unreadable'):
             read_image(path)
     os.mkfifo(tmp_path / 'pipe')

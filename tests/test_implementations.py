@@ -100,7 +100,9 @@ def assert_same(module, x, implementation, tolerance, fused=True):
 
 
 def is_fused(module, x) -> bool:
-    return {decision.reason for decision in explain_implementation(module, x).values()} == {None}
+    reasons = {decision.reason for decision in explain_implementation(module, x).values()}
+    assert reasons
+    return reasons == {None}
 
 
 def fused_calls(monkeypatch) -> list:

@@ -136,7 +136,7 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
     """The model card of the whole zoo, or of a repository on the Hugging Face Hub, in the Hub's form.
 
     Args:
-        checkpoints: The manifest, or the checkpoint that the repository holds.
+        checkpoints: The manifest, or the checkpoint that the repository holds; at least one.
         repo_id: The repository, `USER/REPO`.
 
     Returns:

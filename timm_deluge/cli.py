@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from timm.utils import reparameterize_model
 
 from .connectivity import block_connectivity, draw_connectivity, names_model, read_state_dict
-from .download import download_checkpoint
+from .download import as_clause, download_checkpoint
 from .hub import hub_files, push_to_hub
 from .images import find_images
 from .predict import EXAMPLE_IMAGE, Prediction, predict
@@ -46,10 +46,6 @@ T = TypeVar('T')
 LOADING_ERRORS = (
     AssertionError, AttributeError, EOFError, HTTPError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
     ValueError)
-
-
-def _without_full_stop(error: Exception) -> str:
-    return str(error).rstrip('.')
 
 
 def _fail(message: object) -> NoReturn:
@@ -120,7 +116,7 @@ def _shorten(path: str) -> str:
 
 def _printable(path: str) -> str:
     """Get a file's name with a replacement character for each byte that cannot be decoded."""
-    return path.encode(errors='surrogateescape').decode(errors='replace')
+    return path.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 
 def _print_predictions(predictions: list[Prediction]) -> None:
@@ -306,8 +302,8 @@ def demo(
         _fail(error)
     try:
         launch_page(page, host, port, open_browser)
-    except OSError:
-        _fail(f'cannot listen at {host}:{port}: choose another --port, or a --host of this machine')
+    except (OSError, RuntimeError) as error:
+        _fail(f'cannot listen at {host}:{port}: choose another --port, or a --host of this machine ({error})')
 
 
 @app.command('validate')
@@ -437,7 +433,7 @@ def weights_download(
     except (CheckpointError, HFValidationError) as error:
         _fail(error)
     except Exception as error:  # see `publish`
-        _fail(f'{_without_full_stop(error)}. {checkpoint.name} is not here yet; run this again, and the download '
+        _fail(f'{as_clause(error)}. {checkpoint.name} is not here yet; run this again, and the download '
               f'resumes where it stopped.')
     try:
         verify_checkpoint(checkpoint)
@@ -474,7 +470,7 @@ def publish(
     except (CheckpointError, HFValidationError) as error:
         _fail(error)
     except Exception as error:  # the Hub's client lets through errors of an HTTP library that depends on its version
-        _fail(f'{_without_full_stop(error)}. No file was published; run this again, and what was uploaded will not be '
+        _fail(f'{as_clause(error)}. No file was published; run this again, and what was uploaded will not be '
               f'uploaded again. '
               f'Do you need to log in (`hf auth login`, or HF_TOKEN), or another repository?')
 

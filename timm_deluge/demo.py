@@ -26,7 +26,7 @@ __all__ = ['answer', 'create_page', 'grad_cam', 'launch_page', 'lay_over']
 
 MAX_FILE_SIZE = '20mb'
 MAX_PIXELS = 50_000_000  # of a picture: 200 MB once it is decoded
-DAY = 24 * 3600  # seconds after which uploaded pictures are deleted
+DAY = 24 * 3600  # seconds: once a day, pictures that are older are deleted
 MAX_FRACTION = 0.8  # of the connections can be removed: each sum keeps at least one
 OVERLAY_SIZE = 320
 ROUNDS = 3

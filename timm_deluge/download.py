@@ -9,7 +9,12 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from .weights import HUB_FILE, Checkpoint, CheckpointError, downloads_dir
 
-__all__ = ['download_checkpoint']
+__all__ = ['as_clause', 'download_checkpoint']
+
+
+def as_clause(error: Exception) -> str:
+    """Get what an error says without its full stop, so that a sentence can follow; its type if it says nothing."""
+    return str(error).rstrip('. \n') or type(error).__name__
 
 
 def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:

@@ -24,8 +24,8 @@ def insert_layers(model: nn.Module, deeper: nn.Module, layers: Sequence[Collecti
 
     Args:
         model: A DelugeNet, not reparameterised; left as it is.
-        deeper: A DelugeNet of the same widths that has the wanted number of layers, and from which the additional ones
-            are copied; left as it is.
+        deeper: A DelugeNet of the same widths and `output_stride` that has the wanted number of layers, and from which
+            the additional ones are copied; left as it is.
         layers: For each block, the numbers of the additional layers in the deeper network, 1 or larger: layer 0 is the
             only one that takes h_0 before it is normalised.
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 __all__ = ['ImageError', 'find_images', 'read_image']
 
-NO_PICTURES = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}  # Pillow needs other programs to read these
+NO_PICTURES = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}  # Pillow alone cannot read these
 MAX_ASPECT_RATIO = 1000  # beyond it, resizing the short side to a network's input would make the long one huge
 
 
@@ -29,7 +29,7 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
 
     Yields:
         Paths of files; those in a folder are sorted by name. Paths that do not exist and folders without images are
-        yielded unchanged, for `read_image` to refuse.
+        yielded unchanged, for `read_image` to refuse; those that a pattern matches only if it matches no file.
     """
     for path in paths:
         if path == '-':
@@ -39,7 +39,7 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
         elif os.path.exists(path):
             yield from _expand_folder(Path(path))
         else:
-            pattern = os.path.expanduser(path)  # the shell leaves ~ alone in a quoted pattern
+            pattern = path if '\0' in path else os.path.expanduser(path)  # the shell leaves ~ alone in quotes
             matches = map(Path, sorted(glob.glob(pattern, recursive=True)))  # with **, folders and their files
             files = [file for match in matches for file in _expand_folder(match)]
             yield from dict.fromkeys([file for file in files if not os.path.isdir(file)] or files or [Path(path)])

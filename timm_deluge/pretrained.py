@@ -9,7 +9,7 @@ from huggingface_hub.errors import HTTPError
 from timm.models import get_arch_pretrained_cfgs, resolve_pretrained_cfg
 from torch import nn
 
-from .download import download_checkpoint
+from .download import as_clause, download_checkpoint
 from .paper import published
 from .weights import (
     HUB_FILE,
@@ -92,7 +92,7 @@ def _load_or_download(checkpoint: Checkpoint, cache_dir: str | Path | None) -> d
         except (HTTPError, OSError) as error:
             raise CheckpointError(
                 f'{checkpoint.name} is not here and could not be downloaded from {checkpoint.hf_hub_id}: '
-                f'{str(error).rstrip(".")}. Once it can: timm-deluge weights download {checkpoint.name}') from error
+                f'{as_clause(error)}. Once it can: timm-deluge weights download {checkpoint.name}') from error
     return load_checkpoint(checkpoint)
 
 

@@ -189,7 +189,7 @@ def weights_dirs() -> dict[str, Path]:
     """Folders that may have a checkpoint's files, keyed by a description, in the order in which they are searched."""
     folders = {'the package': weights_dir()}
     checkout = _checkout()
-    if checkout and checkout / 'weights' != weights_dir():
+    if checkout and (checkout / 'weights').resolve() != weights_dir():
         folders['the checkout that it was installed from'] = checkout / 'weights'
     return {**folders, 'the Hugging Face cache': downloads_dir()}
 
