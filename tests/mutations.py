@@ -110,7 +110,7 @@ MUTATIONS = [
      'test_weights.py test_timm_contract.py'),
     ('download.py', 'if sha256 != checkpoint.sha256:', 'if False:', 'faults/test_download.py'),
     ('hub.py', '    validate_repo_id(repo_id)\n', '', 'test_hub.py test_cli.py faults/test_bad_options.py'),
-    ('settle.py', 'module.train()', 'pass', 'test_training_run.py'),
+    ('settle.py', 'norm.train()', 'pass', 'test_training_run.py'),
     ('settle.py', 'Random(seed).shuffle(batches.dataset.reader.samples)', 'pass', 'test_training_run.py'),
     ('validate.py', '(ranks < 5).double()', '(ranks <= 5).double()',
      'test_cli.py test_training_run.py test_weights.py'),
