@@ -136,13 +136,13 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
     """The model card of the whole zoo, or of a repository on the Hugging Face Hub, in the Hub's form.
 
     Args:
-        checkpoints: The manifest, or the checkpoint that the repository holds; at least one.
+        checkpoints: The manifest, or the checkpoint that the repository holds.
         repo_id: The repository, `USER/REPO`.
 
     Returns:
         YAML header with a model-index, and Markdown.
     """
-    name = f'hf-hub:{repo_id}' if repo_id else checkpoints[0].name
+    name = f'hf-hub:{repo_id}' if repo_id else checkpoints[0].name if checkpoints else ''
     data = ModelCardData(
         model_name=checkpoints[0].name if repo_id else 'timm-deluge',
         license='apache-2.0',
@@ -163,7 +163,7 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
     )
     sections = [
         f'---\n{data.to_yaml()}\n---',
-        *(BASELINE if not any(c.has_connections for c in checkpoints) else DELUGENETS),
+        *(BASELINE if checkpoints and not any(c.has_connections for c in checkpoints) else DELUGENETS),
         '## Checkpoints',
         markdown_table([{
             'checkpoint': f'`{c.name}`', 'data': c.dataset['name'], 'classes': len(c.class_names),
@@ -176,7 +176,8 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         '## Use',
         'timm alone does not know these networks: install the package `timm-deluge` from a checkout of its repository.',
         '```python\nimport timm, timm_deluge\n\n'
-        f"model = timm.create_model('{name}', pretrained=True).eval()\n```",
+        f"model = timm.create_model('{name}', pretrained=True).eval()\n```"
+        if checkpoints else 'No checkpoint is published yet.',
         '## Intended use and limits',
         'For research on how layers connect, for feature extraction and fine-tuning on small images, and as a '
         'baseline for short training runs. The checkpoints know only the classes they were trained on and answer with '
