@@ -714,8 +714,7 @@ def test_hooks_and_replaced_parts_are_respected(monkeypatch):
 @pytest.mark.parametrize('layout', ['channels_last', 'contiguous'])
 @pytest.mark.parametrize('grad_checkpointing', [False, True])
 @pytest.mark.parametrize('block_type', [DelugeBlock, ResidualBlock])
-def test_stochastic_depth_trains_as_the_reference(
-        implementation, dtype, layout, grad_checkpointing, block_type):
+def test_stochastic_depth_trains_as_the_reference(implementation, dtype, layout, grad_checkpointing, block_type):
     # gradients of biases before a batch normalisation are nothing but rounding: statistics are frozen in float32
     dropped = block(block_type=block_type, drop_path_rates=(0., 0.2, 0.5, 0.7)).to(dtype).train(dtype is torch.float64)
     dropped.drop_paths.train()

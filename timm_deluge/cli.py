@@ -471,8 +471,7 @@ def publish(
         _fail(error)
     except Exception as error:  # the Hub's client lets through errors of an HTTP library that depends on its version
         _fail(f'{as_clause(error)}. No file was published; run this again, and what was uploaded will not be '
-              f'uploaded again. '
-              f'Do you need to log in (`hf auth login`, or HF_TOKEN), or another repository?')
+              f'uploaded again. Do you need to log in (`hf auth login`, or HF_TOKEN), or another repository?')
 
 
 def _find(name: str) -> Checkpoint:

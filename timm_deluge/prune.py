@@ -109,8 +109,7 @@ def find_cross_layers(model: nn.Module) -> dict[str, CrossLayerDepthwiseConv2d]:
     """
     consumers = {n: m for n, m in model.named_modules() if isinstance(m, CrossLayerDepthwiseConv2d)}
     if not consumers:
-        raise ValueError(
-            'there are no cross-layer convolutions: this is no DelugeNet, or it was reparameterised')
+        raise ValueError('there are no cross-layer convolutions: this is no DelugeNet, or it was reparameterised')
     return consumers
 
 
