@@ -32,7 +32,8 @@ from timm_deluge.cli import EXAMPLE_IMAGE
 
 
 @pytest.fixture(autouse=True)
-def restore_implementation():
+def start_afresh():
+    torch.manual_seed(0)
     yield
     timm_deluge.set_implementation('auto')
 

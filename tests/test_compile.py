@@ -155,12 +155,13 @@ def test_the_processor_is_described_the_same_at_every_time():
 
 @pytest.mark.parametrize('field', ['model name', 'flags', 'Features', 'isa'])
 def test_each_of_a_processors_features_is_described(field, monkeypatch):
-    def described(features) -> list[str]:
-        text = f'processor\t: 0\n{field}\t: {features}\ncpu MHz\t: 2445.404\n'
+    def described(features, mhz='2445.404') -> list[str]:
+        text = f'processor\t: 0\n{field}\t: {features}\ncpu MHz\t: {mhz}\n'
         monkeypatch.setattr(Path, 'read_text', lambda self, **options: text)
         return compile._processor()
 
     assert described('avx2') != described('avx2 avx512f')
+    assert described('avx2') == described('avx2', '1500.000')
 
 
 @needs_compiler

@@ -114,8 +114,9 @@ def test_gradients_of_weights_take_patches_for_longer_with_amx(monkeypatch, dtyp
     assert not calls
 
 
-def test_autocast_decides_the_dtype():
-    x, weight = example((3, 3), (2, 2), torch.float32)
+@pytest.mark.parametrize('dtype, expected', [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)])
+def test_autocast_decides_the_dtype(dtype, expected):
+    x, weight = example((3, 3), (2, 2), dtype)
     with torch.autocast('cpu', torch.bfloat16):
         y = conv.conv2d(x, weight, ((1, 1), (1, 1), (1, 1)))
-    assert y.dtype == torch.bfloat16
+        assert y.dtype == F.conv2d(x, weight).dtype == expected

@@ -38,8 +38,14 @@ def test_python_of_the_readme_runs(monkeypatch):
     page for folder in ('.', 'benchmarks', 'docs', 'reports') for page in (REPOSITORY / folder).glob('*.md')
 ), ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_links_of_a_page_lead_somewhere(page):
-    for link in re.findall(r'\]\(([^)#\s]+)[^)]*\)', page.read_text(encoding='utf-8')):
-        assert '://' in link or (page.parent / link).exists(), link
+    for link, anchor in re.findall(r'\]\(([^)#\s]*)(?:#([^)\s]+))?[^)]*\)', page.read_text(encoding='utf-8')):
+        if '://' in link:
+            continue
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall('^#+ (.+)$', target.read_text(encoding='utf-8'), re.MULTILINE)
+            assert anchor in {re.sub(r'[^\w\- ]', '', title).lower().replace(' ', '-') for title in titles}, anchor
 
 
 @pytest.mark.slow

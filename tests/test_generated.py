@@ -58,7 +58,6 @@ def test_outcomes_are_those_of_pytest(child, kind, message):
 def test_readme_shows_the_model_table():
     readme = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
     assert '| `delugenet122`' in readme and '63,620,392' in readme
-    assert all(f'{100 - c.metrics["top1"]:.2f}' in readme for c in list_checkpoints())
 
 
 @pytest.mark.parametrize('order', [1, -1])

@@ -93,6 +93,10 @@ def test_forward_intermediates_options():
     torch.testing.assert_close(model.norm(every[-1]), features)
     last = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
     torch.testing.assert_close(last[0], features)
+    two = model.forward_intermediates(x, indices=[2, 4], norm=True, intermediates_only=True)
+    torch.testing.assert_close(two, [every[2], features])
+    final, _ = model.forward_intermediates(x, indices=[0, 2], stop_early=True)
+    torch.testing.assert_close(final, every[2])
     calls = []
     for stage in model.stages:
         stage.register_forward_hook(lambda stage, *_: calls.append(stage))
