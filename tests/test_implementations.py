@@ -21,6 +21,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_deluge
@@ -561,7 +562,7 @@ def test_a_forward_that_was_replaced_is_called():
     with torch.no_grad():
         module(x)
     assert len(calls) == 1
-    assert 'layers.1.conv2 has hooks' in explain_implementation(module, x)[''].reason
+    assert explain_implementation(module, x)[''].reason == 'layers.1.conv2 has another forward'
 
 
 def test_padding_by_name():
@@ -591,6 +592,21 @@ def test_an_identity_in_the_place_of_a_part_takes_the_reference(place, monkeypat
     assert explain_implementation(module, x)[''].reason == f'{place} was replaced by a Identity'
 
 
+def test_a_dispatch_mode_or_a_subclass_takes_the_reference():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    class Tagged(torch.Tensor):
+        pass
+
+    module, x = block(), torch.randn(2, 6, 5, 5)
+    with Watch():
+        assert 'a dispatch mode is active' in module.why_not_fused(x)
+    assert module.why_not_fused(x.as_subclass(Tagged)) == 'the input is a Tagged, not a plain torch.Tensor'
+    assert module.why_not_fused(x) is None
+
+
 @pytest.mark.parametrize('training', [True, False])
 def test_what_watches_every_operator_or_module_sees_them(training):
     model, x = DelugeNet((3, 3), (4, 8), num_classes=5, stem_type='cifar').train(training), torch.randn(2, 3, 16, 16)
@@ -607,6 +623,7 @@ def test_what_watches_every_operator_or_module_sees_them(training):
     try:
         with torch.no_grad():
             model(x)
+        assert explain_implementation(model, x)['stages.1'].reason == 'layers has hooks, as all modules have'
     finally:
         handle.remove()
     assert set(model.stages[1].layers) | set(model.stages[1].cross_layers) <= seen
@@ -1389,6 +1406,45 @@ def test_gradients_are_read_once_for_four_layers_where_there_are_four(monkeypatc
     model = timm.create_model('delugenet146', depths=(9,), widths=(4,))
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     assert reads == [*((n, 1) for n in range(1, 6)), (6, 4), (1, 1), (2, 1), (2, 1)]
+
+
+@pytest.mark.parametrize('place', ['', 'stages.1', 'stages.0.layers.1'])
+@pytest.mark.parametrize('by_method', [False, True])
+def test_what_is_compiled_takes_the_reference_and_an_explanation_says_so(place, by_method):
+    model, x = DelugeNet((3, 3), (4, 8), num_classes=5, stem_type='cifar'), torch.randn(2, 3, 16, 16)
+    before, calls = copy.deepcopy(model.state_dict()), []
+
+    def backend(graph, example_inputs):
+        calls.append(graph)
+        return graph.forward
+
+    parent, _, name = place.rpartition('.')
+    part = model.get_submodule(place)
+    if by_method:
+        part.compile(backend=backend)
+    elif place:
+        setattr(model.get_submodule(parent), name, torch.compile(part, backend=backend))
+    else:
+        model = torch.compile(model, backend=backend)
+    found = {name.replace('_orig_mod.', '').replace('._orig_mod', ''): decision
+             for name, decision in explain_implementation(model, x).items()}
+    assert not calls
+    inside = [decision for name, decision in found.items() if f'{name}.'.startswith(f'{place}.' if place else '')]
+    assert inside and set(inside) == {('reference', 'the model is compiled or exported')}
+    if place.count('.') == 3:
+        why = 'was compiled' if by_method else 'was replaced by a OptimizedModule'
+        assert found['stages.0'] == ('reference', f'layers.1 {why}')
+    assert (found['stages.1'].reason is None) == place.startswith('stages.0')
+    for tensor, as_it_was in zip(model.state_dict().values(), before.values()):
+        assert torch.equal(tensor, as_it_was)
+    model(x)
+    assert calls
+
+
+def test_sizes_of_a_convolution_by_a_single_number_take_the_reference():
+    module = block().train()
+    module.layers[1].conv2.padding = 1
+    assert_same(module, torch.randn(4, 6, 5, 7), 'auto', 1e-4, fused=False)
 
 
 def test_an_explanation_names_the_implementation_and_what_is_against_it(caplog):

@@ -13,10 +13,11 @@ from timm.layers import BatchNormAct2d
 from timm.models._features import FeatureGetterNet
 from timm.utils import reparameterize_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_deluge import explain_implementation
 from timm_deluge.aggregation import AGGREGATIONS
-from timm_deluge.delugenet import DelugeBlock, DelugeNet, ProjectionLayer
+from timm_deluge.delugenet import CompositeLayer, DelugeBlock, DelugeNet, ProjectionLayer
 from timm_deluge.ops import memory, set_implementation, workspace
 from timm_deluge.reparameterize import FoldedDelugeBlock, InferenceConv2d
 
@@ -270,6 +271,60 @@ def test_reordered_weights_follow_the_parameters(tmp_path):
         torch.testing.assert_close(model(x[:1]), changed[:1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(x).detach(), changed, rtol=1e-4, atol=1e-4)  # with gradients, the ordinary way
     assert not torch.allclose(first, changed)
+    model.double()
+    assert all(conv._reordered is None for conv in convs)
+
+
+def test_a_copy_of_a_compiled_convolution_has_its_own_weights(tmp_path):
+    conv = InferenceConv2d(nn.Conv2d(3, 4, 1))
+    conv.compile(backend='eager')
+    twin = copy.deepcopy(conv)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert not twin(torch.randn(1, 3, 2, 2)).any()
+    torch.save(conv, tmp_path / 'conv.pth')
+
+
+@torch.no_grad()
+def test_parts_of_a_reparameterised_block_can_be_replaced():
+    x = torch.randn(1, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    for place in 'stages.1.layers.0', 'stages.1.layers.0.conv3':
+        model = reparameterize_model(trained()).to(memory_format=torch.channels_last)
+        expected, part = model(x), model.get_submodule(place)
+        parent, _, name = place.rpartition('.')
+        setattr(model.get_submodule(parent), name, nn.Sequential(part))
+        torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('training', [False, True])
+def test_every_part_is_in_the_mode_of_the_model(kind, training):
+    model = reparameterize_model(trained(**kind).train(training))
+    assert {module.training for module in model.modules()} == {training}
+
+
+@torch.no_grad()
+def test_under_autocast():
+    model, x = trained(), torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    fused = reparameterize_model(model).to(memory_format=torch.channels_last)
+    expected = model(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert fused.stages(fused.stem(x)).dtype == torch.bfloat16
+        torch.testing.assert_close(fused(x).float(), expected, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_what_counts_operators_sees_them():
+    model, x = reparameterize_model(trained()), torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
+    flops = []
+    for implementation in ('reference', 'auto'):
+        set_implementation(implementation)
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
 
 
 @torch.inference_mode()
@@ -311,6 +366,7 @@ def test_training_mode_and_twice(kind):
     lambda layer: setattr(layer.norm2, 'drop', nn.AvgPool2d(3, 1, 1)),
     lambda layer: setattr(layer, 'norm1', nn.Sequential(OrderedDict(norm=nn.Identity(), act=nn.ReLU()))),
     lambda layer: setattr(layer.norm3, 'running_var', None),
+    lambda layer: setattr(layer.norm2, 'forward', lambda x: 2 * x),
 ])
 @pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
 def test_what_cannot_be_folded_is_refused(change, aggregation):
@@ -337,6 +393,7 @@ def test_a_transition_that_cannot_be_folded_stays_as_it_is():
 
 @pytest.mark.parametrize('name, part', [
     ('layers', nn.Identity()), ('layers', ProjectionLayer(8, 4)), ('drop_paths', nn.ReLU()),
+    ('layers', type('Halved', (CompositeLayer,), dict(bottleneck=lambda self, x: x / 2))(8, 4)),
     ('cross_layers', nn.Identity())])
 def test_a_part_that_computes_something_else_is_refused(name, part):
     model = DelugeNet((3, 2), (4, 8), 5, stem_type='cifar').eval()

@@ -78,7 +78,8 @@ class Stem(nn.Sequential):
         """Fold the BN into the convolution, for `timm.utils.reparameterize_model`."""
         layers: Any = self
         if 'norm' in self._modules and not isinstance(layers.norm, nn.Identity):
-            layers.conv, layers.norm = fold_into_conv(layers.conv, layers.norm), keep_hooks(layers.norm, nn.Identity())
+            norm = keep_hooks(layers.norm, nn.Identity().train(self.training))
+            layers.conv, layers.norm = fold_into_conv(layers.conv, layers.norm), norm
 
 
 class CompositeLayer(FusedModule):
@@ -147,6 +148,7 @@ class CompositeLayer(FusedModule):
             norm1, folded = ChannelAffine(self.norm1), FoldedCompositeLayer(self)
             self.norm1, self.norm2, self.norm3 = norm1, nn.Identity(), nn.Identity()
             self.conv1, self.conv2, self.conv3 = folded.conv1, folded.conv2, folded.conv3
+            self.train(self.training)  # the new parts
 
 
 class ProjectionLayer(CompositeLayer):
@@ -403,9 +405,9 @@ class DelugeNet(nn.Module):
 
         Raises:
             ValueError: If `depths` and `widths` differ in length or are empty, the layer that gives h_0 is missing, an
-                option has none of the values above, or is not for that aggregation, a rate is not from 0 to 1
-                (`connection_drop_rate`: less than 1), `pruned_connections` do not fit, or the network would have more
-                than a billion parameters, not counting transitions.
+                option has none of the values above, or is not for that aggregation, a number is too small, a rate is
+                not from 0 to 1 (`connection_drop_rate`: less than 1), `pruned_connections` do not fit, or the network
+                would have more than about a billion parameters.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -644,10 +646,14 @@ def _check_size(depths: Sequence[int], widths: Sequence[int], num_classes: int, 
         raise ValueError(f'depths {tuple(depths)} and widths {tuple(widths)} must name the same number of blocks')
     if not depths:
         raise ValueError('depths and widths: expected at least one block')
-    # the classifier, the stem, three convolutions a layer, cross-layer weights and biases; transitions are not counted
+    for name, value, least in ('num_classes', num_classes, 0), ('in_chans', in_chans, 1), ('widths', min(widths), 1):
+        if value < least:
+            raise ValueError(f'{name}={value}: must be at least {least}')
+    # the classifier, the stem, transitions, three convolutions a layer, cross-layer weights and biases
     params = 2 * num_classes * widths[-1] + 49 * in_chans * widths[0] + sum(
-        13 * depth * width ** 2 + 2 * width * depth * (depth + 3) for depth, width in zip(depths, widths))
-    if params > MAX_PARAMS:
+        36 * width * next_width for width, next_width in zip(widths, widths[1:])) + sum(
+        13 * (depth + 1) * width ** 2 + 2 * width * depth * (depth + 3) for depth, width in zip(depths, widths))
+    if not params <= MAX_PARAMS:  # also true for NaN
         raise ValueError(
             f'depths={tuple(depths)}, widths={tuple(widths)}, num_classes={num_classes}, in_chans={in_chans}: this '
             f'network has about {params:.1e} parameters; at most {MAX_PARAMS:,} are built')

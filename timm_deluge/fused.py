@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ops import has_hooks, takes_fast_path, why_not_fast
+from .ops import takes_fast_path, why_called, why_not_fast
 from .reparameterize import ChannelAffine, InferenceConv2d
 
 __all__ = ['FusedModule']
@@ -52,11 +52,11 @@ class FusedModule(nn.Module):
             return 'was reparameterised'
         if type(part) not in self.part_types.get(last, ()):
             return f'was replaced by a {type(part).__name__}'
-        if has_hooks(part):
-            return 'has hooks'
+        if reason := why_called(part):
+            return reason
         if isinstance(part, nn.Conv2d) and not (
                 part.bias is None and part.groups == 1 and part.padding_mode == 'zeros'
-                and not isinstance(part.padding, str)):
+                and all(isinstance(arg, tuple) for arg in (part.stride, part.padding, part.dilation))):
             return 'was replaced by another kind of convolution'
         if isinstance(part, nn.BatchNorm2d):
             if not part.track_running_stats or any(buffer is None for buffer in part._buffers.values()):

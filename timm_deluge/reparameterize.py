@@ -10,30 +10,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from timm.layers.norm_act import FrozenBatchNorm2d
 from torch import nn
 
-from .ops import (
-    has_hooks,
-    rows,
-    running_sums,
-    split_batch,
-    takes_fast_path,
-    why_not_fast,
-    workspace,
-)
+from .ops import rows, running_sums, split_batch, takes_fast_path, why_called, why_not_fast, workspace
 
 __all__ = [
     'ChannelAffine', 'FoldedCompositeLayer', 'FoldedDelugeBlock', 'InferenceConv2d', 'check_relu', 'fold_into_conv',
     'fuse_block', 'keep_hooks']
 
 
+BATCH_NORMS = (
+    nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct, FrozenBatchNorm2d, FrozenBatchNormAct2d)
+
+
 def affine_of(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Get the scale and the shift, ``[C]`` in float32 or wider, that a batch normalisation applies in inference.
 
     Raises:
-        ValueError: If it has no running statistics, or its `drop` (in timm's norm layers) is no dropout.
+        ValueError: If it is no batch normalisation, has no running statistics, or its `drop` (in timm's norm layers) is
+            no dropout.
     """
-    if getattr(norm, 'running_mean', None) is None or getattr(norm, 'running_var', None) is None:
+    if not _computes_as(norm, *BATCH_NORMS) or norm.running_mean is None or norm.running_var is None:
         raise ValueError(
             f'cannot be reparameterised: a batch normalisation with running statistics was expected, not {norm}')
     drop = getattr(norm, 'drop', None)
@@ -55,8 +54,11 @@ def check_relu(norm: Any) -> None:
 
 
 def _computes_as(module: nn.Module, *types: type[nn.Module]) -> bool:
-    """Tell whether a module's `forward` is that of one of the types; a subclass may have other parameters."""
-    return any(getattr(module.forward, '__func__', None) is of_type.forward for of_type in types)
+    """Tell whether a module's methods are those of one of the types; a subclass may have other parameters."""
+    methods = 'forward', 'bottleneck'
+    return any(
+        all(getattr(getattr(module, name, None), '__func__', None) is getattr(of_type, name, None) for name in methods)
+        for of_type in types)
 
 
 class InferenceConv2d(nn.Conv2d):
@@ -104,6 +106,7 @@ class InferenceConv2d(nn.Conv2d):
         if bias is not None:
             self.bias = nn.Parameter(bias.to(weight.dtype))
         self.relu = relu
+        self.train(conv.training)
         self._reordered: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -190,7 +193,7 @@ class InferenceConv2d(nn.Conv2d):
         self._reordered = None  # in inference mode, tensors have no version that would change
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_reordered': None}
+        return {**super().__getstate__(), '_reordered': None}  # type: ignore[no-untyped-call]
 
 
 def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv2d:
@@ -219,6 +222,7 @@ class ChannelAffine(nn.Module):
         self.weight = nn.Parameter(scale[:, None, None])
         self.bias = nn.Parameter(shift[:, None, None])
         self.act = getattr(norm, 'act', nn.Identity())
+        self.train(norm.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(torch.addcmul(self.bias, x, self.weight).to(x.dtype))
@@ -247,7 +251,8 @@ class FoldedCompositeLayer(nn.Module):
         Returns:
             ``[N, 2n, H, W]``.
         """
-        return self.conv3(self.conv2(self.conv1(x)), out)
+        x = self.conv2(self.conv1(x))
+        return self.conv3(x) if out is None else self.conv3(x, out)
 
 
 class FoldedCrossLayer(nn.Module):
@@ -325,16 +330,18 @@ class FoldedDelugeBlock(nn.Module):
     def infers_fast(self, x: torch.Tensor) -> bool:
         """Whether `forward` takes `forward_fast`."""
         reason = why_not_fast(x) or ('gradients are enabled' if torch.is_grad_enabled() else None)
-        if any(has_hooks(module) for module in (*self.cross_layers, self.last_cross_layer)):
-            reason = reason or 'a cross-layer convolution has hooks'
+        for module in (*self.cross_layers, self.last_cross_layer):
+            if not reason and (why := why_called(module)):
+                reason = f'a cross-layer convolution {why}'
         return takes_fast_path(self, x, reason)
 
     @torch.jit.ignore
     def forward_fast(self, x: torch.Tensor) -> torch.Tensor:
         """The part of `forward` from h_0 on, with several sums from one pass over the layers."""
         in_place = x.device.type == 'cpu' and x.is_contiguous(memory_format=torch.channels_last)
-        if not in_place or any(has_hooks(module) for module in self.layers.modules()):  # hooks may keep what they see
-            return self.combine_layers(x)
+        ours = nn.ModuleList, FoldedCompositeLayer, InferenceConv2d
+        if not in_place or any(type(part) not in ours or why_called(part) for part in self.layers.modules()):
+            return self.combine_layers(x)  # others, or hooks, may keep what they see
         results = []
         for h in split_batch(x, len(self.layers)):
             with workspace(len(self.layers), h) as outs:
@@ -356,7 +363,7 @@ class FoldedDelugeBlock(nn.Module):
             layers, len(cross_layers), folded_weights, None if outs is None else [*outs, torch.empty_like(h)],
             [cross_layer.relu for cross_layer in cross_layers], sources if pruned else None)
         for layer, x in zip(self.layers, sums):
-            layers.append(layer(x, None if outs is None else x))
+            layers.append(layer(x) if outs is None else layer(x, x))
         return next(sums)
 
 

@@ -1,5 +1,6 @@
 """A configuration from elsewhere, as of a Hub repository, that asks for too much is refused before it is built."""
 import json
+import math
 import resource
 
 import pytest
@@ -27,6 +28,9 @@ def memory_limit():
     {'model_args': {'widths': [32, 64, 1_000_000]}},
     {'model_args': {'in_chans': 1_000_000_000}},
     {'num_classes': 1_000_000_000},
+    {'model_args': {'num_classes': math.nan}},
+    {'model_args': {'depths': [2, 0], 'widths': [3000, 300_000]}},
+    {'model_args': {'depths': [2], 'widths': [math.inf]}},
 ], ids=json.dumps)
 def test_a_network_of_any_size_is_not_built(config, tmp_path, memory_limit):
     (tmp_path / 'config.json').write_text(json.dumps({**CONFIG, **config}))
@@ -37,6 +41,9 @@ def test_a_network_of_any_size_is_not_built(config, tmp_path, memory_limit):
 @pytest.mark.parametrize('model_args, error, message', [
     ({'depths': [1, 2]}, ValueError, 'must name the same number of blocks'),
     ({'aggregation': '__import__("os")'}, ValueError, "must be one of 'cross_layer', 'scalar'"),
+    ({'num_classes': -10 ** 9, 'widths': [32, 64, 20_000]}, ValueError, 'num_classes=-1000000000: must be at least 0'),
+    ({'in_chans': 0}, ValueError, 'in_chans=0: must be at least 1'),
+    ({'widths': [32, 64, -128]}, ValueError, 'widths=-128: must be at least 1'),
     ({'stem_type': ['cifar']}, ValueError, "must be one of 'imagenet', 'cifar'"),
     ({'code': 'print(1)'}, TypeError, "unexpected keyword argument 'code'")], ids=str)
 def test_what_is_no_option_is_refused(model_args, error, message, tmp_path):

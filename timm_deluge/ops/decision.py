@@ -2,14 +2,14 @@
 import copy
 import logging
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .implementation import choose_backend
+from .implementation import COMPILED, choose_backend
 
-__all__ = ['Decision', 'explain_implementation', 'has_hooks', 'takes_fast_path']
+__all__ = ['Decision', 'explain_implementation', 'takes_fast_path', 'why_called']
 
 _logger = logging.getLogger(__name__)
 _decisions: ContextVar[dict[nn.Module, 'Decision'] | None] = ContextVar('decisions', default=None)
@@ -52,14 +52,23 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
     """Tell which implementation a call of a model takes, and why not a fast one, by calling a copy of it.
 
     Args:
-        model: A DelugeNet, or a module that contains one, in the mode in which it is to be called.
+        model: A DelugeNet, or a module that contains one, compiled or not, in the mode in which it is to be called.
         x: Its input, such as images ``[N, in_chans, H, W]``.
 
     Returns:
         The decision of each module that had to make one, by the module's name. A block that takes its fast path
         decides for its layers, too, unless it recomputes them (gradient checkpointing).
     """
-    model = copy.deepcopy(model)
+    original, model, compiled = model, copy.deepcopy(model), []
+    parts: Any = zip(original.named_modules(), model.modules())
+    for (name, module), twin in parts:
+        if hasattr(module, '_orig_mod'):  # by torch.compile
+            twin.forward = twin._orig_mod.__call__
+        elif module._compiled_call_impl is not None:  # by its own method
+            twin._compiled_call_impl = twin._call_impl
+        else:
+            continue
+        compiled.append(f'{name}.' if name else '')
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     decisions: dict[nn.Module, Decision] = {}
     token = _decisions.set(decisions)
@@ -68,11 +77,19 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
             model(x)
     finally:
         _decisions.reset(token)
-    return {name: decisions[module] for name, module in model.named_modules() if module in decisions}
+    return {
+        name: Decision('reference', COMPILED) if f'{name}.'.startswith(tuple(compiled)) else decisions[module]
+        for name, module in model.named_modules() if module in decisions}
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Tell whether hooks see a module's calls or their gradients, or its `forward` was replaced."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or 'forward' in vars(module) or torch.nn.modules.module._has_any_global_hook())
+def why_called(module: nn.Module) -> str | None:
+    """Get the reason why a module must be called, instead of using its parameters elsewhere; None if there is none."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return 'has hooks, as all modules have'
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return 'has hooks'
+    if 'forward' in vars(module):
+        return 'has another forward'
+    if module._compiled_call_impl is not None:
+        return 'was compiled'
+    return None

@@ -12,6 +12,7 @@ from .backend import Backend
 __all__ = ['choose_backend', 'get_implementation', 'set_implementation', 'why_not_fast']
 
 IMPLEMENTATIONS = ('auto', 'reference', 'aten', 'cpp', 'triton')
+COMPILED = 'the model is compiled or exported'
 _implementation = 'auto'
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def get_implementation() -> str:
 def why_not_fast(x: torch.Tensor) -> str | None:
     """Get the reason why fast paths may not run on a tensor, None if they may: in plain eager mode on most tensors."""
     if torch.compiler.is_compiling():
-        return 'the model is compiled or exported'
+        return COMPILED
     if torch.jit.is_tracing():
         return 'the model is traced'
     if _implementation == 'reference':
