@@ -61,6 +61,8 @@ def read_recipe(path: Path) -> dict[str, object]:
         ValueError: If with these options this script would do something else than train.py.
     """
     recipe = yaml.safe_load(path.read_text())
+    if not isinstance(recipe, dict):
+        raise ValueError(f'{path}: expected options of train.py by name')
     missing = NEEDED - recipe.keys()
     if missing:
         raise ValueError(f'{path}: says nothing of {min(missing)}, where train.py does something else than this script')

@@ -305,7 +305,11 @@ def test_folders_that_no_training_left(tmp_path):
 
 def test_a_model_goes_before_a_folder_of_its_name(scratch_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'delugenet146').mkdir()
     monkeypatch.setattr('timm_deluge.cli.read_state_dict', lambda source: timm.create_model(source).state_dict())
-    result = invoke('connectivity', 'delugenet146')
-    assert result.exit_code == 0 and 'block 3' in result.stdout
+    for name in ('delugenet146', 'delugenet146.muon40_cifar100'):
+        (tmp_path / name).mkdir()
+        result = invoke('connectivity', name)
+        assert result.exit_code == 0 and 'block 3' in result.stdout
+    (tmp_path / 'delugenet146.seed2').mkdir()
+    result = invoke('connectivity', 'delugenet146.seed2')
+    assert result.exit_code == 2 and 'delugenet146.seed2: there is no last.pth.tar' in result.stderr

@@ -16,6 +16,7 @@ from PIL import Image
 from test_cli import invoke
 
 gr = pytest.importorskip('gradio')
+gradio_client = pytest.importorskip('gradio_client')
 
 from timm_deluge import prune_connections  # noqa: E402
 from timm_deluge.demo import MAX_PIXELS, answer, create_page, grad_cam, launch_page, lay_over  # noqa: E402
@@ -162,10 +163,13 @@ def test_uploads_are_limited(url):
 
 
 @pytest.mark.slow
-def test_a_taken_port_is_said(url, monkeypatch):
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', Image.MAX_IMAGE_PIXELS)
-    result = invoke('demo', '--port', url.rpartition(':')[2])
-    assert result.exit_code == 2 and 'port' in result.stderr
+@pytest.mark.parametrize('content, reason', [
+    (b'', 'the file is empty'), (b'text', 'not an image that Pillow can read')])
+def test_why_a_picture_is_refused(url, content, reason, tmp_path):
+    (tmp_path / 'a.png').write_bytes(content)
+    client = gradio_client.Client(url, verbose=False)
+    with pytest.raises(gradio_client.exceptions.AppError, match=f'This picture cannot be used: {reason}'):
+        client.predict(gradio_client.handle_file(tmp_path / 'a.png'), NAME, 10, api_name='/answer')
 
 
 @pytest.mark.slow
@@ -186,6 +190,6 @@ def test_in_a_browser_without_internet(url, tmp_path):
         page.goto(url)
         (tmp_path / 'text.png').write_text('no picture')
         page.set_input_files('input[type=file]', tmp_path / 'text.png')
-        page.get_by_text('Error').first.wait_for()
+        page.get_by_text('not an image that Pillow can read').first.wait_for()
         browser.close()
     assert {host for host in hosts if host} == {url.split('/')[2]}  # blobs have none

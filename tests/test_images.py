@@ -171,3 +171,22 @@ def test_find_images(tmp_path, monkeypatch):
     assert [p.name for p in find_images(['-'])] == ['b.png', 'c.webp']
     monkeypatch.setattr('sys.stdin', io.StringIO('line\u2028separator.png\n'))
     assert [p.name for p in find_images(['-'])] == ['line\u2028separator.png']
+
+
+def test_folders_that_may_not_be_read_are_named(tmp_path, monkeypatch):
+    secret = tmp_path / 'secret'
+    secret.mkdir()
+    Image.fromarray(RGB).save(tmp_path / 'a.png')
+    for name in ('scandir', 'listdir'):
+        read = getattr(os, name)
+
+        def refuse(path, read=read):
+            if os.fspath(path) == str(secret):
+                raise PermissionError(13, 'Permission denied', str(secret))
+            return read(path)
+
+        monkeypatch.setattr(os, name, refuse)
+    assert list(find_images([str(tmp_path)])) == [tmp_path / 'a.png', secret]
+    assert list(find_images([str(secret)])) == [secret]
+    with pytest.raises(ImageError, match='Permission denied'):
+        read_image(secret)

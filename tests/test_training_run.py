@@ -5,6 +5,7 @@ import time
 from argparse import Namespace
 from itertools import chain
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 from test_cli import invoke
 from typer.testing import CliRunner
 
-from timm_deluge import cli, settle, weights
+from timm_deluge import cli, settle, training_run, weights
 from timm_deluge.card import model_card
 from timm_deluge.training_run import add_checkpoint
 from timm_deluge.validate import accuracy, create_validation_loader, rank_targets
@@ -327,6 +328,16 @@ def test_settled_statistics_are_those_of_the_images(tmp_path, monkeypatch):
     assert model[1].momentum == 0.1 and not any(module.training for module in model.modules())
 
 
+def test_variances_that_rounding_makes_negative_are_zero(tmp_path, monkeypatch):
+    save_images(tmp_path, ('one',), 2)
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    model.pretrained_cfg = dict(
+        input_size=(3, 8, 8), mean=(0, 0, 0), std=(1, 1, 1), crop_pct=1., label_names=['one'])
+    monkeypatch.setattr(settle, 'update_bn_stats', lambda *_: model[0].running_var.fill_(-1e-9))
+    settle.settle_on_folder(model, tmp_path, num_images=2, seed=0)
+    assert torch.equal(model[0].running_var, torch.zeros(3))
+
+
 def save_images(folder, class_names, number) -> torch.Tensor:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (len(class_names), number, 8, 8, 3), dtype=np.uint8)
@@ -513,6 +524,11 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
         assert len(list(weights_dir.iterdir())) == 2
 
     refuse(ValueError, 'run of resnet18', model='resnet18')
+    refuse(ValueError, 'epochs: None: expected int', epochs=None)
+    refuse(ValueError, 'model: 3: expected str', model=3)
+    with monkeypatch.context() as full:
+        full.setattr(training_run, '_write_log', Mock(side_effect=OSError('no space left')))
+        refuse(OSError, 'no space left')
     refuse(ValueError, "model_kwargs {'aggregation': 'residual'}", model_kwargs={'aggregation': 'residual'})
     refuse(ValueError, 'started from mine.pth', initial_checkpoint='mine.pth')
     refuse(weights.CheckpointError, "no checkpoint with the tag 'absent'",

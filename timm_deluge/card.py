@@ -182,9 +182,9 @@ def model_card(checkpoints: Sequence[Checkpoint], repo_id: str | None = None) ->
         'For research on how layers connect, for feature extraction and fine-tuning on small images, and as a '
         'baseline for short training runs. The checkpoints know only the classes they were trained on and answer with '
         'one of them for any picture; their probabilities are not calibrated. No images were held out for model '
-        'selection: image sizes, averaging, learning rates, and which run to keep, were chosen by the errors on the '
-        'same images that are reported here, which makes the errors optimistic. The checkpoints carry the biases of '
-        'their training images and are not meant for decisions about people.',
+        'selection: image sizes, averaging, learning rates, and which run to keep and which to make the default, were '
+        'chosen by the errors on the same images that are reported here, which makes the errors optimistic. The '
+        'checkpoints carry the biases of their training images and are not meant for decisions about people.',
         '## Citation',
         CITATION,
     ]
@@ -209,8 +209,8 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
         ('architecture', f'`{checkpoint.model}`, {checkpoint.num_params:,} parameters'),
         ('data', f'{checkpoint.dataset["name"]}, {checkpoint.dataset["train_images"]:,} images; '
                  f'{checkpoint.dataset["provenance"]}'),
-        ('training', f'recipe `{checkpoint.recipe}`, whose first lines have the commands, '
-                     f'{checkpoint.epochs} epoch{"s" * (checkpoint.epochs != 1)} '
+        ('training', f'recipe `{checkpoint.recipe}`, whose first lines have the commands or name the recipe that '
+                     f'has them, {checkpoint.epochs} epoch{"s" * (checkpoint.epochs != 1)} '
                      f'from {start}, seed {checkpoint.seed} (the last part\'s if the run had several), '
                      f'{checkpoint.hours} hours on {checkpoint.hardware}; '
                      + ('weights averaged with those it started from; '

@@ -191,7 +191,7 @@ def connectivity(
     """
     if output is not None and output.suffix.lower() not in ('.png', '.svg'):
         _fail(f'{output}: pictures are written as .png or .svg')
-    is_run = os.path.isdir(source) and not timm.is_model(source)
+    is_run = os.path.isdir(source) and source not in timm.list_models() + timm.list_models(pretrained=True)
     if is_run and output is not None:
         _fail(f'{source}: a picture is of one checkpoint; name a file of that folder')
     try:

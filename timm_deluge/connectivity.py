@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.tar', '.bin')
+SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # of models for timm, beside its registry
 DEAD = 1e-3  # relative to the largest weight of a convolution
 
 
@@ -107,9 +108,9 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
     """
     if Path(source).is_file():
         return read_tensors(source, use_ema=False)
+    if Path(source).suffix in FILE_SUFFIXES and not source.startswith(SOURCES):
+        raise CheckpointError(f'{source}: no such file')
     if not names_model(source):
-        if Path(source).suffix in FILE_SUFFIXES:
-            raise CheckpointError(f'{source}: no such file')
         raise CheckpointError(
             f'{source}: neither a file nor a model of timm. Name a checkpoint file, a model such as delugenet146, '
             f'hf-hub:USER/REPO or local-dir:FOLDER')
@@ -119,7 +120,7 @@ def read_state_dict(source: str) -> dict[str, torch.Tensor]:
 
 def names_model(source: str) -> bool:
     """Tell whether `timm.create_model` takes a name: one of timm's registry, or one with another source's prefix."""
-    return source.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or timm.is_model(source)
+    return source.startswith(SOURCES) or timm.is_model(source)
 
 
 def with_pruned(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from .weights import find_checkpoint, list_checkpoints
 __all__ = ['answer', 'create_page', 'grad_cam', 'launch_page', 'lay_over']
 
 MAX_FILE_SIZE = '20mb'
-MAX_PIXELS = 50_000_000  # of a picture: 200 MB once it is decoded
+MAX_PIXELS = 50_000_000  # of a picture: 200 MB once it is decoded, and as much for each step of its conversion
 DAY = 24 * 3600  # seconds: once a day, pictures that are older are deleted
 MAX_FRACTION = 0.8  # of the connections can be removed: each sum keeps at least one
 OVERLAY_SIZE = 320
@@ -160,6 +160,8 @@ def create_page(default: str) -> gr.Blocks:
             with gr.Column():
                 picture = gr.Image(
                     label='Picture', type='filepath', image_mode=None, sources=['upload', 'clipboard'], height=320)
+                # as it is: to a file that it cannot open itself, Gradio answers no more than 'Error'
+                picture.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
                 gr.Examples([[str(EXAMPLE_IMAGE)]], [picture], label='Example')
                 network = gr.Dropdown(names, value=default, label='Network')
             with gr.Column():

@@ -35,18 +35,19 @@ def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
         huggingface_hub.errors.HTTPError: If the Hub refuses (HfHubHTTPError), or the connection is lost.
         OSError: If the file cannot be written, such as on a full disk.
     """
+    repository, _, revision = repo_id.partition('@')
+    url = hf_hub_url(repository, HUB_FILE, revision=revision or None)
     target = downloads_dir() / checkpoint.file
-    incomplete = target.with_suffix('.incomplete')
+    incomplete = target.with_suffix(f'.{repo_id.replace("/", "--")}.incomplete')
     target.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(target.with_suffix('.lock')):
         if not target.is_file():
-            repository, _, revision = repo_id.partition('@')
             with incomplete.open('ab') as file:
                 while (begin := file.tell()) < checkpoint.bytes:
                     try:
                         http_get(
-                            hf_hub_url(repository, HUB_FILE, revision=revision or None), file, resume_size=begin,
-                            headers=build_hf_headers(), displayed_filename=checkpoint.file)
+                            url, file, resume_size=begin, headers=build_hf_headers(),
+                            displayed_filename=checkpoint.file)
                         break
                     except HTTPError as error:  # not every huggingface_hub version resumes after a lost connection
                         if isinstance(error, HfHubHTTPError) or file.tell() <= begin:

@@ -51,7 +51,11 @@ def _expand_folder(path: Path) -> Iterator[Path]:
         return
     extensions = {
         suffix for suffix, fmt in Image.registered_extensions().items() if fmt in Image.OPEN and fmt not in NO_PICTURES}
-    yield from sorted(p for p in path.rglob('*') if p.suffix.lower() in extensions and os.path.isfile(p)) or [path]
+    unreadable: list[Path] = []
+    walk = os.walk(path, onerror=lambda error: unreadable.append(Path(error.filename)))
+    files = (Path(folder, name) for folder, _, names in walk for name in names)
+    images = [file for file in files if file.suffix.lower() in extensions and os.path.isfile(file)]
+    yield from sorted(images + unreadable) or [path]
 
 
 def read_image(path: Path) -> Image.Image:
@@ -70,8 +74,11 @@ def read_image(path: Path) -> Image.Image:
             its values are out of these ranges.
     """
     try:
+        if path.is_dir():
+            os.listdir(path)  # says why, if it may not be read
+            raise ImageError('a folder without images')
         if path.exists() and not path.is_file():
-            raise ImageError('a folder without images' if path.is_dir() else 'not a regular file')
+            raise ImageError('not a regular file')
         if path.stat().st_size == 0:
             raise ImageError('the file is empty')
         with warnings.catch_warnings():
@@ -79,7 +86,8 @@ def read_image(path: Path) -> Image.Image:
             with Image.open(path) as image:
                 if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                     raise ImageError(f'{image.width}×{image.height} pixels are no sensible picture')
-                return _to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                return _to_rgb(image)
     except ImageError:
         raise
     except FileNotFoundError:
@@ -95,15 +103,15 @@ def read_image(path: Path) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(('I', 'F')):
-        values = np.asarray(image, dtype=np.float64)
+        values = np.array(image, dtype=np.float32)
         largest = 255 if image.mode == 'F' else 65535
         if not (values.min() >= 0 and values.max() <= largest):  # also true for NaN
             raise ImageError(f'values from {values.min():g} to {values.max():g}, where 0 to {largest} is expected')
         if image.mode != 'F':
-            values = values * (255 / 65535)
+            values /= 65535 / 255
         elif values.max() <= 1:
-            values = values * 255
-        image = Image.fromarray(np.clip(values, 0, 255).round().astype(np.uint8))
+            values *= 255
+        image = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)

@@ -174,8 +174,8 @@ def add_checkpoint(
 
     name = f'{model_name}.{tag}'
     origin = made_of or start
-    files = write_weights(published, name)
     _write_log(log, LOGS / f'{name}.csv')
+    files = write_weights(published, name)
     checkpoint = Checkpoint(
         model=model_name,
         tag=tag,
@@ -248,6 +248,9 @@ def _read_args(run_dir: Path) -> dict[str, Any]:
     missing = {'model', 'epochs', 'train_split', 'val_split', 'seed'}.difference(args if isinstance(args, dict) else ())
     if missing:
         raise ValueError(f'{path}: expected the options of a run of train.py, there is no {sorted(missing)[0]}')
+    for name, expected in ('model', str), ('epochs', int), ('seed', int):
+        if not isinstance(args[name], expected):
+            raise ValueError(f'{path}: {name}: {args[name]}: expected {expected.__name__}')
     return args
 
 

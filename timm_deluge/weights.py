@@ -331,7 +331,7 @@ def read_tensors(path: str, use_ema: bool = True) -> dict[str, torch.Tensor]:
         CheckpointError: If it is no checkpoint, or damaged.
     """
     try:
-        if not Path(path).exists():
+        if not Path(path).is_file():
             raise FileNotFoundError(f'{path}: no such file')
         return join_parts(dict(load_state_dict(path, use_ema=use_ema)), path)
     except CheckpointError:

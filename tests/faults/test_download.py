@@ -12,6 +12,7 @@ from timm_deluge.weights import find_checkpoint
 
 REPO = 'somebody/delugenet146'
 NAME = 'delugenet146.test_random'
+INCOMPLETE = f'{NAME}.somebody--delugenet146.incomplete'
 CREATE = "print(timm.create_model('delugenet146', pretrained=True).pretrained_cfg['file'])"
 
 
@@ -66,7 +67,7 @@ def test_a_download_that_begins_anew_is_given_up(published, downloads, monkeypat
     monkeypatch.setattr('timm_deluge.download.http_get', http_get)
     with pytest.raises(HTTPError, match='lost'):
         download_checkpoint(find_checkpoint(NAME), REPO)
-    assert lengths == [800] and files(downloads) == [f'{NAME}.incomplete']
+    assert lengths == [800] and files(downloads) == [INCOMPLETE]
 
 
 def test_a_revision_is_the_one_that_was_named(call, published, server):
@@ -176,9 +177,16 @@ def test_a_file_of_another_size_is_not_kept(call, published, downloads, server, 
 
 def test_what_was_downloaded_before_it_was_killed_is_not_asked_for_again(call, published, downloads, server):
     downloads.mkdir(parents=True)
-    (downloads / f'{NAME}.incomplete').write_bytes(published)
+    (downloads / INCOMPLETE).write_bytes(published)
     assert download(call).returncode == 0
     assert not server.requests['download'] and not server.requests['resumed download']
+
+
+def test_a_download_from_another_repository_is_not_continued(call, published, downloads, server):
+    downloads.mkdir(parents=True)
+    (downloads / f'{NAME}.else--where.incomplete').write_bytes(b'other')
+    assert download(call).returncode == 0
+    assert (downloads / f'{NAME}.safetensors').read_bytes() == published and not server.requests['resumed download']
 
 
 def test_a_spoiled_download_says_how_to_replace_it(call, published, downloads):
