@@ -34,9 +34,12 @@ CROSS_LAYER_WEIGHTS = {
     '`--lr-scale 0.1`': 'lr_0.1', '`--weight-decay 0`': 'no_decay', '`--start latest`': 'latest'}
 RESULT_HEADERS = ('training loss', 'error %', 'epochs')
 COUNTS = (
-    'Counted by `timm-deluge report`, for one image in inference. fvcore counts a multiply-add as one FLOP, the paper '
-    'as two. The last column is the share of cross-layer convolutions in parameters / GMACs / GFLOPs (fvcore) / GFLOPs '
-    '(paper).')
+    'Counted by `timm-deluge report`, for one image in inference. GMACs are multiply-adds of convolutions (cross-layer '
+    'convolutions included) and matrix products. fvcore counts each as one FLOP, and a batch normalisation as two per '
+    'element (one without affine parameters). The paper counts a multiply-add of convolutions and classifier as two, '
+    'and adds three FLOPs per input element of a cross-layer convolution, which cover its normalisation, and two per '
+    'element of every other batch normalisation. The last column is the share of cross-layer convolutions in '
+    'parameters / GMACs / GFLOPs (fvcore) / GFLOPs (paper).')
 PEERS = ['resnetv2_101', 'resnetv2_152', 'resnet152', 'resnet200', 'wide_resnet50_2', 'densenet161']
 
 
@@ -265,7 +268,9 @@ def _pruning() -> str:
             'layers left, by norm': f'{by["norm"]["layers"]} of {whole["layers"]}',
             **{f'time, batch {n}': f'{ratio:.2f} ×' for n, ratio in by['norm']['time'].items()}})
     files = (REPOSITORY / 'benchmarks' / 'fine_tuning').glob(f'{results["checkpoint"]}-*.json')
-    trained = {(row['by'], row['fraction']): row['top1'] for row in (json.loads(file.read_text()) for file in files)}
+    tuned = [json.loads(file.read_text(encoding='utf-8')) for file in files]
+    trained = {(row['by'], row['fraction']): row['top1'] for row in tuned}
+    measured = '; '.join(sorted({f'{row["machine"]}, {row["date"]}' for row in tuned}))
     after = [
         {'connections gone': f'{fraction:.0%}', **{
             f'top-1, {_by(by)}': f'{trained[by, fraction]:.2f} %' for by in CRITERIA if (by, fraction) in trained}}
@@ -284,14 +289,14 @@ def _pruning() -> str:
         f'pruning by norm, as multiples of the whole network\'s:',
         tables[0],
         *(['After one epoch of training with the recipe `cifar100_fine_tuning`, and with BatchNorm statistics '
-           're-estimated on training images, unlike in the table above:',
+           f're-estimated on training images, unlike in the table above ({measured}):',
            tables[1]] if after else []),
         f'Spearman\'s rank correlation of a connection\'s score with how much the loss on {importance["num_images"]} '
         f'training images changes, in absolute value, when only that connection is removed; and the share of '
         f'connections without which, replaced by their means, the loss is lower:',
         tables[2],
-        f'{results["machine"]}: {results["threads"]} threads, channels_last, torch {results["torch"]}, '
-        f'{results["date"]}; medians of {results["rounds"]} interleaved rounds.',
+        f'The first and the last table: {results["machine"]}, {results["threads"]} threads, channels_last, torch '
+        f'{results["torch"]}, {results["date"]}; times are medians of {results["rounds"]} interleaved rounds.',
         '![Accuracy and time against the share of connections gone](pruning.png)',
     ))
 
