@@ -163,12 +163,11 @@ def test_uploads_are_limited(url):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('content, reason', [
-    (b'', 'the file is empty'), (b'text', 'not an image that Pillow can read')])
-def test_why_a_picture_is_refused(url, content, reason, tmp_path):
+@pytest.mark.parametrize('content', [b'', b'text'])
+def test_the_page_says_why_it_refuses_a_picture(url, content, tmp_path):
     (tmp_path / 'a.png').write_bytes(content)
     client = gradio_client.Client(url, verbose=False)
-    with pytest.raises(gradio_client.exceptions.AppError, match=f'This picture cannot be used: {reason}'):
+    with pytest.raises(gradio_client.exceptions.AppError, match='cannot identify image file'):
         client.predict(gradio_client.handle_file(tmp_path / 'a.png'), NAME, 10, api_name='/answer')
 
 
@@ -190,6 +189,6 @@ def test_in_a_browser_without_internet(url, tmp_path):
         page.goto(url)
         (tmp_path / 'text.png').write_text('no picture')
         page.set_input_files('input[type=file]', tmp_path / 'text.png')
-        page.get_by_text('not an image that Pillow can read').first.wait_for()
+        page.get_by_text('cannot identify image file').first.wait_for()
         browser.close()
     assert {host for host in hosts if host} == {url.split('/')[2]}  # blobs have none

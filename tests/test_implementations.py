@@ -1439,6 +1439,7 @@ def test_what_is_compiled_takes_the_reference_and_an_explanation_says_so(place, 
         assert torch.equal(tensor, as_it_was)
     model(x)
     assert calls
+    torch.compiler.reset()  # other tests compile the same functions
 
 
 def test_sizes_of_a_convolution_by_a_single_number_take_the_reference():

@@ -289,7 +289,7 @@ def test_a_copy_of_a_compiled_convolution_has_its_own_weights(tmp_path):
 @torch.no_grad()
 def test_parts_of_a_reparameterised_block_can_be_replaced():
     x = torch.randn(1, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-    for place in 'stages.1.layers.0', 'stages.1.layers.0.conv3':
+    for place in 'stages.1.layers.0', 'stages.1.layers.0.conv3', 'stages.1.cross_layers.0':
         model = reparameterize_model(trained()).to(memory_format=torch.channels_last)
         expected, part = model(x), model.get_submodule(place)
         parent, _, name = place.rpartition('.')

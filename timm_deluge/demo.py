@@ -160,8 +160,6 @@ def create_page(default: str) -> gr.Blocks:
             with gr.Column():
                 picture = gr.Image(
                     label='Picture', type='filepath', image_mode=None, sources=['upload', 'clipboard'], height=320)
-                # as it is: to a file that it cannot open itself, Gradio answers no more than 'Error'
-                picture.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
                 gr.Examples([[str(EXAMPLE_IMAGE)]], [picture], label='Example')
                 network = gr.Dropdown(names, value=default, label='Network')
             with gr.Column():
@@ -195,4 +193,4 @@ def launch_page(page: gr.Blocks, host: str, port: int, open_browser: bool) -> No
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses more than twice this limit
     page.launch(
         server_name=host, server_port=port, inbrowser=open_browser, share=False, ssr_mode=False, footer_links=[],
-        max_file_size=MAX_FILE_SIZE, theme=gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']))
+        show_error=True, max_file_size=MAX_FILE_SIZE, theme=gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']))

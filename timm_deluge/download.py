@@ -59,4 +59,6 @@ def download_checkpoint(checkpoint: Checkpoint, repo_id: str) -> Path:
                     f'{HUB_FILE} of {repo_id} has the SHA-256 {sha256}, but the manifest says {checkpoint.sha256} of '
                     f'{checkpoint.name}. Nothing of it was kept. Try again, or name another repository.')
             incomplete.replace(target)
+            for other in target.parent.glob(f'{target.stem}.*.incomplete'):  # of other repositories
+                other.unlink()
     return target

@@ -28,8 +28,9 @@ def find_images(paths: Iterable[str]) -> Iterator[Path]:
             standard input, one per line.
 
     Yields:
-        Paths of files; those in a folder are sorted by name. Paths that do not exist and folders without images are
-        yielded unchanged, for `read_image` to refuse; those that a pattern matches only if it matches no file.
+        Paths of files; those in a folder are sorted by name. Paths that do not exist, folders without images, and
+        subfolders that may not be read are yielded unchanged, for `read_image` to refuse; those that a pattern matches
+        only if it matches no file.
     """
     for path in paths:
         if path == '-':

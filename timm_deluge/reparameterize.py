@@ -331,8 +331,8 @@ class FoldedDelugeBlock(nn.Module):
         """Whether `forward` takes `forward_fast`."""
         reason = why_not_fast(x) or ('gradients are enabled' if torch.is_grad_enabled() else None)
         for module in (*self.cross_layers, self.last_cross_layer):
-            if not reason and (why := why_called(module)):
-                reason = f'a cross-layer convolution {why}'
+            why = why_called(module) if type(module) is FoldedCrossLayer else f'was replaced by {module}'
+            reason = reason or (f'a cross-layer convolution {why}' if why else None)
         return takes_fast_path(self, x, reason)
 
     @torch.jit.ignore

@@ -39,6 +39,7 @@ from .weights import (
 __all__ = ['add_checkpoint', 'write_weights']
 
 PART_BYTES = 44 * 2 ** 20  # of tensors: with its header, a file stays below 45 MiB
+INPUT_OPTIONS = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')
 LOGS = Path(__file__).resolve().parent.parent / 'reports' / 'training'
 
 
@@ -103,48 +104,22 @@ def add_checkpoint(
     if not LOGS.parent.is_dir():
         raise FileNotFoundError(f'{LOGS.parent}: no such folder; publish from a checkout (`pip install -e .`)')
     run_dir = run_dirs[-1]
-    args = _read_args(run_dir)
-    model_name = args['model'].partition('.')[0]
-    if model_name not in timm.list_models(module='delugenet') or args.get('model_kwargs'):
-        raise ValueError(f'{run_dir}: a run of {args["model"]} with model_kwargs {args.get("model_kwargs")}; only '
-                         f'models of this package, without further arguments, can be published')
-    for option in ('gp', 'pretrained_path', 'bn_eps', 'class_map'):
-        if args.get(option) not in (None, '', 'avg'):
-            raise ValueError(f'{run_dir}: a run with {option}: {args[option]}, which cannot be published')
-    if args.get('cooldown_epochs') or args.get('warmup_prefix') or args.get('lr_cycle_limit', 1) != 1:
-        raise ValueError(f'{run_dir}: a run with cooldown_epochs, warmup_prefix or lr_cycle_limit: how many epochs it '
-                         f'was to have is not known, so that it cannot be published')
-    base = _pretrained_checkpoint(args)
-    first_args = _read_args(run_dirs[0])
-    start = _pretrained_checkpoint(first_args)
-    known_start = first_args.get('initial_checkpoint') if base_model else None
+    args, first_args = _read_args(run_dir), _read_args(run_dirs[0])
+    _check_options(run_dir, args)
+    base, start = _pretrained_checkpoint(args), _pretrained_checkpoint(first_args)
     made_of = find_checkpoint(base_model) if base_model else None
+    known_start = first_args.get('initial_checkpoint') if made_of else None
     if made_of:
         _check_made_of(made_of, known_start)
     log, epochs_done = _read_log(run_dirs, known_start)
-    if epochs_done < args['epochs']:
-        raise ValueError(f'{run_dir}: {epochs_done} of {args["epochs"]} epochs are done; resume the run with '
-                         f'train.py --resume {run_dir / "last.pth.tar"}')
-
-    hours = sum(map(_hours, run_dirs))
     ema_decay = args['model_ema_decay'] if args.get('model_ema') else None
-    last = run_dir / 'last.pth.tar'
-    state_dict = read_tensors(str(last), use_ema=ema_decay is not None)
-    epoch = read_training_state(last).get('epoch', epochs_done - 1)  # averaged checkpoints have none
-    if epoch != epochs_done - 1:
-        raise ValueError(f'{last}: has the weights of epoch {epoch}, and the last of the summaries is epoch '
-                         f'{epochs_done - 1}; resume the run with train.py --resume {last}')
-    train_set = open_folder(data_dir / args['train_split'])
-    class_names = list_classes(train_set)
-    model: Any = timm.create_model(
-        model_name if base else args['model'], num_classes=len(class_names),
-        pretrained_cfg_overlay=base.pretrained_cfg() if base else None)
-    size = {'input_size': None, 'img_size': img_size} if img_size else {}
-    config = resolve_data_config({**args, **size}, model=model)
-    input_config = dict(
-        input_size=list(config['input_size']), mean=list(config['mean']), std=list(config['std']),
-        interpolation=config['interpolation'], crop_pct=config['crop_pct'], label_names=class_names,
-    )
+    state_dict = _read_last_weights(run_dir, epochs_done, args['epochs'], use_ema=ema_decay is not None)
+    hours = sum(map(_hours, run_dirs))
+
+    train_folder, test_folder = data_dir / args['train_split'], data_dir / args['val_split']
+    train_set = open_folder(train_folder)
+    model = _create_model(args, base, list_classes(train_set), img_size)
+    class_names = model.pretrained_cfg['label_names']
     if class_descriptions is not None:
         try:
             class_descriptions = {name: class_descriptions[name] for name in class_names}
@@ -154,24 +129,24 @@ def add_checkpoint(
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         raise ValueError(
-            f'{last}: these are no weights of {model_name} with 3 input channels and the {len(class_names)} classes of '
-            f'{data_dir / args["train_split"]}, for which alone a checkpoint can be published; give the images that '
-            f'the run was trained on') from error
-    model.pretrained_cfg.update(input_config)
+            f'{run_dir / "last.pth.tar"}: these are no weights of {args["model"]} with 3 input channels and the '
+            f'{len(class_names)} classes of {train_folder}, for which alone a checkpoint can be published; give the '
+            f'images that the run was trained on') from error
     if settled_images:
         settled_images = min(settled_images, len(train_set))
-        settle_on_folder(model, data_dir / args['train_split'], settled_images, args['seed'])
+        settle_on_folder(model, train_folder, settled_images, args['seed'])
     published = {
         k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
     model.load_state_dict(published)
-    loader = create_validation_loader(model, data_dir / args['val_split'], BATCH_SIZE, workers=1)
+    loader = create_validation_loader(model, test_folder, BATCH_SIZE, workers=1)
     test_images = image_names(loader)
     missing = sorted(set(inexact) - set(test_images))
     if missing:
-        raise ValueError(f'{data_dir / args["val_split"]}: no image {missing[0]!r}, which should be inexact; name '
-                         f'images from this folder on, such as {test_images[0]!r}')
+        raise ValueError(f'{test_folder}: no image {missing[0]!r}, which should be inexact; name images from this '
+                         f'folder on, such as {test_images[0]!r}')
     metrics = accuracy(rank_targets(model.eval(), loader), test_images, inexact)
 
+    model_name = args['model'].partition('.')[0]
     name = f'{model_name}.{tag}'
     origin = made_of or start
     _write_log(log, LOGS / f'{name}.csv')
@@ -181,9 +156,9 @@ def add_checkpoint(
         tag=tag,
         **files,
         num_params=sum(p.numel() for p in model.parameters()),
-        class_names=input_config.pop('label_names'),
+        class_names=class_names,
         class_descriptions=class_descriptions,
-        **input_config,
+        **{option: model.pretrained_cfg[option] for option in INPUT_OPTIONS},
         dataset=dict(
             name=dataset_name,
             split=split,
@@ -210,6 +185,46 @@ def add_checkpoint(
     for file in entries.get(name, checkpoint).file_names - written:
         (weights_dir() / file).unlink(missing_ok=True)
     return checkpoint
+
+
+def _check_options(run_dir: Path, args: dict[str, Any]) -> None:
+    """Check that a run's options are those of a run that can be published."""
+    if args['model'].partition('.')[0] not in timm.list_models(module='delugenet') or args.get('model_kwargs'):
+        raise ValueError(f'{run_dir}: a run of {args["model"]} with model_kwargs {args.get("model_kwargs")}; only '
+                         f'models of this package, without further arguments, can be published')
+    for option in ('gp', 'pretrained_path', 'bn_eps', 'class_map'):
+        if args.get(option) not in (None, '', 'avg'):
+            raise ValueError(f'{run_dir}: a run with {option}: {args[option]}, which cannot be published')
+    if args.get('cooldown_epochs') or args.get('warmup_prefix') or args.get('lr_cycle_limit', 1) != 1:
+        raise ValueError(f'{run_dir}: a run with cooldown_epochs, warmup_prefix or lr_cycle_limit: how many epochs it '
+                         f'was to have is not known, so that it cannot be published')
+
+
+def _read_last_weights(run_dir: Path, epochs_done: int, epochs: int, use_ema: bool) -> dict[str, torch.Tensor]:
+    """Read the weights, or their moving average, that a complete run left after its last epoch."""
+    last = run_dir / 'last.pth.tar'
+    if epochs_done < epochs:
+        raise ValueError(f'{run_dir}: {epochs_done} of {epochs} epochs are done; resume the run with '
+                         f'train.py --resume {last}')
+    state_dict = read_tensors(str(last), use_ema=use_ema)
+    epoch = read_training_state(last).get('epoch', epochs_done - 1)  # averaged checkpoints have none
+    if epoch != epochs_done - 1:
+        raise ValueError(f'{last}: has the weights of epoch {epoch}, and the last of the summaries is epoch '
+                         f'{epochs_done - 1}; resume the run with train.py --resume {last}')
+    return state_dict
+
+
+def _create_model(args: dict[str, Any], base: Checkpoint | None, class_names: list[str], img_size: int | None) -> Any:
+    """Make a run's model, with the input that the checkpoint is for in its pretrained configuration."""
+    model: Any = timm.create_model(
+        base.model if base else args['model'], num_classes=len(class_names),
+        pretrained_cfg_overlay=base.pretrained_cfg() if base else None)
+    size = {'input_size': None, 'img_size': img_size} if img_size else {}
+    config = resolve_data_config({**args, **size}, model=model)
+    sequences = {option: list(config[option]) for option in ('input_size', 'mean', 'std')}
+    model.pretrained_cfg.update(
+        {option: config[option] for option in INPUT_OPTIONS}, **sequences, label_names=class_names)
+    return model
 
 
 def write_weights(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, Any]:
