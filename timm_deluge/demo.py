@@ -193,4 +193,5 @@ def launch_page(page: gr.Blocks, host: str, port: int, open_browser: bool) -> No
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses more than twice this limit
     page.launch(
         server_name=host, server_port=port, inbrowser=open_browser, share=False, ssr_mode=False, footer_links=[],
-        show_error=True, max_file_size=MAX_FILE_SIZE, theme=gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']))
+        show_error=True, max_file_size=MAX_FILE_SIZE,
+        theme=gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace']))

@@ -330,9 +330,10 @@ class FoldedDelugeBlock(nn.Module):
     def infers_fast(self, x: torch.Tensor) -> bool:
         """Whether `forward` takes `forward_fast`."""
         reason = why_not_fast(x) or ('gradients are enabled' if torch.is_grad_enabled() else None)
-        for module in (*self.cross_layers, self.last_cross_layer):
-            why = why_called(module) if type(module) is FoldedCrossLayer else f'was replaced by {module}'
-            reason = reason or (f'a cross-layer convolution {why}' if why else None)
+        for module in () if reason else (*self.cross_layers, self.last_cross_layer):
+            replaced = type(module) is not FoldedCrossLayer
+            if why := f'was replaced by a {type(module).__name__}' if replaced else why_called(module):
+                reason = f'a cross-layer convolution {why}'
         return takes_fast_path(self, x, reason)
 
     @torch.jit.ignore
