@@ -8,9 +8,8 @@ Options that this script does not know are passed to train.py.
 import os
 import sys
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import timm.optim
 import torch
@@ -20,18 +19,6 @@ from torch import nn
 
 import timm_deluge.run
 from timm_deluge.aggregation import CrossLayerDepthwiseConv2d
-
-
-class Start(str, Enum):
-    """Cross-layer weights before training: the mean of the source layers, or the latest one alone."""
-    mean = 'mean'
-    latest = 'latest'
-
-
-class Optimizer(str, Enum):
-    """How the cross-layer weights are updated: as train.py's optimizer does with vectors, or orthogonalised by Muon."""
-    fallback = 'fallback'
-    muon = 'muon'
 
 
 def parameter_groups(
@@ -59,8 +46,10 @@ def main(
         context: typer.Context,
         lr_scale: Annotated[float, typer.Option(help='Multiplies their learning rate.')] = 1.,
         weight_decay: Annotated[float | None, typer.Option(help="Of both alone; the recipe's by default.")] = None,
-        start: Annotated[Start, typer.Option(help='From the mean of the layers or from the latest one.')] = Start.mean,
-        optimizer: Annotated[Optimizer, typer.Option(help="What timm's Muon does with them.")] = Optimizer.fallback,
+        start: Annotated[Literal['mean', 'latest'], typer.Option(
+            help='From the mean of the source layers, or from the latest one alone.')] = 'mean',
+        optimizer: Annotated[Literal['fallback', 'muon'], typer.Option(
+            help="How timm's Muon updates them: by its fallback, as vectors, or orthogonalised.")] = 'fallback',
 ) -> None:
     """Run train.py."""
     if 'TIMM_SCRIPTS' not in os.environ:
@@ -75,9 +64,9 @@ def main(
         return create_optimizer(model, **kwargs, param_group_fn=lambda _: groups)
 
     timm.optim.create_optimizer_v2 = create
-    if start == Start.latest:
+    if start == 'latest':
         CrossLayerDepthwiseConv2d.reset_parameters = start_from_latest
-    if optimizer == Optimizer.muon:
+    if optimizer == 'muon':
         is_suitable = muon._is_suitable_for_muon
         muon._is_suitable_for_muon = lambda p, **kwargs: is_suitable(
             p.flatten(1) if p.ndim == 4 and p.shape[1] == p.shape[3] == 1 else p, **kwargs)

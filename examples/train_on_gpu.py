@@ -9,7 +9,6 @@ at a time.
 The script writes what `timm-deluge weights add` needs: args.yaml, summary.csv and last.pth.tar. The last has float16
 weights and no optimizer state, so a run cannot be resumed.
 """
-import csv
 import math
 import os
 import time
@@ -28,7 +27,7 @@ from timm.data import resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.optim.muon import _COEFFICIENTS, _is_suitable_for_muon, get_lr_scale, zeropower_via_newtonschulz
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ParseKwargs, random_seed
+from timm.utils import ParseKwargs, random_seed, update_summary
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -260,17 +259,14 @@ def evaluate(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, args
         hits1, hits5 = hits1 + hits[:, 0].sum().item(), hits5 + hits.sum().item()
     model.train()
     percent = 100 / len(targets)
-    return dict(eval_loss=loss / len(targets), eval_top1=hits1 * percent, eval_top5=hits5 * percent)
+    return dict(loss=loss / len(targets), top1=hits1 * percent, top5=hits5 * percent)
 
 
-def train(args: Namespace) -> dict[str, float]:
+def train(args: Namespace) -> None:
     """Train by a recipe.
 
     Args:
         args: The recipe's options, and `data_dir`, `output`, `val_interval`.
-
-    Returns:
-        The last row of `summary.csv`.
     """
     device = torch.device(args.device)
     if device.type == 'cuda' and not torch.cuda.is_available():
@@ -350,22 +346,11 @@ def train(args: Namespace) -> dict[str, float]:
         if not math.isfinite(loss):
             raise FloatingPointError(f'the training loss is {loss} in epoch {epoch}')
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
-            row = dict(epoch=epoch, train_loss=loss, **evaluate(model, *test_set, args),
-                       lr=optimizer.param_groups[0]['lr'])
-            print(args.output.name, row, flush=True)
-            write_row(args.output / 'summary.csv', row)
+            metrics = evaluate(model, *test_set, args)
+            print(args.output.name, epoch, metrics, flush=True)
+            update_summary(epoch, dict(loss=loss), metrics, args.output / 'summary.csv',
+                           lr=optimizer.param_groups[0]['lr'])
             save(args.output / 'last.pth.tar', model, epoch, args.model)
-    return row
-
-
-def write_row(path: Path, row: dict[str, float]) -> None:
-    """Append to a table."""
-    is_new = not path.exists()
-    with path.open('a', newline='') as f:
-        writer = csv.DictWriter(f, list(row))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def save(path: Path, model: nn.Module, epoch: int, arch: str) -> None:

@@ -167,19 +167,18 @@ def draw_accuracies(path: Path) -> None:
 
 def _performance() -> str:
     """Show what was measured: tables for inference time, training time and memory, with a column for each machine."""
-    machines = _machines()
+    machines = _measured('results/*.json')
     return '\n\n'.join((
         *(_performance_table(subject, lines, machines) for subject, lines in _performance_lines(machines).items()),
         *(_conditions(machine) + _doubts(machine) for machine in machines),
-        *(f'![Cost of a layer against the length of its block, {machine["machine"]}]'
-          f'(results/{machine["figure"].name})'
-          for machine in machines if machine['figure'].exists()),
+        *(f'![Cost of a layer against the length of its block, {machine["machine"]}](results/{figure.name})'
+          for machine in machines if (figure := machine['path'].with_suffix('.png')).exists()),
     ))
 
 
 def _performance_summary() -> str:
     """Show two networks' time and memory relative to the same with residual sums, and how many goals were missed."""
-    machines = _machines()
+    machines = _measured('results/*.json')
     lines = _performance_lines(machines)
     chosen = {f'{subject.partition(":")[0]}: {what}': line for subject, of_subject in lines.items()
               for what, line in of_subject.items()
@@ -189,7 +188,8 @@ def _performance_summary() -> str:
     for machine in machines:
         cells = [line[machine['machine']] for line in with_goal if machine['machine'] in line]
         missed.append(f'{sum("missed" in cell for cell in cells)} of {len(cells)} on the {machine["machine"]}')
-    slow_loops = [row['time, of copy_'] > machine['at_most'] for machine in _loops() for row in machine['rows']]
+    kernels = _measured('kernels/*.json')
+    slow_loops = [row['time, of copy_'] > machine['at_most'] for machine in kernels for row in machine['rows']]
     return '\n\n'.join((
         _performance_table('', chosen, machines),
         f'Missed goals for whole networks, here and on the [benchmarks page](benchmarks/README.md): '
@@ -217,22 +217,16 @@ def _performance_table(subject: str, lines: dict[str, dict[str, str]], machines:
     return markdown_table(rows, headers=(subject, *columns))
 
 
-def _machines() -> list[dict[str, Any]]:
-    """Read what benchmarks/run.py measured on each machine, and where it drew its figure."""
-    files = sorted((REPOSITORY / 'benchmarks' / 'results').glob('*.json'))
-    return [{**json.loads(path.read_text(encoding='utf-8')), 'figure': path.with_suffix('.png')} for path in files]
-
-
-def _loops() -> list[dict[str, Any]]:
-    """Read what benchmarks/kernels.py measured on each machine."""
-    files = sorted((REPOSITORY / 'benchmarks' / 'kernels').glob('*.json'))
-    return [json.loads(path.read_text(encoding='utf-8')) for path in files]
+def _measured(pattern: str) -> list[dict[str, Any]]:
+    """Read what a script of benchmarks/ has measured, such as on each machine, and the paths of these files."""
+    files = sorted((REPOSITORY / 'benchmarks').glob(pattern))
+    return [{**json.loads(path.read_text(encoding='utf-8')), 'path': path} for path in files]
 
 
 def _kernels() -> str:
     """Show the time of every C++ loop as a multiple of a copy_ of as many bytes: a table for each processor."""
     parts = []
-    for machine in _loops():
+    for machine in _measured('kernels/*.json'):
         lines: dict[str, dict[str, str]] = {}
         for row in machine['rows']:
             cell = _cell({'value': row['time, of copy_'], 'at_most': machine['at_most'], 'at_least': None})
@@ -267,8 +261,7 @@ def _pruning() -> str:
             **{f'top-1, {_by(name)}': f'{row["top1"]:.2f} %' for name, row in by.items()},
             'layers left, by norm': f'{by["norm"]["layers"]} of {whole["layers"]}',
             **{f'time, batch {n}': f'{ratio:.2f} ×' for n, ratio in by['norm']['time'].items()}})
-    files = (REPOSITORY / 'benchmarks' / 'fine_tuning').glob(f'{results["checkpoint"]}-*.json')
-    tuned = [json.loads(file.read_text(encoding='utf-8')) for file in files]
+    tuned = _measured(f'fine_tuning/{results["checkpoint"]}-*.json')
     trained = {(row['by'], row['fraction']): row['top1'] for row in tuned}
     measured = '; '.join(sorted({f'{row["machine"]}, {row["date"]}' for row in tuned}))
     after = [
@@ -320,7 +313,7 @@ def _baselines(zoo: list[ModelReport]) -> str:
     """Compare networks that one recipe trained: the error of each seed, and how fast a training step is."""
     speeds = {
         f'images/s, {row["conditions"]}, {machine["machine"]}': row['images_per_second']
-        for machine in _machines() if (row := machine['rows'].get('baselines delugenet146'))}
+        for machine in _measured('results/*.json') if (row := machine['rows'].get('baselines delugenet146'))}
     rows = []
     for report in zoo:
         results = [_result(path) for path in sorted((REPORTS / 'baselines').glob(f'{report.name}.*.csv'))]

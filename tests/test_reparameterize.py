@@ -246,11 +246,11 @@ def test_a_1x1_convolution_writes_into_given_memory(size, dtype):
 
 
 def test_a_convolution_with_relu_has_it_wherever_it_writes():
-    conv = InferenceConv2d(torch.nn.Conv2d(4, 6, 1, bias=False), relu=True)
+    conv = InferenceConv2d(nn.Conv2d(4, 6, 1, bias=False), BatchNormAct2d(6).eval())
     x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
     out = torch.empty(2, 6, 5, 5).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        torch.testing.assert_close(conv(x, out), torch.nn.functional.conv2d(x, conv.weight).relu())
+        torch.testing.assert_close(conv(x, out), torch.nn.functional.conv2d(x, conv.weight, conv.bias).relu())
 
 
 def test_reordered_weights_follow_the_parameters(tmp_path):

@@ -167,7 +167,7 @@ def test_evaluation_counts_right_answers(example, size):
     args = Namespace(input_size=(3, size, size), interpolation='bicubic', validation_batch_size=4,
                      mean_=torch.tensor(128.), std_=torch.tensor(64.))
     found = example['evaluate'](Nearest(), images, targets, args)
-    assert (found['eval_top1'], found['eval_top5']) == (60, 70)
+    assert (found['top1'], found['top5']) == (60, 70)
 
 
 def test_erases_as_often_as_asked(example):

@@ -1,4 +1,4 @@
-"""Text made from the manifest and the reports: the README's table of models and the Hugging Face model card."""
+"""Text made from the manifest and the reports: the README's tables, and the Hugging Face model card."""
 import math
 import re
 from collections.abc import Sequence

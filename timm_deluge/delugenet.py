@@ -50,7 +50,6 @@ from .reparameterize import (
     FoldedDelugeBlock,
     InferenceConv2d,
     check_relu,
-    fold_into_conv,
     fuse_block,
     keep_hooks,
 )
@@ -79,7 +78,7 @@ class Stem(nn.Sequential):
         layers: Any = self
         if 'norm' in self._modules and not isinstance(layers.norm, nn.Identity):
             norm = keep_hooks(layers.norm, nn.Identity().train(self.training))
-            layers.conv, layers.norm = fold_into_conv(layers.conv, layers.norm), norm
+            layers.conv, layers.norm = InferenceConv2d(layers.conv, layers.norm), norm
 
 
 class CompositeLayer(FusedModule):

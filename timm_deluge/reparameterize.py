@@ -17,8 +17,8 @@ from torch import nn
 from .ops import rows, running_sums, split_batch, takes_fast_path, why_called, why_not_fast, workspace
 
 __all__ = [
-    'ChannelAffine', 'FoldedCompositeLayer', 'FoldedDelugeBlock', 'InferenceConv2d', 'check_relu', 'fold_into_conv',
-    'fuse_block', 'keep_hooks']
+    'ChannelAffine', 'FoldedCompositeLayer', 'FoldedDelugeBlock', 'InferenceConv2d', 'check_relu', 'fuse_block',
+    'keep_hooks']
 
 
 BATCH_NORMS = (
@@ -62,7 +62,7 @@ def _computes_as(module: nn.Module, *types: type[nn.Module]) -> bool:
 
 
 class InferenceConv2d(nn.Conv2d):
-    """Convolution, optionally with a ReLU, that keeps a copy of its weight, reordered for the computation.
+    """Convolution, optionally with BN and ReLU folded in, that keeps a reordered copy of its weight to compute with.
 
     This is for float32 and bfloat16 on a CPU in channels_last, without gradients, where it saves reordering the weight
     at each call and a separate pass for the ReLU. Elsewhere it is an ordinary convolution. The parameters stay as they
@@ -71,23 +71,15 @@ class InferenceConv2d(nn.Conv2d):
     """
     __jit_ignored_attributes__ = ['_reordered']
 
-    def __init__(
-            self,
-            conv: Any,
-            scale: torch.Tensor | None = None,
-            bias: torch.Tensor | None = None,
-            relu: bool = False,
-    ):
+    def __init__(self, conv: Any, norm: nn.Module | None = None):
         """
         Args:
             conv: The `nn.Conv2d` to copy.
-            scale: Scale of each output channel, ``[C]``.
-            bias: Shift of each output channel, ``[C]``.
-            relu: Whether a ReLU follows.
+            norm: Batch normalisation with ReLU that follows it, to be folded in.
 
         Raises:
             ValueError: If the convolution has groups, does not pad with a fixed number of zeros, or computes something
-                other than `nn.Conv2d` does.
+                other than `nn.Conv2d` does, or if the activation is not ReLU; see also `affine_of`.
         """
         if not _computes_as(conv, nn.Conv2d):
             raise ValueError(f'cannot be reparameterised: expected what nn.Conv2d computes, not {conv}')
@@ -97,15 +89,16 @@ class InferenceConv2d(nn.Conv2d):
         super().__init__(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
             bias=False, device='meta')
-        weight = conv.weight.detach()
-        folded = weight.clone() if scale is None else weight * scale[:, None, None, None]
-        self.weight = nn.Parameter(folded.to(weight.dtype))
-        if conv.bias is not None:
-            own_bias = conv.bias.detach().clone() if scale is None else conv.bias.detach() * scale
-            bias = own_bias if bias is None else own_bias + bias
+        weight: torch.Tensor = conv.weight.detach().clone()
+        bias: torch.Tensor | None = None if conv.bias is None else conv.bias.detach().clone()
+        if norm is not None:
+            check_relu(norm)
+            scale, shift = affine_of(norm)
+            weight, bias = weight * scale[:, None, None, None], shift if bias is None else bias * scale + shift
+        self.weight = nn.Parameter(weight.to(conv.weight.dtype))
         if bias is not None:
-            self.bias = nn.Parameter(bias.to(weight.dtype))
-        self.relu = relu
+            self.bias = nn.Parameter(bias.to(conv.weight.dtype))
+        self.relu = norm is not None
         self.train(conv.training)
         self._reordered: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
@@ -196,23 +189,6 @@ class InferenceConv2d(nn.Conv2d):
         return {**super().__getstate__(), '_reordered': None}  # type: ignore[no-untyped-call]
 
 
-def fold_into_conv(conv: nn.Conv2d, norm: nn.Module) -> InferenceConv2d:
-    """Fold a batch normalisation with ReLU into the convolution before it.
-
-    Args:
-        conv: Convolution; left as it is.
-        norm: The batch normalisation, with its ReLU.
-
-    Returns:
-        One convolution, with bias, that is equivalent to both in inference.
-
-    Raises:
-        ValueError: If the activation is not ReLU; see also `affine_of` and `InferenceConv2d`.
-    """
-    check_relu(norm)
-    return InferenceConv2d(conv, *affine_of(norm), relu=True)
-
-
 class ChannelAffine(nn.Module):
     """Scale and shift per channel, then ReLU or nothing: for a batch normalisation with no convolution before it."""
 
@@ -237,8 +213,8 @@ class FoldedCompositeLayer(nn.Module):
             layer: The `CompositeLayer` to copy.
         """
         super().__init__()
-        self.conv1 = fold_into_conv(layer.conv1, layer.norm2)
-        self.conv2 = fold_into_conv(layer.conv2, layer.norm3)
+        self.conv1 = InferenceConv2d(layer.conv1, layer.norm2)
+        self.conv2 = InferenceConv2d(layer.conv2, layer.norm3)
         self.conv3 = InferenceConv2d(layer.conv3)
 
     def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
