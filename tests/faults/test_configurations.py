@@ -9,7 +9,7 @@ import torch
 from test_implementations import LAYOUTS, differentiate
 from timm.utils import reparameterize_model
 
-from timm_deluge import explain_implementation
+from timm_deluge import explain_implementation, set_implementation
 from timm_deluge.delugenet import DelugeNet
 
 hypothesis = pytest.importorskip('hypothesis')
@@ -86,6 +86,7 @@ def check(network, call, seed):
         if of_fast <= base + 3 * of_plain:
             break
     assert of_fast <= base + 3 * of_plain
+    set_implementation('auto')
     decisions = explain_implementation(copy.deepcopy(model).to(dtype), images().to(dtype))
     assert {decision.reason for decision in decisions.values()} <= {None, 'there are no layers'}
     if not call['training']:
