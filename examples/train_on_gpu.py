@@ -347,7 +347,7 @@ def train(args: Namespace) -> None:
             raise FloatingPointError(f'the training loss is {loss} in epoch {epoch}')
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
             metrics = evaluate(model, *test_set, args)
-            print(args.output.name, epoch, metrics, flush=True)
+            print(f'{args.output.name} {epoch}: validation {metrics}', flush=True)
             update_summary(epoch, dict(loss=loss), metrics, args.output / 'summary.csv',
                            lr=optimizer.param_groups[0]['lr'])
             save(args.output / 'last.pth.tar', model, epoch, args.model)

@@ -33,7 +33,7 @@ MUTATIONS = [
      'test_timm_contract.py'),
     ('delugenet.py', '        if feat_idx == last_idx:\n', '        if True:\n', 'test_timm_contract.py'),
     ('delugenet.py', 'outputs.append(drop_path(norm(h)))', 'outputs.append(norm(h))', IMPLEMENTATIONS),
-    ('delugenet.py', 'if not params <= MAX_PARAMS:', 'if False:', 'faults/test_hostile_configurations.py'),
+    ('delugenet.py', 'if params > MAX_PARAMS:', 'if False:', 'faults/test_hostile_configurations.py'),
     # the fused training path
     ('ops/fused_training.py', 'scale = factor * invstd *', 'scale = 0 * factor * invstd *', IMPLEMENTATIONS),
     ('ops/fused_training.py', 'grad *= sample_scale', 'pass', IMPLEMENTATIONS),

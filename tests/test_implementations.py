@@ -555,10 +555,11 @@ def test_another_default_dtype(dtype):
         assert_near(actual[name], expected[name], 1e-4, name)
 
 
-def test_a_forward_that_was_replaced_is_called():
+@pytest.mark.parametrize('method', ['forward', '_conv_forward'])
+def test_a_forward_that_was_replaced_is_called(method):
     module, x = block().eval(), torch.randn(4, 6, 5, 7)
     conv, calls = module.layers[1].conv2, []
-    conv.forward = lambda x: calls.append(x) or type(conv).forward(conv, x)
+    setattr(conv, method, lambda *args: calls.append(x) or getattr(type(conv), method)(conv, *args))
     with torch.no_grad():
         module(x)
     assert len(calls) == 1
@@ -1430,7 +1431,8 @@ def test_what_is_compiled_takes_the_reference_and_an_explanation_says_so(place, 
              for name, decision in explain_implementation(model, x).items()}
     assert not calls
     inside = [decision for name, decision in found.items() if f'{name}.'.startswith(f'{place}.' if place else '')]
-    assert inside and set(inside) == {('reference', 'the model is compiled or exported')}
+    assert set(inside) == {('reference', 'the model is compiled or exported')}
+    assert any('.layers.' in name for name in found)  # each layer decides, too, as no block takes its fast path
     if place.count('.') == 3:
         why = 'was compiled' if by_method else 'was replaced by a OptimizedModule'
         assert found['stages.0'] == ('reference', f'layers.1 {why}')
@@ -1440,6 +1442,16 @@ def test_what_is_compiled_takes_the_reference_and_an_explanation_says_so(place, 
     model(x)
     assert calls
     torch.compiler.reset()  # other tests compile the same functions
+
+
+def test_what_is_excluded_from_compilation_decides_for_itself():
+    model, x = DelugeNet((3, 3), (4, 8), num_classes=5, stem_type='cifar'), torch.randn(2, 3, 16, 16)
+    model.stages[0] = torch.compiler.disable(model.stages[0])
+    for whole in (model, torch.compile(model, backend='eager')):
+        decisions = explain_implementation(whole, x)
+        found = {name.replace('_orig_mod.', ''): decision for name, decision in decisions.items()}
+        assert found['stages.0._orig_mod'].reason is None
+        assert (found['stages.1'].reason is None) == (whole is model)
 
 
 def test_sizes_of_a_convolution_by_a_single_number_take_the_reference():

@@ -367,6 +367,7 @@ def test_training_mode_and_twice(kind):
     lambda layer: setattr(layer, 'norm1', nn.Sequential(OrderedDict(norm=nn.Identity(), act=nn.ReLU()))),
     lambda layer: setattr(layer.norm3, 'running_var', None),
     lambda layer: setattr(layer.norm2, 'forward', lambda x: 2 * x),
+    lambda layer: setattr(layer.conv1, '_conv_forward', lambda x, weight, bias: 2 * x),
 ])
 @pytest.mark.parametrize('aggregation', ['cross_layer', 'residual'])
 def test_what_cannot_be_folded_is_refused(change, aggregation):

@@ -515,10 +515,10 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     published = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())
 
-    def refuse(error, match, data=data_dir, **changes):
+    def refuse(error, match, data=data_dir, tag='test_noise', **changes):
         write_args(run_dir, {**args, **changes})
         with pytest.raises(error, match=match):
-            add_checkpoint([run_dir], 'test_noise', data, **PROVENANCE)
+            add_checkpoint([run_dir], tag, data, **PROVENANCE)
         assert weights.list_checkpoints() == [published]
         weights.verify_checkpoint(published)
         assert len(list(weights_dir.iterdir())) == 2
@@ -526,9 +526,14 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     refuse(ValueError, 'run of resnet18', model='resnet18')
     refuse(ValueError, 'epochs: None: expected int', epochs=None)
     refuse(ValueError, 'model: 3: expected str', model=3)
+    refuse(ValueError, 'val_split: None: expected str', val_split=None)
     with monkeypatch.context() as full:
-        full.setattr(training_run, '_write_log', Mock(side_effect=OSError('no space left')))
-        refuse(OSError, 'no space left')
+        full.setattr(training_run, '_write_partial_log', Mock(side_effect=OSError('no space left')))
+        refuse(OSError, 'no space left', tag='other_noise')
+    with monkeypatch.context() as full:
+        full.setattr(training_run, 'write_weights', Mock(side_effect=OSError('no space left')))
+        refuse(OSError, 'no space left', tag='other_noise')
+        assert not (training_run.LOGS / 'resnetlike146_1x1.other_noise.csv').exists()
     refuse(ValueError, "model_kwargs {'aggregation': 'residual'}", model_kwargs={'aggregation': 'residual'})
     refuse(ValueError, 'started from mine.pth', initial_checkpoint='mine.pth')
     refuse(weights.CheckpointError, "no checkpoint with the tag 'absent'",

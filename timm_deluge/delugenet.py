@@ -645,14 +645,17 @@ def _check_size(depths: Sequence[int], widths: Sequence[int], num_classes: int, 
         raise ValueError(f'depths {tuple(depths)} and widths {tuple(widths)} must name the same number of blocks')
     if not depths:
         raise ValueError('depths and widths: expected at least one block')
-    for name, value, least in ('num_classes', num_classes, 0), ('in_chans', in_chans, 1), ('widths', min(widths), 1):
-        if value < least:
-            raise ValueError(f'{name}={value}: must be at least {least}')
+    numbers: dict[str, tuple[int, Sequence[int]]] = {
+        'num_classes': (0, [num_classes]), 'in_chans': (1, [in_chans]), 'widths': (1, widths), 'depths': (0, depths)}
+    for name, (least, values) in numbers.items():
+        for value in values:
+            if not least <= value <= MAX_PARAMS:  # also true for NaN
+                raise ValueError(f'{name}={value}: must be from {least} to {MAX_PARAMS:,}')
     # the classifier, the stem, transitions, three convolutions a layer, cross-layer weights and biases
     params = 2 * num_classes * widths[-1] + 49 * in_chans * widths[0] + sum(
         36 * width * next_width for width, next_width in zip(widths, widths[1:])) + sum(
         13 * (depth + 1) * width ** 2 + 2 * width * depth * (depth + 3) for depth, width in zip(depths, widths))
-    if not params <= MAX_PARAMS:  # also true for NaN
+    if params > MAX_PARAMS:
         raise ValueError(
             f'depths={tuple(depths)}, widths={tuple(widths)}, num_classes={num_classes}, in_chans={in_chans}: this '
             f'network has about {params:.1e} parameters; at most {MAX_PARAMS:,} are built')

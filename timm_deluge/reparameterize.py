@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from timm.layers.norm_act import FrozenBatchNorm2d
 from torch import nn
 
-from .ops import rows, running_sums, split_batch, takes_fast_path, why_called, why_not_fast, workspace
+from .ops import METHODS, rows, running_sums, split_batch, takes_fast_path, why_called, why_not_fast, workspace
 
 __all__ = [
     'ChannelAffine', 'FoldedCompositeLayer', 'FoldedDelugeBlock', 'InferenceConv2d', 'check_relu', 'fuse_block',
@@ -55,9 +55,8 @@ def check_relu(norm: Any) -> None:
 
 def _computes_as(module: nn.Module, *types: type[nn.Module]) -> bool:
     """Tell whether a module's methods are those of one of the types; a subclass may have other parameters."""
-    methods = 'forward', 'bottleneck'
     return any(
-        all(getattr(getattr(module, name, None), '__func__', None) is getattr(of_type, name, None) for name in methods)
+        all(getattr(getattr(module, name, None), '__func__', None) is getattr(of_type, name, None) for name in METHODS)
         for of_type in types)
 
 
@@ -306,11 +305,15 @@ class FoldedDelugeBlock(nn.Module):
     def infers_fast(self, x: torch.Tensor) -> bool:
         """Whether `forward` takes `forward_fast`."""
         reason = why_not_fast(x) or ('gradients are enabled' if torch.is_grad_enabled() else None)
-        for module in () if reason else (*self.cross_layers, self.last_cross_layer):
-            replaced = type(module) is not FoldedCrossLayer
-            if why := f'was replaced by a {type(module).__name__}' if replaced else why_called(module):
-                reason = f'a cross-layer convolution {why}'
+        if reason is None:
+            reason = next(filter(None, map(self._why_called, (*self.cross_layers, self.last_cross_layer))), None)
         return takes_fast_path(self, x, reason)
+
+    @staticmethod
+    def _why_called(cross_layer: nn.Module) -> str | None:
+        ours = type(cross_layer) is FoldedCrossLayer
+        why = why_called(cross_layer) if ours else f'was replaced by a {type(cross_layer).__name__}'
+        return why and f'a cross-layer convolution {why}'
 
     @torch.jit.ignore
     def forward_fast(self, x: torch.Tensor) -> torch.Tensor:

@@ -149,8 +149,9 @@ def add_checkpoint(
     model_name = args['model'].partition('.')[0]
     name = f'{model_name}.{tag}'
     origin = made_of or start
-    _write_log(log, LOGS / f'{name}.csv')
+    partial = _write_partial_log(log, LOGS / f'{name}.csv')
     files = write_weights(published, name)
+    partial.replace(LOGS / f'{name}.csv')
     checkpoint = Checkpoint(
         model=model_name,
         tag=tag,
@@ -263,7 +264,7 @@ def _read_args(run_dir: Path) -> dict[str, Any]:
     missing = {'model', 'epochs', 'train_split', 'val_split', 'seed'}.difference(args if isinstance(args, dict) else ())
     if missing:
         raise ValueError(f'{path}: expected the options of a run of train.py, there is no {sorted(missing)[0]}')
-    for name, expected in ('model', str), ('epochs', int), ('seed', int):
+    for name, expected in ('model', str), ('train_split', str), ('val_split', str), ('epochs', int), ('seed', int):
         if not isinstance(args[name], expected):
             raise ValueError(f'{path}: {name}: {args[name]}: expected {expected.__name__}')
     return args
@@ -355,11 +356,12 @@ def _read_log(run_dirs: Sequence[Path], known_start: str | None) -> tuple[dict[i
     return log, 1 + max(log) - before
 
 
-def _write_log(log: dict[int, dict[str, str]], path: Path) -> None:
+def _write_partial_log(log: dict[int, dict[str, str]], path: Path) -> Path:
+    """Write the log beside the path, where it is to go when all else is written."""
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix('.partial')
     with partial.open('w', newline='') as f:
         writer = csv.DictWriter(f, list(next(iter(log.values()))), extrasaction='ignore', lineterminator='\n')
         writer.writeheader()
         writer.writerows(log[epoch] for epoch in sorted(log))
-    partial.replace(path)
+    return partial

@@ -1,6 +1,7 @@
 """Which implementation a module takes, and why not a fast one."""
 import copy
 import logging
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -9,10 +10,12 @@ from torch import nn
 
 from .implementation import COMPILED, choose_backend
 
-__all__ = ['Decision', 'explain_implementation', 'takes_fast_path', 'why_called']
+__all__ = ['METHODS', 'Decision', 'explain_implementation', 'takes_fast_path', 'why_called']
 
+METHODS = 'forward', '_conv_forward', 'bottleneck'  # what a module computes, wherever one of its type has them
 _logger = logging.getLogger(__name__)
 _decisions: ContextVar[dict[nn.Module, 'Decision'] | None] = ContextVar('decisions', default=None)
+_in_compiled: ContextVar[bool] = ContextVar('in_compiled', default=False)
 
 
 class Decision(NamedTuple):
@@ -35,6 +38,8 @@ def takes_fast_path(module: nn.Module, x: torch.Tensor, reason: str | None) -> b
         reason: Why it cannot take that path, None if it can.
     """
     if not torch.compiler.is_compiling():
+        if _in_compiled.get():
+            reason = COMPILED
         _note(module, x, reason)
     return reason is None
 
@@ -59,16 +64,13 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
         The decision of each module that had to make one, by the module's name. A block that takes its fast path
         decides for its layers, too, unless it recomputes them (gradient checkpointing).
     """
-    original, model, compiled = model, copy.deepcopy(model), []
-    parts: Any = zip(original.named_modules(), model.modules())
-    for (name, module), twin in parts:
-        if hasattr(module, '_orig_mod'):  # by torch.compile
-            twin.forward = twin._orig_mod.__call__
+    original, model = model, copy.deepcopy(model)
+    parts: Any = zip(original.modules(), model.modules())
+    for module, twin in parts:
+        if hasattr(module, '_orig_mod'):  # by torch.compile or, then without a callback, torch.compiler.disable
+            twin.forward = _stand_in(twin._orig_mod.__call__, module.dynamo_ctx.callback is not None)
         elif module._compiled_call_impl is not None:  # by its own method
-            twin._compiled_call_impl = twin._call_impl
-        else:
-            continue
-        compiled.append(f'{name}.' if name else '')
+            twin._compiled_call_impl = _stand_in(twin._call_impl, True)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     decisions: dict[nn.Module, Decision] = {}
     token = _decisions.set(decisions)
@@ -77,9 +79,18 @@ def explain_implementation(model: nn.Module, x: torch.Tensor) -> dict[str, Decis
             model(x)
     finally:
         _decisions.reset(token)
-    return {
-        name: Decision('reference', COMPILED) if f'{name}.'.startswith(tuple(compiled)) else decisions[module]
-        for name, module in model.named_modules() if module in decisions}
+    return {name: decisions[module] for name, module in model.named_modules() if module in decisions}
+
+
+def _stand_in(call: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    """Get a call that decides as a compiled one does, or as one excluded from compilation, without compiling."""
+    def decide(*args: Any, **kwargs: Any) -> Any:
+        token = _in_compiled.set(compiled)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _in_compiled.reset(token)
+    return decide
 
 
 def why_called(module: nn.Module) -> str | None:
@@ -88,7 +99,7 @@ def why_called(module: nn.Module) -> str | None:
         return 'has hooks, as all modules have'
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return 'has hooks'
-    if 'forward' in vars(module):
+    if any(name in vars(module) for name in METHODS):
         return 'has another forward'
     if module._compiled_call_impl is not None:
         return 'was compiled'
