@@ -528,12 +528,12 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     refuse(ValueError, 'model: 3: expected str', model=3)
     refuse(ValueError, 'val_split: None: expected str', val_split=None)
     with monkeypatch.context() as full:
-        full.setattr(training_run, '_write_partial_log', Mock(side_effect=OSError('no space left')))
+        full.setattr(training_run, '_write_log', Mock(side_effect=OSError('no space left')))
         refuse(OSError, 'no space left', tag='other_noise')
     with monkeypatch.context() as full:
         full.setattr(training_run, 'write_weights', Mock(side_effect=OSError('no space left')))
         refuse(OSError, 'no space left', tag='other_noise')
-        assert not (training_run.LOGS / 'resnetlike146_1x1.other_noise.csv').exists()
+        assert not list(training_run.LOGS.glob('resnetlike146_1x1.other_noise.*'))
     refuse(ValueError, "model_kwargs {'aggregation': 'residual'}", model_kwargs={'aggregation': 'residual'})
     refuse(ValueError, 'started from mine.pth', initial_checkpoint='mine.pth')
     refuse(weights.CheckpointError, "no checkpoint with the tag 'absent'",

@@ -404,9 +404,9 @@ class DelugeNet(nn.Module):
 
         Raises:
             ValueError: If `depths` and `widths` differ in length or are empty, the layer that gives h_0 is missing, an
-                option has none of the values above, or is not for that aggregation, a number is too small, a rate is
-                not from 0 to 1 (`connection_drop_rate`: less than 1), `pruned_connections` do not fit, or the network
-                would have more than about a billion parameters.
+                option has none of the values above, or is not for that aggregation, a number is out of bounds, a rate
+                is not from 0 to 1 (`connection_drop_rate`: less than 1), `pruned_connections` do not fit, or the
+                network would have more than about a billion parameters.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}

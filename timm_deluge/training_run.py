@@ -149,9 +149,13 @@ def add_checkpoint(
     model_name = args['model'].partition('.')[0]
     name = f'{model_name}.{tag}'
     origin = made_of or start
-    partial = _write_partial_log(log, LOGS / f'{name}.csv')
-    files = write_weights(published, name)
-    partial.replace(LOGS / f'{name}.csv')
+    partial = LOGS / f'{name}.partial'
+    try:
+        _write_log(log, partial)
+        files = write_weights(published, name)
+        partial.replace(LOGS / f'{name}.csv')
+    finally:
+        partial.unlink(missing_ok=True)
     checkpoint = Checkpoint(
         model=model_name,
         tag=tag,
@@ -356,12 +360,9 @@ def _read_log(run_dirs: Sequence[Path], known_start: str | None) -> tuple[dict[i
     return log, 1 + max(log) - before
 
 
-def _write_partial_log(log: dict[int, dict[str, str]], path: Path) -> Path:
-    """Write the log beside the path, where it is to go when all else is written."""
+def _write_log(log: dict[int, dict[str, str]], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix('.partial')
-    with partial.open('w', newline='') as f:
+    with path.open('w', newline='') as f:
         writer = csv.DictWriter(f, list(next(iter(log.values()))), extrasaction='ignore', lineterminator='\n')
         writer.writeheader()
         writer.writerows(log[epoch] for epoch in sorted(log))
-    return partial

@@ -12,7 +12,7 @@ from .implementation import COMPILED, choose_backend
 
 __all__ = ['METHODS', 'Decision', 'explain_implementation', 'takes_fast_path', 'why_called']
 
-METHODS = 'forward', '_conv_forward', 'bottleneck'  # what a module computes, wherever one of its type has them
+METHODS = 'forward', '_conv_forward', 'bottleneck'  # those that say what a module computes
 _logger = logging.getLogger(__name__)
 _decisions: ContextVar[dict[nn.Module, 'Decision'] | None] = ContextVar('decisions', default=None)
 _in_compiled: ContextVar[bool] = ContextVar('in_compiled', default=False)
