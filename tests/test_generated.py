@@ -18,7 +18,7 @@ from timm_deluge.weights import list_checkpoints
 REPOSITORY = Path(__file__).resolve().parent.parent
 # a run logs the epochs after which it measures: all of them, but for runs with --val-interval
 MEASURED = {'delugenet146.muon40_cifar100': [7, 15, 23, 31, 39], 'delugenet146.muon32_cifar10': [7, 15, 23, 31],
-            'wide_delugenet146.muon61_avg_cifar100': [2, 5], 'wide_delugenet146.muon62_avg_cifar100': [2, 5, 6],
+            'wide_delugenet146.muon62_avg_cifar100': [2, 5, 6],
             'delugenet122.muon26_avg_tinyin': [3, 7, 8],
             'delugenet92.from122_tinyin': [1], 'delugenet104.from122_tinyin': [1],
             'resnetlike146_1x1.muon6_cifar100': [2, 5], 'resnetlike146_3x3.muon6_cifar100': [2, 5]}
