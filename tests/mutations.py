@@ -95,6 +95,8 @@ MUTATIONS = [
     ('ops/kernels.cpp', 'if (num_results - k == 3) of_results(Int<3>{}, k);', '', IMPLEMENTATIONS),
     ('ops/kernels.cpp', ' + first_grad * weights.OF_LAYER', '', IMPLEMENTATIONS),
     ('ops/kernels.cpp', 'if (c < tile.end_column)\n            add(', 'if (false)\n            add(', IMPLEMENTATIONS),
+    ('ops/kernels.cpp', 'tile.row / shape.channels * together', 'tile.row / shape.channels', IMPLEMENTATIONS),
+    ('ops/kernels.cpp', 'std::min(first_image + together, images)', 'first_image + together', IMPLEMENTATIONS),
     ('ops/compile.py', 'status.st_mode & 0o022', 'status.st_mode & 0', 'test_compile.py'),
     ('ops/compile.py', 'if path.name == _file_name(name, content):', 'if True:', 'test_compile.py'),
     # inference

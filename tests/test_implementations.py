@@ -1312,7 +1312,8 @@ def test_loops_refuse_what_they_were_not_compiled_for():
             cpp.moments(x)
 
 
-@pytest.mark.parametrize('shape', [(3, 70, 8, 9), (2, 300, 3, 3), (1, 5, 40, 40)])  # the last two: of several tiles
+# the last ones: of several tiles, of images of which not all are summed together
+@pytest.mark.parametrize('shape', [(3, 70, 8, 9), (2, 300, 3, 3), (1, 5, 40, 40), (10, 3, 12, 12)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('name', FAST)

@@ -544,21 +544,29 @@ template <bool BY_COLUMN, class Terms>
 std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& terms) {
     const int64_t stride = 2 * shape.channels + APART;
     std::vector<double> totals(threads * stride);
-    for_each_tile<BY_COLUMN>(shape, threads, [=, &totals](const Tile& tile, int thread) {
+    // contiguous rows may be short: those of a channel in several images are summed together
+    const int64_t images = BY_COLUMN ? 1 : shape.rows / shape.channels;
+    const int64_t together = std::clamp<int64_t>(VECTORS * WIDTH / shape.columns, 1, images);
+    const int64_t groups = (images + together - 1) / together, image = shape.rows / images * shape.columns;
+    const Shape of_groups{shape.rows / images * groups, shape.columns, shape.channels};
+    for_each_tile<BY_COLUMN>(of_groups, threads, [=, &totals](const Tile& tile, int thread) {
         double *const first_totals = &totals[thread * stride], *const second_totals = first_totals + shape.channels;
-        // adds `size` vectors side by side, `length` times, each time `distance` elements further
+        const int64_t first_image = BY_COLUMN ? 0 : tile.row / shape.channels * together;
+        const int64_t end_image = std::min(first_image + together, images);
+        // adds `size` vectors side by side, `length` times, each time `distance` elements further, in each image
         const auto add = [&](auto size, auto whole, int64_t begin, int64_t distance, int64_t length, int64_t channel,
                              int count) {
             Floats first[size], second[size];
             for (int n = 0; n < size; n++) first[n] = second[n] = Floats{};
-            for (int64_t i = 0; i < length; i++)
-                for (int n = 0; n < size; n++) {
-                    const int64_t lane = n * WIDTH;
-                    const Pair pair = terms(Vectors<BY_COLUMN, 1, whole>{
-                        begin + i * distance + lane, 0, channel + (BY_COLUMN ? lane : 0), count});
-                    first[n] += pair.first;
-                    second[n] += pair.second;
-                }
+            for (int64_t j = first_image; j < end_image; j++)
+                for (int64_t i = 0; i < length; i++)
+                    for (int n = 0; n < size; n++) {
+                        const int64_t lane = n * WIDTH;
+                        const Pair pair = terms(Vectors<BY_COLUMN, 1, whole>{
+                            begin + j * image + i * distance + lane, 0, channel + (BY_COLUMN ? lane : 0), count});
+                        first[n] += pair.first;
+                        second[n] += pair.second;
+                    }
             if constexpr (BY_COLUMN) {
                 float lanes[2][size * WIDTH];
                 std::memcpy(lanes[0], first, sizeof first);
@@ -576,7 +584,8 @@ std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& t
                 second_totals[channel] += sum_of(second[0]);
             }
         };
-        const int64_t row = tile.row * shape.columns, rows = tile.end_row - tile.row;
+        const int64_t of_row = BY_COLUMN ? 0 : tile.row % shape.channels, rows = tile.end_row - tile.row;
+        const int64_t row = (BY_COLUMN ? tile.row : of_row) * shape.columns;
         int64_t c = tile.column;
         if constexpr (BY_COLUMN) {
             const auto add_all = [&](auto size) {
@@ -588,15 +597,15 @@ std::vector<double> channel_sums(const Shape& shape, int threads, const Terms& t
             add_all(Int<1>{});
         } else {
             constexpr int64_t across = SUMMED<false> * WIDTH;
-            const int64_t channel = tile.row % shape.channels, length = (tile.end_column - c) / across;
-            if (length) add(Int<SUMMED<false>>{}, std::true_type{}, row + c, across, length, channel, WIDTH);
+            const int64_t length = (tile.end_column - c) / across;
+            if (length) add(Int<SUMMED<false>>{}, std::true_type{}, row + c, across, length, of_row, WIDTH);
             c += length * across;
             const int64_t rest = (tile.end_column - c) / WIDTH;
-            if (rest) add(Int<1>{}, std::true_type{}, row + c, WIDTH, rest, channel, WIDTH);
+            if (rest) add(Int<1>{}, std::true_type{}, row + c, WIDTH, rest, of_row, WIDTH);
             c += rest * WIDTH;
         }
         if (c < tile.end_column)
-            add(Int<1>{}, std::false_type{}, row + c, shape.columns, rows, BY_COLUMN ? c : tile.row % shape.channels,
+            add(Int<1>{}, std::false_type{}, row + c, shape.columns, rows, BY_COLUMN ? c : of_row,
                 int(tile.end_column - c));
     });
     for (int thread = 1; thread < threads; thread++)
