@@ -215,7 +215,7 @@ def measure_training(name: str, autocast: bool = False) -> dict[str, Any]:
 
 
 def measure_baselines(name: str) -> dict[str, Any]:
-    x = images(BATCH['autocast'][name], AUTOCAST_SIZE[name])
+    x = images(BATCH['training'][name], SIZE[name])
     seconds = median_seconds({side: training_step(create(side), x, autocast=True) for side in (name, *BASELINES)})
     return {
         'seconds': seconds, 'conditions': f'training, {describe(x)}, bf16 autocast',
@@ -246,6 +246,11 @@ def measure_peer(name: str, peer: str) -> dict[str, Any]:
     ]}
 
 
+def export(name: str, reparameterized: bool, path: Path) -> None:
+    x = images(BATCH['inference'][name], SIZE[name])
+    torch.onnx.export(create(name, reparameterized), (x,), path, dynamo=True, input_names=['x'])
+
+
 def measure_onnxruntime(name: str) -> dict[str, Any]:
     import onnxruntime
     x = images(BATCH['inference'][name], SIZE[name])
@@ -253,12 +258,14 @@ def measure_onnxruntime(name: str) -> dict[str, Any]:
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry('session.force_spinning_stop', '1')  # after a run: the other sides need the cores
     sides: dict[str, Callable[[], Any]] = {'ours': inference(create(name, True), x)}
+    exported = {'as trained': False, 'reparameterised': True}
     with TemporaryDirectory() as folder:
-        for side, reparameterized in (('as trained', False), ('reparameterised', True)):
-            path = Path(folder, f'{side}.onnx')
-            torch.onnx.export(create(name, reparameterized).cpu(), (x.cpu(),), path, dynamo=True, input_names=['x'])
+        paths = [Path(folder, f'{side}.onnx') for side in exported]
+        with ProcessPoolExecutor(len(paths), multiprocessing.get_context('forkserver')) as executor:
+            list(executor.map(export, [name] * len(paths), exported.values(), paths))
+        for side, path in zip(exported, paths):
             session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-            sides[side] = partial(session.run, None, {'x': x.cpu().contiguous().numpy()})
+            sides[side] = partial(session.run, None, {'x': x.contiguous().numpy()})
         seconds = median_seconds(sides)
     what = f'inference, `{name}`, {describe(x)}, fp32'
     return {'seconds': seconds, 'figures': [
@@ -387,7 +394,7 @@ def main(
     if before['threads'] != threads:
         raise typer.BadParameter(
             f'{output} is of {before["threads"]} threads: name another --output', param_hint='--threads')
-    multiprocessing.set_forkserver_preload(['torch', 'timm', 'timm_deluge.report'])  # imported once, not by each process
+    multiprocessing.set_forkserver_preload(['torch', 'timm', 'timm_deluge.report'])  # imports them once for all
     measured: dict[str, dict[str, Any]] = {}
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in track(chosen, description='Measuring'):
