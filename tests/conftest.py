@@ -95,7 +95,7 @@ def write_entry(path: Path) -> None:
         class_descriptions={f'class_{i}': f'number {i}' for i in range(100)},
         input_size=[3, 32, 32], mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25], interpolation='bilinear', crop_pct=1.0,
         dataset=dict(name='none', split='test', train_images=0, test_images=0, provenance='none'), base_model=None,
-        recipe='none', epochs=0, seed=0, ema_decay=None, settled_images=None, hardware='none', hours=0.0,
+        teacher=None, recipe='none', epochs=0, seed=0, ema_decay=None, settled_images=None, hardware='none', hours=0.0,
         command='none', hf_hub_id=None,
         metrics=dict(top1=1.0, top5=5.0, num_images=100),
     )

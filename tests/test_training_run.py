@@ -259,6 +259,15 @@ def test_checkpoint_that_training_started_from_is_recorded(run_dir, data_dir, we
     assert (on.base_model, on.epochs) == ('resnetlike146_1x1.test_noise', 10)
 
 
+def test_a_distilled_run_names_its_teacher(run_dir, data_dir, weights_dir):
+    args = yaml.safe_load((run_dir / 'args.yaml').read_text())
+    assert add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE).teacher is None
+    write_args(run_dir, {**args, 'kd_model_name': 'delugenet146.test_teacher'})
+    distilled = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
+    assert distilled.teacher == 'delugenet146.test_teacher'
+    assert 'with `delugenet146.test_teacher` as teacher (distillation)' in model_card([distilled])
+
+
 def test_a_run_may_start_from_what_was_made_of_a_published_checkpoint(run_dir, data_dir, weights_dir, tmp_path):
     base = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     args = yaml.safe_load((run_dir / 'args.yaml').read_text())

@@ -213,6 +213,7 @@ def _checkpoint_section(checkpoint: Checkpoint) -> str:
                      f'has them, {checkpoint.epochs} epoch{"s" * (checkpoint.epochs != 1)} '
                      f'from {start}, seed {checkpoint.seed} (the last part\'s if the run had several), '
                      f'{checkpoint.hours} hours on {checkpoint.hardware}; '
+                     + (f'with `{checkpoint.teacher}` as teacher (distillation); ' if checkpoint.teacher else '')
                      + ('weights averaged with those it started from; '
                         if '_avg_' in checkpoint.tag and checkpoint.base_model else '')
                      + (f'weights averaged with decay {checkpoint.ema_decay}; ' if checkpoint.ema_decay else '')

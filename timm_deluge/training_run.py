@@ -173,6 +173,7 @@ def add_checkpoint(
             **(dict(inexact=sorted(inexact)) if inexact else {}),
         ),
         base_model=origin.name if origin else None,
+        teacher=args.get('kd_model_name'),
         recipe=recipe,
         epochs=1 + max(log),
         seed=args['seed'],

@@ -74,6 +74,7 @@ class Checkpoint:
             the images that the metrics were measured on, 'test' or 'validation'; `inexact` names those
             that are not pixel by pixel what the authors published.
         base_model: Name of the checkpoint that training started from, or None.
+        teacher: Name of the model that training imitated (distillation), or None.
         recipe: Name of the recipe, see `timm-deluge recipe`.
         epochs: Passes over the training images, since `base_model`.
         seed: Random seed; for a run in parts, that of the last part.
@@ -103,6 +104,7 @@ class Checkpoint:
     crop_pct: float
     dataset: dict[str, Any]
     base_model: str | None
+    teacher: str | None
     recipe: str
     epochs: int
     seed: int
