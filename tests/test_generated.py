@@ -119,7 +119,7 @@ def test_training_log_ends_with_the_published_accuracy(checkpoint):
         epochs = list(csv.DictReader(f))
     assert [int(e['epoch']) for e in epochs] == MEASURED.get(checkpoint.name, list(range(checkpoint.epochs)))
     logged, published = float(epochs[-1]['eval_top1']), checkpoint.metrics['top1']
-    if checkpoint.settled_images:  # after the log was written
+    if checkpoint.settled_images or '_avg_' in checkpoint.tag:  # after the log was written
         assert logged < published
     else:  # logged from float32 weights, and in the run's own arithmetic
         assert logged == pytest.approx(published, abs=0.3)
