@@ -107,6 +107,10 @@ def main(
     torch.manual_seed(0)
     random.seed(0)
     size = [int(n) for n in shape.split()]
+    before = json.loads(output.read_text()) if output.exists() else {}
+    for option, value in (('shape', size), ('threads', threads)):
+        if before.get(option, value) != value:
+            raise typer.BadParameter(f'{output} is of {before[option]}: name another --output', param_hint=option)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for layout in LAYOUTS:

@@ -272,6 +272,8 @@ def train(args: Namespace) -> None:
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise ValueError(f'device: {device}: PyTorch {torch.__version__} finds no GPU; to train on the CPU, write '
                          f'`device: cpu` into a copy of the recipe')
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)  # graphs are captured on the current device
     if args.val_interval < 1:
         raise ValueError(f'val_interval: expected 1 or more epochs, got {args.val_interval}')
     random_seed(args.seed)

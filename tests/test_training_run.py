@@ -265,6 +265,15 @@ def test_a_distilled_run_names_its_teacher(run_dir, data_dir, weights_dir):
     write_args(run_dir, {**args, 'kd_model_name': 'delugenet146.test_teacher'})
     distilled = add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert distilled.teacher == 'delugenet146.test_teacher'
+    further = run_dir.parent / 'further'
+    further.mkdir()
+    write_args(further, {**args, 'initial_checkpoint': str(run_dir / 'last.pth.tar')})
+    for name in ('summary.csv', 'last.pth.tar'):
+        (further / name).write_bytes((run_dir / name).read_bytes())
+    assert add_checkpoint([run_dir, further], 'test_noise_on', data_dir, **PROVENANCE).teacher == distilled.teacher
+    write_args(run_dir, {**args, 'kd_model_name': 'delugenet146'})
+    with pytest.raises(ValueError, match='kd_model_name: delugenet146: the checkpoint that was the default then'):
+        add_checkpoint([run_dir], 'test_noise', data_dir, **PROVENANCE)
     assert 'with `delugenet146.test_teacher` as teacher (distillation)' in model_card([distilled])
 
 
@@ -559,6 +568,7 @@ def test_a_run_that_cannot_be_published_is_refused_and_nothing_is_written(run_di
     refuse(ValueError, 'a run with gp: max, which cannot be published', gp='max')
     refuse(ValueError, 'a run with pretrained_path: mine.pth', pretrained_path='mine.pth')
     refuse(ValueError, 'a run with class_map: mine.txt', class_map='mine.txt')
+    refuse(ValueError, 'a run with start_epoch: 0', start_epoch=0)
     refuse(ValueError, 'a run with bn_eps: 0.001, which cannot be published', bn_eps=0.001)
     write_args(run_dir, args)
     monkeypatch.setattr('timm_deluge.training_run.LOGS', data_dir / 'absent' / 'training')

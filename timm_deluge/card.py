@@ -27,7 +27,8 @@ CITATION = '''```bibtex
 DELUGENETS = (
     '# DelugeNets',
     'Convolutional networks whose layers see every earlier layer of their block through learned cross-layer depthwise '
-    'convolutions, trained by the timm-deluge project. The paper published no weights; these are ours.')
+    'convolutions, trained by the timm-deluge project. The paper published no weights; these are ours. '
+    'The `resnetlike` networks are residual baselines that the paper compares with.')
 BASELINE = (
     '# ResNet-like baseline',
     'A residual network that the DelugeNet paper compares with, trained by the timm-deluge project. The paper '

@@ -104,13 +104,16 @@ def add_checkpoint(
     if not LOGS.parent.is_dir():
         raise FileNotFoundError(f'{LOGS.parent}: no such folder; publish from a checkout (`pip install -e .`)')
     run_dir = run_dirs[-1]
-    args, first_args = _read_args(run_dir), _read_args(run_dirs[0])
-    _check_options(run_dir, args)
+    all_args = [_read_args(folder) for folder in run_dirs]
+    for folder, options in zip(run_dirs, all_args):
+        _check_options(folder, options)
+    first_args, args = all_args[0], all_args[-1]
     base, start = _pretrained_checkpoint(args), _pretrained_checkpoint(first_args)
     made_of = find_checkpoint(base_model) if base_model else None
     known_start = first_args.get('initial_checkpoint') if made_of else None
     if made_of:
         _check_made_of(made_of, known_start)
+    teacher = _read_teacher(all_args)
     log, epochs_done = _read_log(run_dirs, known_start)
     ema_decay = args['model_ema_decay'] if args.get('model_ema') else None
     state_dict = _read_last_weights(run_dir, epochs_done, args['epochs'], use_ema=ema_decay is not None)
@@ -173,7 +176,7 @@ def add_checkpoint(
             **(dict(inexact=sorted(inexact)) if inexact else {}),
         ),
         base_model=origin.name if origin else None,
-        teacher=args.get('kd_model_name'),
+        teacher=teacher,
         recipe=recipe,
         epochs=1 + max(log),
         seed=args['seed'],
@@ -198,12 +201,21 @@ def _check_options(run_dir: Path, args: dict[str, Any]) -> None:
     if args['model'].partition('.')[0] not in timm.list_models(module='delugenet') or args.get('model_kwargs'):
         raise ValueError(f'{run_dir}: a run of {args["model"]} with model_kwargs {args.get("model_kwargs")}; only '
                          f'models of this package, without further arguments, can be published')
-    for option in ('gp', 'pretrained_path', 'bn_eps', 'class_map'):
+    for option in ('gp', 'pretrained_path', 'bn_eps', 'class_map', 'start_epoch'):
         if args.get(option) not in (None, '', 'avg'):
             raise ValueError(f'{run_dir}: a run with {option}: {args[option]}, which cannot be published')
     if args.get('cooldown_epochs') or args.get('warmup_prefix') or args.get('lr_cycle_limit', 1) != 1:
         raise ValueError(f'{run_dir}: a run with cooldown_epochs, warmup_prefix or lr_cycle_limit: how many epochs it '
                          f'was to have is not known, so that it cannot be published')
+
+
+def _read_teacher(all_args: Sequence[dict[str, Any]]) -> str | None:
+    """Get the name of the last teacher that the parts of a run had."""
+    name = next((args['kd_model_name'] for args in reversed(all_args) if args.get('kd_model_name')), None)
+    if name in timm.list_models(module='delugenet'):
+        raise ValueError(f'kd_model_name: {name}: the checkpoint that was the default then is not known; write its '
+                         f'name with the tag into args.yaml, and give this file its time back (touch -d)')
+    return name
 
 
 def _read_last_weights(run_dir: Path, epochs_done: int, epochs: int, use_ema: bool) -> dict[str, torch.Tensor]:
